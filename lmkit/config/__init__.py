@@ -1,0 +1,59 @@
+"""Typed configuration: dataclasses with values only. Importing this package imports neither torch nor Hydra.
+
+The dataclasses stand apart from the code they configure, so that ``lmkit --help`` and ``--cfg job`` need not load
+torch; ``build`` methods import the code when it is needed. The line of text under each field is its help in ``--help``.
+"""
+
+from __future__ import annotations
+
+from lmkit.config import commands, data, model, training
+
+ROOTS: dict[str, type] = {
+    "prepare": commands.PrepareConfig,
+    "pretrain": commands.PretrainConfig,
+    "finetune": commands.FinetuneConfig,
+    "eval-ppl": commands.EvalPplConfig,
+    "generate": commands.GenerateConfig,
+}
+"""Subcommand -> root dataclass."""
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "dataset": {
+        "pydocs": data.PydocsConfig,
+        "benchmark": data.BenchmarkConfig,
+        "text": data.TextConfig,
+        "jsonl": data.JsonlConfig,
+        "hub": data.HubConfig,
+    },
+    "tokenizer": {
+        "word": data.WordTokenizerConfig,
+        "char": data.CharTokenizerConfig,
+        "byte": data.ByteTokenizerConfig,
+        "sentencepiece": data.SentencePieceTokenizerConfig,
+        "hf": data.HfTokenizerConfig,
+    },
+    "model": {
+        "transformer": model.TransformerConfig,
+        "recurrent": model.RecurrentConfig,
+        "ngram": model.NgramConfig,
+    },
+    "optimizer": {
+        "sgd": training.SgdConfig,
+        "adagrad": training.AdagradConfig,
+        "adadelta": training.AdadeltaConfig,
+        "rmsprop": training.RmspropConfig,
+        "adam": training.AdamConfig,
+        "adamw": training.AdamwConfig,
+        "muon": training.MuonConfig,
+    },
+    "schedule": {
+        "constant": training.ConstantConfig,
+        "cosine": training.CosineConfig,
+        "linear": training.LinearConfig,
+        "wsd": training.WsdConfig,
+        "inverse_sqrt": training.InverseSqrtConfig,
+        "plateau": training.PlateauConfig,
+    },
+    "device": {"device": training.DeviceConfig},
+}
+"""Group -> schema name -> dataclass: the one table from names to classes."""

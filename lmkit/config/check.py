@@ -1,0 +1,32 @@
+"""Gate two of the configuration: relations and ranges, all problems reported in one message."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from lmkit.errors import ConfigError
+
+
+class Problems:
+    """Collects failed checks and raises one ConfigError that lists them all.
+
+    >>> with Problems() as check:
+    ...     check(lr > 0, "optimizer.lr", lr, "must be > 0")
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __call__(self, ok: bool, key: str, value: object, rule: str) -> None:
+        """Note that ``key`` with ``value`` breaks ``rule`` unless ``ok``. NaN fails every comparison, as it should."""
+        if not ok:
+            self.found.append(f"{key}={value} {rule}")
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.found:
+            raise ConfigError("; ".join(self.found))

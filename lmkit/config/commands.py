@@ -1,0 +1,223 @@
+"""One root dataclass per subcommand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lmkit.config.check import Problems
+from lmkit.config.data import DatasetConfig, TokenizerConfig
+from lmkit.config.model import ModelConfig
+from lmkit.config.training import (
+    DeviceConfig,
+    EvalConfig,
+    LogConfig,
+    OptimizerConfig,
+    RunConfig,
+    SaveConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """lmkit prepare: read, clean and tokenize a corpus once, into the cache."""
+
+    dataset: DatasetConfig
+    """Corpus; see the keys below."""
+    tokenizer: TokenizerConfig
+    """Tokenizer; see the keys below."""
+    force: bool = False
+    """Prepare again even if the result is in the cache."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """lmkit pretrain: train a model from scratch; prepares what is missing."""
+
+    dataset: DatasetConfig
+    """Corpus; see the keys below."""
+    tokenizer: TokenizerConfig
+    """Tokenizer; see the keys below."""
+    model: ModelConfig
+    """Model; see the keys below."""
+    optimizer: OptimizerConfig
+    """Optimizer; see the keys below."""
+    schedule: ScheduleConfig
+    """Learning-rate schedule; see the keys below."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """Device; see the keys below."""
+    train: TrainConfig
+    """Training loop; see the keys below."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logging; see the keys below."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Validation; see the keys below."""
+    save: SaveConfig = field(default_factory=SaveConfig)
+    """Checkpoints; see the keys below."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run directory; see the keys below."""
+    resume: bool = False
+    """Continue the run in run.dir, or start it when there is nothing yet."""
+    seed: int = 1
+    """Seed of initialisation, order and dropout (>= 0)."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.seed >= 0, "seed", self.seed, "must be >= 0")
+            check(
+                not self.resume or self.run.dir is not None,
+                "resume",
+                self.resume,
+                "needs run.dir=DIR, the run to continue",
+            )
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """lmkit finetune: continue from the weights of a run on other data, as a new run with the run's tokenizer."""
+
+    dataset: DatasetConfig
+    """Corpus to train on; see the keys below."""
+    optimizer: OptimizerConfig
+    """Optimizer; see the keys below."""
+    schedule: ScheduleConfig
+    """Learning-rate schedule; see the keys below."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """Device; see the keys below."""
+    train: TrainConfig
+    """Training loop; see the keys below."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logging; see the keys below."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Validation; see the keys below."""
+    save: SaveConfig = field(default_factory=SaveConfig)
+    """Checkpoints; see the keys below."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """run=DIR: the run to start from; run.dir=DIR: the run to make. See the keys below."""
+    resume: bool = False
+    """Continue the run in run.dir, or start it when there is nothing yet."""
+    seed: int = 1
+    """Seed of order and dropout (>= 0)."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.seed >= 0, "seed", self.seed, "must be >= 0")
+            check(
+                not self.resume or self.run.dir is not None,
+                "resume",
+                self.resume,
+                "needs run.dir=DIR, the run to continue",
+            )
+
+
+@dataclass(kw_only=True)
+class EvalPplConfig:
+    """lmkit eval-ppl: perplexity of a run over every token of a split, with counts and protocol."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run to evaluate; see the keys below."""
+    dataset: DatasetConfig | None = None
+    """Corpus to evaluate on; null: the corpus the run was trained on."""
+    split: str = "test"
+    """Split to score: train, valid or test."""
+    context: int | None = None
+    """Tokens a Transformer may see, the scored one's predecessors (>= 1); null: the model's own context."""
+    stride: int | None = None
+    """Tokens scored per window (1 to context): smaller gives each token more context; null: half the context."""
+    seq_len: int = 128
+    """Tokens per forward pass of a model with carried state (>= 1); changes the speed, not the number."""
+    batch_size: int = 16
+    """Windows scored at once (>= 1); changes the speed, not the number."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """Device; see the keys below."""
+    output: str | None = None
+    """Write the numbers to this JSON file."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.split in ("train", "valid", "test"), "split", self.split, "must be train, valid or test")
+            check(self.context is None or self.context >= 1, "context", self.context, "must be >= 1 or null")
+            check(self.stride is None or self.stride >= 1, "stride", self.stride, "must be >= 1 or null")
+            check(self.seq_len >= 1, "seq_len", self.seq_len, "must be >= 1")
+            check(self.batch_size >= 1, "batch_size", self.batch_size, "must be >= 1")
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn. Filters apply in the order of the keys."""
+
+    repetition_penalty: float = 1.0
+    """Divide positive (multiply negative) logits of tokens already seen (> 0; 1 = off; Keskar et al. 2019)."""
+    temperature: float = 1.0
+    """Divide the logits by this (>= 0); 0 is greedy."""
+    top_k: int | None = None
+    """Keep the k most probable tokens (>= 1); null: all."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens whose probability reaches p (0 < p <= 1; Holtzman et al. 2020); null: all."""
+    min_p: float | None = None
+    """Keep tokens at least p times as probable as the best one (0 <= p <= 1); null: all."""
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        with Problems() as check:
+            check(
+                0 < self.repetition_penalty < inf,
+                "sampling.repetition_penalty",
+                self.repetition_penalty,
+                "must be > 0 and finite",
+            )
+            check(0 <= self.temperature < inf, "sampling.temperature", self.temperature, "must be >= 0 and finite")
+            check(self.top_k is None or self.top_k >= 1, "sampling.top_k", self.top_k, "must be >= 1 or null")
+            check(
+                self.top_p is None or 0 < self.top_p <= 1,
+                "sampling.top_p",
+                self.top_p,
+                "must be above 0 and at most 1, or null",
+            )
+            check(
+                self.min_p is None or 0 <= self.min_p <= 1,
+                "sampling.min_p",
+                self.min_p,
+                "must be between 0 and 1, or null",
+            )
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """lmkit generate: continue a prompt. Text goes to stdout, everything else to stderr."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run to generate with; see the keys below."""
+    max_new_tokens: int = 100
+    """Tokens to generate per sample (>= 0); also -n N."""
+    num_samples: int = 1
+    """Samples per prompt (>= 1); also --num-samples N."""
+    stop: list[str] = field(default_factory=list)
+    """Stop strings: a sample ends before the first of them; also --stop TEXT, repeatable."""
+    stop_at_eos: bool = True
+    """End a sample at an end-of-document token (for ``word``: never, since <eos> only ends a line)."""
+    stream: bool = True
+    """Print the text as it is generated when there is one sample."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling; see the keys below."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """Device; see the keys below."""
+    seed: int = 1
+    """Seed of sampling (>= 0); also --seed N."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "must be >= 0")
+            check(self.num_samples >= 1, "num_samples", self.num_samples, "must be >= 1")
+            check(self.seed >= 0, "seed", self.seed, "must be >= 0")

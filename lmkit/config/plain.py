@@ -1,0 +1,87 @@
+"""Configuration as plain JSON data and back, strictly. Nothing in the data selects code: names map through SCHEMAS."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from enum import Enum
+from typing import Any, TypeVar
+
+from lmkit.config import ROOTS, SCHEMAS
+from lmkit.errors import ConfigError
+
+T = TypeVar("T")
+
+_KIND_OF = {cls: name for table in SCHEMAS.values() for name, cls in table.items()}
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return ``config`` as JSON data; a member of a group carries its schema name under ``kind``."""
+    plain: dict[str, Any] = {}
+    if type(config) in _KIND_OF:
+        plain["kind"] = _KIND_OF[type(config)]
+    for f in dataclasses.fields(config):
+        plain[f.name] = _value_to_plain(getattr(config, f.name))
+    return plain
+
+
+def _value_to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_plain(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [_value_to_plain(item) for item in value]
+    return value
+
+
+def from_plain(cls: type[T], data: Any, *, where: str = "config") -> T:
+    """Build ``cls`` (or the member of its group that ``kind`` names) from JSON data.
+
+    Raises ConfigError for an unknown kind or key and for a value of the wrong type, naming the place.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be an object, found {type(data).__name__}")
+    data = dict(data)
+    actual: type = cls
+    if "kind" in data:
+        kind = data.pop("kind")
+        candidates = {name: c for table in SCHEMAS.values() for name, c in table.items() if issubclass(c, cls)}
+        if kind not in candidates:
+            raise ConfigError(f"{where}.kind={kind!r} is unknown", f"known: {', '.join(sorted(candidates))}")
+        actual = candidates[kind]
+    hints = typing.get_type_hints(actual)
+    fields = {f.name for f in dataclasses.fields(actual)}
+    unknown = sorted(set(data) - fields)
+    if unknown:
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}", "it may come from a newer lmkit")
+    values = {name: _value_from_plain(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    return typing.cast(T, actual(**values))
+
+
+def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+        origin = typing.get_origin(hint)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list, found {type(value).__name__}")
+        return [_value_from_plain(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(hint):
+        return from_plain(typing.cast(type, hint), value, where=where)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if not isinstance(value, str) or value not in hint.__members__:
+            raise ConfigError(f"{where}={value!r} is unknown", f"known: {', '.join(hint.__members__)}")
+        return hint[value]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}={value!r} must be {hint.__name__}, found {type(value).__name__}")
+    return value
+
+
+__all__ = ["ROOTS", "from_plain", "to_plain"]

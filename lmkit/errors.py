@@ -1,0 +1,60 @@
+"""Errors that people see: one clear line each, and the documented exit code.
+
+A message names the file, key or value that is wrong; ``remedy`` says what to do about it. The command line prints
+``error: <problem>; <remedy>`` and exits with ``exit_code``; a traceback is shown only with ``debug=true``.
+"""
+
+from __future__ import annotations
+
+
+class LmkitError(Exception):
+    """Base of every error that lmkit raises for people. Exit code 1 is left to bugs and is never raised on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str | None = None) -> None:
+        super().__init__(problem if remedy is None else f"{problem}; {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+
+class ConfigError(LmkitError):
+    """A wrong command, option, key or value (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(LmkitError):
+    """A corpus, prepared data or tokenizer that is missing, damaged or does not match (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(LmkitError):
+    """A run or checkpoint that is missing, damaged or does not fit (exit code 4)."""
+
+    exit_code = 4
+
+
+class RunLockedError(LmkitError):
+    """The run directory is in use by another process (exit code 5)."""
+
+    exit_code = 5
+
+
+class ResourceError(LmkitError):
+    """Not enough disk or memory, a device that is not there, a missing optional package (exit code 6)."""
+
+    exit_code = 6
+
+
+class DivergedError(LmkitError):
+    """Loss, gradient or logits are not finite (exit code 7)."""
+
+    exit_code = 7
+
+
+class StoppedError(LmkitError):
+    """Stopped on request after saving; running again with ``resume=true`` continues (exit code 75, EX_TEMPFAIL)."""
+
+    exit_code = 75
