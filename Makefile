@@ -1,0 +1,53 @@
+# The developer loop. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread a process: the tests run in two processes, and tiny tensors gain nothing from more.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit smoke test-all repro format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmkit needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP)  ## make .venv and install lmkit with the tested versions
+
+demo: $(STAMP)  ## prepare, pretrain, eval-ppl and generate on the embedded corpus (at most 3 minutes on 2 cores)
+	@$(BIN)/python scripts/demo.py
+
+test: lint types unit smoke  ## lint, types, fast tests and the five commands in a row
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+unit: $(STAMP)  ## the fast tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+smoke: $(STAMP)  ## the five commands through the installed lmkit
+	$(TEST_ENV) $(BIN)/python scripts/smoke.py
+
+test-all: lint types $(STAMP)  ## every test, the slow ones and those on the real corpora (LMKIT_DATA) included
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+repro: $(STAMP)  ## train a recipe and evaluate it: make repro RECIPE=ptb_cpu_10min (needs LMKIT_DATA)
+	$(BIN)/lmkit pretrain recipe=$(RECIPE) run.dir=runs/repro-$(RECIPE)
+	$(BIN)/lmkit eval-ppl run=runs/repro-$(RECIPE) output=runs/repro-$(RECIPE)/test.json
+
+format: $(STAMP)  ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and the caches, not the runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

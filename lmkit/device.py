@@ -1,0 +1,114 @@
+"""Where and how to compute: one decision, taken once, and said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from lmkit.config.training import DeviceConfig, DeviceType, Precision, Switch
+from lmkit.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Device:
+    """The resolved device."""
+
+    torch_device: torch.device
+    precision: Precision
+    """fp32, bf16 or fp16: the format of matrix products; parameters stay in fp32."""
+    compile: bool
+    fused: bool
+    """Whether the optimizer may use torch's fused kernels."""
+    description: str
+    """One line for people: what was picked."""
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context in which a forward pass runs in the chosen precision."""
+        if self.precision is Precision.fp32:
+            yield
+            return
+        dtype = torch.bfloat16 if self.precision is Precision.bf16 else torch.float16
+        with torch.autocast(self.torch_device.type, dtype=dtype):
+            yield
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything it was given, before a clock is read."""
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
+        elif self.torch_device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_bytes(self) -> int:
+        """Memory in use: allocated peak on CUDA, resident size of the process elsewhere (bytes)."""
+        if self.torch_device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.torch_device))
+        return int(psutil.Process().memory_info().rss)
+
+
+def resolve_device(config: DeviceConfig) -> Device:
+    """Turn the configuration into a device that exists here.
+
+    Only ``auto`` chooses; a device or precision that was asked for by name and is not available is a ResourceError.
+    On CPUs ``auto`` never picks bf16: without AVX512-BF16 or AMX it is emulated, a hundred times slower than fp32.
+    """
+    kind = config.type
+    if kind is DeviceType.auto:
+        kind = DeviceType.cpu
+        if torch.cuda.is_available():
+            kind = DeviceType.cuda
+        elif torch.backends.mps.is_available():
+            kind = DeviceType.mps
+    if config.threads is not None or kind is DeviceType.cpu:
+        torch.set_num_threads(config.threads or available_cores())
+    if kind is DeviceType.cuda:
+        return _resolve_cuda(config)
+    if config.index is not None:
+        raise ResourceError(f"device.index={config.index} needs device=cuda", "leave device.index out")
+    if kind is DeviceType.mps:
+        if not torch.backends.mps.is_available():
+            raise ResourceError("device.type=mps is not available here", "use device=auto or device=cpu")
+        precision = Precision.fp32 if config.precision is Precision.auto else config.precision
+        name = "mps (Apple GPU)"
+    else:
+        precision = Precision.fp32 if config.precision is Precision.auto else config.precision
+        if precision is Precision.fp16:
+            raise ResourceError("device.precision=fp16 needs a GPU", "use device.precision=fp32")
+        name = f"cpu, {torch.get_num_threads()} threads"
+    compiled = config.compile is Switch.on
+    fused = config.fused is not Switch.off
+    return Device(torch.device(kind.name), precision, compiled, fused, _describe(name, precision, compiled))
+
+
+def _resolve_cuda(config: DeviceConfig) -> Device:
+    if not torch.cuda.is_available():
+        raise ResourceError("device.type=cuda is not available here", "use device=auto or device=cpu")
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if config.index is None else config.index
+    if index >= count:
+        raise ResourceError(f"device.index={index} is not there", f"this machine has {count}, numbered from 0")
+    precision = config.precision
+    bf16 = torch.cuda.get_device_capability(index) >= (8, 0)
+    if precision is Precision.auto:
+        precision = Precision.bf16 if bf16 else Precision.fp32
+    elif precision is Precision.bf16 and not bf16:
+        raise ResourceError("device.precision=bf16 is not supported by this GPU", "use device.precision=fp16 or fp32")
+    torch.set_float32_matmul_precision("high")
+    compiled = config.compile is not Switch.off
+    name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+    device = torch.device("cuda", index)
+    return Device(device, precision, compiled, config.fused is not Switch.off, _describe(name, precision, compiled))
+
+
+def _describe(name: str, precision: Precision, compiled: bool) -> str:
+    return f"{name}, {precision.name}{', compiled' if compiled else ''}"
+
+
+def available_cores() -> int:
+    """Cores that this process may use: the smaller of the physical cores and the allowed CPUs."""
+    allowed = len(psutil.Process().cpu_affinity()) if psutil.LINUX or psutil.WINDOWS else psutil.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))

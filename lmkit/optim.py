@@ -1,0 +1,178 @@
+"""Optimizers: torch's own where it has them, Muon here because torch's runs in bf16 even on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lmkit.config.training import (
+    AdadeltaConfig,
+    AdagradConfig,
+    AdamConfig,
+    AdamwConfig,
+    MuonConfig,
+    OptimizerConfig,
+    RmspropConfig,
+    SgdConfig,
+)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, *, fused: bool) -> Optimizer:
+    """The optimizer of ``config`` for the trainable parameters of ``model``.
+
+    Each parameter group holds ``peak_lr``, which set_lr multiplies by the schedule's factor. Weight decay applies to
+    parameters with two or more dimensions, not to gains and biases (as in GPT-2's and nanoGPT's training).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if isinstance(config, MuonConfig):
+        return _finish(_build_muon(config, model, named))
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    lr = config.lr
+    if isinstance(config, AdamConfig):
+        kind: type[torch.optim.Adam] = torch.optim.AdamW if isinstance(config, AdamwConfig) else torch.optim.Adam
+        betas = (config.beta1, config.beta2)
+        return _finish(kind(groups, lr=lr, betas=betas, eps=config.eps, fused=fused or None))
+    if isinstance(config, SgdConfig):
+        return _finish(
+            torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None)
+        )
+    if isinstance(config, AdagradConfig):
+        return _finish(torch.optim.Adagrad(groups, lr=lr, eps=config.eps))
+    if isinstance(config, AdadeltaConfig):
+        return _finish(torch.optim.Adadelta(groups, lr=lr, rho=config.rho, eps=config.eps))
+    if isinstance(config, RmspropConfig):
+        return _finish(torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps))
+    raise TypeError(f"no optimizer for {type(config).__name__}")
+
+
+def _build_muon(config: MuonConfig, model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> Optimizer:
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for name, p in named if p.ndim == 2 and id(p) not in tables and not name.startswith("head.")]
+    chosen = {id(p) for p in matrices}
+    tables_and_head = [p for _, p in named if p.ndim >= 2 and id(p) not in chosen]
+    rest = [p for _, p in named if p.ndim < 2]
+    adam: dict[str, Any] = {"kind": "adam", "lr": config.adam_lr}
+    return Muon(
+        [
+            {"params": matrices, "kind": "muon", "lr": config.lr, "weight_decay": config.weight_decay},
+            {"params": tables_and_head, "weight_decay": config.weight_decay, **adam},
+            {"params": rest, "weight_decay": 0.0, **adam},
+        ],
+        config,
+    )
+
+
+def _finish(optimizer: Optimizer) -> Optimizer:
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's learning rate to ``factor`` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def newton_schulz(matrix_MN: Tensor, steps: int) -> Tensor:
+    """Approximately replace the singular values of a matrix by 1 (they land between about 0.7 and 1.2).
+
+    The quintic iteration of Jordan et al. 2024 ("Muon: An optimizer for hidden layers"), with its coefficients.
+    In fp32 on CPUs, in bf16 on CUDA.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix_MN.bfloat16() if matrix_MN.device.type == "cuda" else matrix_MN.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        poly = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, poly, x, beta=a)
+    return (x.T if tall else x).to(matrix_MN.dtype)
+
+
+class Muon(Optimizer):
+    """Muon for hidden matrices and AdamW for the rest, in one optimizer (Jordan et al. 2024).
+
+    The update of a matrix is scaled by sqrt(max(1, rows / columns)). All decay is decoupled.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], config: MuonConfig) -> None:
+        super().__init__([group for group in groups if group["params"]], {})
+        self.config = config
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. ``closure`` is not supported."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                p.mul_(1.0 - group["lr"] * group["weight_decay"])
+                if group["kind"] == "muon":
+                    self._muon(p, group["lr"])
+                else:
+                    self._adam(p, group["lr"])
+
+    def _muon(self, p: Tensor, lr: float) -> None:
+        state, grad = self.state[p], p.grad
+        if grad is None:
+            return
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(grad, 1.0 - self.config.momentum)
+        direction = newton_schulz(grad.lerp(state["momentum"], self.config.momentum), self.config.ns_steps)
+        p.add_(direction, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+    def _adam(self, p: Tensor, lr: float) -> None:
+        config, state, grad = self.config, self.state[p], p.grad
+        if grad is None:
+            return
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        state["exp_avg"].lerp_(grad, 1.0 - config.beta1)
+        state["exp_avg_sq"].lerp_(grad.square(), 1.0 - config.beta2)
+        step = float(state["step"])
+        mean_scale = 1.0 / (1.0 - config.beta1**step)
+        denominator = (state["exp_avg_sq"] / (1.0 - config.beta2**step)).sqrt_().add_(config.eps)
+        p.addcdiv_(state["exp_avg"], denominator, value=-lr * mean_scale)
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, ``<parameter name>/<slot>``, for a checkpoint."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for p, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if value is not None:
+                tensors[f"{names[id(p)]}/{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what optimizer_tensors returned; the inverse, bit for bit. Names that fit nothing are a ValueError."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        if name not in parameters:
+            raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
+        p = parameters[name]
+        on_host = slot == "step" and not _steps_live_on_device(optimizer)
+        optimizer.state[p][slot] = value.clone() if on_host else value.to(p.device, copy=True)
+
+
+def _steps_live_on_device(optimizer: Optimizer) -> bool:
+    return any(bool(group.get("fused")) or bool(group.get("capturable")) for group in optimizer.param_groups)

@@ -1,0 +1,70 @@
+"""Laws of the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lmkit.config.training import (
+    ConstantConfig,
+    CosineConfig,
+    InverseSqrtConfig,
+    LinearConfig,
+    PlateauConfig,
+    ScheduleConfig,
+    WsdConfig,
+)
+from lmkit.schedules import lr_factor, num_plateaus
+
+ALL: list[ScheduleConfig] = [
+    ConstantConfig(),
+    CosineConfig(),
+    LinearConfig(),
+    WsdConfig(),
+    InverseSqrtConfig(),
+    PlateauConfig(),
+]
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda c: type(c).__name__)
+def test_factor_stays_between_0_and_1_and_warms_up_from_above_0(config: ScheduleConfig) -> None:
+    factors = [lr_factor(config, step, step / 1000) for step in range(1001)]
+    assert all(0.0 <= f <= 1.0 for f in factors)
+    assert 0.0 < factors[0] < factors[10] < factors[19]
+    assert max(factors) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "end"), [(CosineConfig(final_ratio=0.1), 0.1), (LinearConfig(), 0.0), (WsdConfig(), 0.0)]
+)
+def test_decaying_schedules_end_at_the_final_ratio(config: ScheduleConfig, end: float) -> None:
+    assert lr_factor(config, 1000, 1.0) == pytest.approx(end)
+
+
+def test_cosine_is_halfway_at_half_time() -> None:
+    assert lr_factor(CosineConfig(warmup_ratio=0.0), 500, 0.5) == pytest.approx(0.5)
+
+
+def test_wsd_is_constant_until_its_decay() -> None:
+    config = WsdConfig(decay_ratio=0.25)
+    assert lr_factor(config, 700, 0.74) == 1.0
+    assert lr_factor(config, 875, 0.875) == pytest.approx(0.5)
+
+
+def test_inverse_sqrt_follows_vaswani() -> None:
+    config = InverseSqrtConfig(warmup_steps=100)
+    assert lr_factor(config, 399, 0.4) == pytest.approx(math.sqrt(100 / 400))
+
+
+def test_warmup_steps_count_updates() -> None:
+    config = ConstantConfig(warmup_steps=4)
+    assert [lr_factor(config, step, 0.0) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_plateau_falls_once_per_stretch_without_improvement() -> None:
+    assert num_plateaus([5.0, 4.0, 3.0], patience=1) == 0
+    assert num_plateaus([5.0, 5.1, 5.2], patience=1) == 1
+    assert num_plateaus([5.0, 5.1, 5.2, 5.3, 5.4], patience=1) == 2
+    assert lr_factor(PlateauConfig(factor=0.5, patience=0), 9, 0.9, [3.0, 3.1]) == 0.5
+    assert lr_factor(PlateauConfig(factor=0.5, patience=0, min_ratio=0.3), 9, 0.9, [3.0] + [3.1] * 9) == 0.3
