@@ -16,6 +16,11 @@ T = TypeVar("T")
 _KIND_OF = {cls: name for table in SCHEMAS.values() for name, cls in table.items()}
 
 
+def kind_of(config: Any) -> str:
+    """Schema name of a member of a group, e.g. ``transformer``."""
+    return _KIND_OF[type(config)]
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """Return ``config`` as JSON data; a member of a group carries its schema name under ``kind``."""
     plain: dict[str, Any] = {}
@@ -84,4 +89,4 @@ def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-__all__ = ["ROOTS", "from_plain", "to_plain"]
+__all__ = ["ROOTS", "from_plain", "kind_of", "to_plain"]

@@ -28,6 +28,10 @@ class State(ABC):
     def select(self, rows: Tensor) -> State:
         """The state of the given batch rows (int64 indices, repeats allowed), as a copy."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A state that training carries from step to step, as named tensors for a checkpoint."""
+        raise TypeError(f"{type(self).__name__} is not carried from step to step")
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -71,6 +75,10 @@ class LanguageModel(nn.Module, ABC):
         returned if ``use_state`` is true or a state was given, else None; models with carried state always return it.
         Running a text in pieces with the state gives the same hidden vectors as running it at once.
         """
+
+    def state_from_tensors(self, tensors: dict[str, Tensor]) -> State:
+        """The inverse of State.tensors, for models with carried state."""
+        raise TypeError(f"{type(self).__name__} carries no state from step to step")
 
     def num_parameters(self) -> int:
         """Number of distinct trainable parameters (tied ones count once)."""

@@ -1,0 +1,159 @@
+"""Batches as a function of the step: ``batches[step]`` for any step, in O(1), from (tokens, sizes, seed) alone.
+
+Targets are the tokens of the stream and inputs the tokens before them, eos before the first; over one epoch every token
+is a target exactly once. Nothing is dropped: what does not fill a batch is padded with IGNORE targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmkit.errors import DataError
+from lmkit.models.base import IGNORE
+from lmkit.rng import derive_key
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads."""
+
+    inputs_BT: Tensor
+    """int64; the token before each target, eos_id where padded."""
+    targets_BT: Tensor
+    """int64; IGNORE where padded."""
+    starts_text: bool
+    """Whether the rows begin anew, so that carried state must be reset before this batch."""
+
+
+class Lanes:
+    """The stream cut into ``batch_size`` contiguous lanes of ceil(N / batch_size) tokens, read side by side.
+
+    Row b of batch k continues row b of batch k - 1, for models that carry their state (Zaremba et al. 2014). The last
+    lanes may be shorter. The first token of a lane is conditioned on the token before it in the stream. Every epoch is
+    the same.
+    """
+
+    def __init__(self, tokens: NDArray[np.integer], eos_id: int, batch_size: int, seq_len: int) -> None:
+        self._stream = _Stream(tokens, eos_id)
+        self._batch_size, self._seq_len = batch_size, seq_len
+        self.num_tokens = len(tokens)
+        """Targets per epoch."""
+        self._lane_len = -(-self.num_tokens // batch_size)
+        self.steps_per_epoch = -(-self._lane_len // seq_len)
+        """Batches per epoch."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of any step >= 0; epoch ``step // steps_per_epoch``."""
+        k = _checked(step) % self.steps_per_epoch
+        starts_B = np.arange(self._batch_size, dtype=np.int64) * self._lane_len
+        ends_B = np.minimum(starts_B + self._lane_len, self.num_tokens)
+        return self._stream.batch(starts_B + k * self._seq_len, ends_B, self._seq_len, starts_text=k == 0)
+
+
+class Windows:
+    """Windows of ``seq_len`` tokens in random order, without replacement, for models that start each window anew.
+
+    The first window of an epoch has a random length, so that the edges of all windows move from epoch to epoch; it and
+    the last one may be short. The number of windows is the same in every epoch. The order is a keyed permutation, so
+    there is nothing to store and nothing to replay.
+    """
+
+    ORDER_VERSION = 1
+    """Raised when the order of the same seed changes."""
+
+    def __init__(self, tokens: NDArray[np.integer], eos_id: int, batch_size: int, seq_len: int, seed: int) -> None:
+        self._stream = _Stream(tokens, eos_id)
+        self._batch_size, self._seq_len, self._seed = batch_size, seq_len, seed
+        self.num_tokens = len(tokens)
+        """Targets per epoch."""
+        # A first window of [r, T] tokens leaves q = ceil(N / T) windows, one of [1, r - 1] tokens q + 1, where r is the
+        # length of the last window of a cut without offset. The wider of the two ranges is used.
+        q = -(-self.num_tokens // seq_len)
+        r = self.num_tokens - (q - 1) * seq_len
+        self._first = (r, seq_len) if seq_len - r + 1 >= r - 1 else (1, r - 1)
+        self._num_windows = q if self._first[0] == r else q + 1
+        self.steps_per_epoch = -(-self._num_windows // batch_size)
+        """Batches per epoch."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of any step >= 0; epoch ``step // steps_per_epoch``."""
+        epoch, k = divmod(_checked(step), self.steps_per_epoch)
+        low, high = self._first
+        first = low + derive_key(self._seed, "order", epoch, "offset") % (high - low + 1)
+        permutation = Permutation(self._num_windows, derive_key(self._seed, "order", epoch))
+        rows_B = k * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
+        filled_B = rows_B < self._num_windows
+        windows_B = permutation(np.where(filled_B, rows_B, 0))
+        ends_B = np.minimum(first + windows_B * self._seq_len, self.num_tokens)
+        starts_B = np.where(windows_B == 0, 0, first + (windows_B - 1) * self._seq_len)
+        return self._stream.batch(starts_B, np.where(filled_B, ends_B, 0), self._seq_len, starts_text=True)
+
+
+class Permutation:
+    """A keyed bijection on [0, size): a Feistel network on the next power of four, with cycle walking.
+
+    Luby and Rackoff 1988; Black and Rogaway 2002 for the walk. The round function is the finaliser of splitmix64
+    (Steele et al. 2014). The values are fixed for ever: tests hold golden vectors.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, size: int, key: int) -> None:
+        self.size = size
+        self._half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+        self._mask = (np.uint64(1) << self._half_bits) - np.uint64(1)
+        counters = (key + np.arange(1, self.ROUNDS + 1, dtype=object) * 0x9E3779B97F4A7C15) % 2**64
+        self._keys = _mix(counters.astype(np.uint64))
+
+    def __call__(self, indices: Indices) -> Indices:
+        """The images of indices in [0, size)."""
+        values = np.asarray(indices).astype(np.uint64)
+        outside = np.ones(values.shape, bool)
+        while outside.any():  # each walk returns to [0, size) since it started there
+            values[outside] = self._encrypt(values[outside])
+            outside = values >= self.size
+        return values.astype(np.int64)
+
+    def _encrypt(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> self._half_bits, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right + key) & self._mask)
+        return (left << self._half_bits) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class _Stream:
+    """Tokens by position, and the token before each."""
+
+    def __init__(self, tokens: NDArray[np.integer], eos_id: int) -> None:
+        if len(tokens) == 0:
+            raise DataError("there are no tokens to make batches of", "check the split's text")
+        self._tokens, self._eos_id = tokens, eos_id
+
+    def batch(self, starts_B: Indices, ends_B: Indices, seq_len: int, *, starts_text: bool) -> Batch:
+        """Rows of up to ``seq_len`` targets from each start to each end (exclusive)."""
+        positions_BT = starts_B[:, None] + np.arange(seq_len, dtype=np.int64)
+        filled_BT = positions_BT < ends_B[:, None]
+        positions_BT = np.where(filled_BT, positions_BT, 0)
+        targets_BT = np.where(filled_BT, self._tokens[positions_BT].astype(np.int64), IGNORE)
+        before_BT = self._tokens[np.maximum(positions_BT - 1, 0)].astype(np.int64)
+        inputs_BT = np.where(filled_BT & (positions_BT > 0), before_BT, self._eos_id)
+        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), starts_text)
+
+
+def _checked(step: int) -> int:
+    if step < 0:
+        raise IndexError(f"step {step} is negative")  # also ends a for loop over the batches, which have no end
+    return step

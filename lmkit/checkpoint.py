@@ -1,0 +1,204 @@
+"""Checkpoints: whole or not there at all, verified by content hash, free of code.
+
+``<run>/checkpoints/step-000000012000/`` is immutable and holds model.safetensors, optim.safetensors (absent if there
+is nothing in it), state.json, config.json, tokenizer/ and, written last, MANIFEST.json. Saving is in
+``checkpoint_writer``. No pointer file is trusted: the latest checkpoint is the one with the highest step whose files
+agree with its manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lmkit import manifest as mf
+from lmkit.errors import CheckpointError
+from lmkit.manifest import Manifest, read_manifest, verify_checkpoint
+from lmkit.runs import CHECKPOINTS, FoundRun
+from lmkit.tensorfile import read_tensors
+
+VALID_LOSS = "valid_nats_per_token"
+"""Key of ``Snapshot.state``: validation loss of exactly these weights in nats, absent or null if not evaluated."""
+BEST = "best"
+LATEST = "latest"
+
+T = TypeVar("T")
+Warn = Callable[[str], None]
+log_warning: Warn = logging.getLogger("lmkit").warning
+
+
+@dataclass
+class Snapshot:
+    """Everything that a run is at a step boundary. Names of tied tensors may share one storage: it is stored once."""
+
+    step: int
+    """Optimizer steps completed."""
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    """JSON data: counters and the like. ``valid_nats_per_token`` decides which checkpoint is the best."""
+    config: dict[str, Any]
+    """JSON data, from lmkit.config.plain.to_plain."""
+
+
+def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool = False) -> Snapshot:
+    """Read a checkpoint onto the CPU, verifying size and SHA-256 of every file that is read.
+
+    Tied names come back as one tensor. Without the optimizer its file is neither read nor hashed. Raises
+    CheckpointError if anything disagrees with the manifest, or if a weight is NaN or infinite and that is not allowed.
+    """
+    manifest = read_manifest(path)
+    small = {
+        entry.path: mf.read_entry(
+            path, entry, max_bytes=mf.MAX_JSON_BYTES if entry.path in (mf.STATE, mf.CONFIG) else 1 << 30
+        )
+        for entry in manifest.files
+        if entry.path not in (mf.MODEL, mf.OPTIMIZER)
+    }
+    model = _read_section(path, manifest, mf.MODEL)
+    bad = None if allow_nonfinite else first_nonfinite(model)
+    if bad is not None:
+        raise CheckpointError(f"{path / mf.MODEL}: {bad} holds NaN or infinity", "use an earlier checkpoint")
+    return Snapshot(
+        step=manifest.step,
+        model=model,
+        optimizer=_read_section(path, manifest, mf.OPTIMIZER) if with_optimizer else {},
+        state=_json_object(small[mf.STATE], path / mf.STATE),
+        config=_json_object(small[mf.CONFIG], path / mf.CONFIG),
+    )
+
+
+def _read_section(path: Path, manifest: Manifest, file: str) -> dict[str, Tensor]:
+    entry = manifest.file(file)
+    if entry is None:
+        return {}
+    tensors = read_tensors(path, entry, manifest.tensors[file])
+    return tensors | {alias: tensors[name] for alias, name in manifest.aliases.get(file, {}).items()}
+
+
+def _json_object(raw: bytes, where: Path) -> dict[str, Any]:
+    value = mf.parse_json(raw, where)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of a floating-point tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        wide = tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
+        if wide.is_floating_point() and not bool(torch.isfinite(wide).all()):
+            return name
+    return None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run by step, oldest first; not verified."""
+    folder = run_dir / CHECKPOINTS
+    try:
+        entries = [p for p in folder.iterdir() if mf.step_of(p.name) is not None and p.is_dir() and not p.is_symlink()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise mf.unreadable(folder, error) from None
+    return sorted(entries, key=lambda p: p.name)
+
+
+def latest_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
+    """The newest checkpoint whose files all verify, or None if the run has none at all.
+
+    ``warn`` is told which newer ones were skipped and why. Raises CheckpointError if all that there are are damaged.
+    """
+    return _first_whole(run_dir, list_checkpoints(run_dir)[::-1], _verified, warn)
+
+
+def load_latest(run_dir: Path, warn: Warn = log_warning) -> tuple[Path, Snapshot] | None:
+    """The newest whole checkpoint and its content, optimizer included, read once; otherwise like latest_checkpoint."""
+    return _first_whole(
+        run_dir, list_checkpoints(run_dir)[::-1], lambda path: (path, load_checkpoint(path, with_optimizer=True)), warn
+    )
+
+
+def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
+    """The whole checkpoint with the lowest validation loss (the newest of equals); the latest if none was evaluated."""
+    newest_first = list_checkpoints(run_dir)[::-1]
+    losses: dict[str, float | None] = {}
+    for path in newest_first:
+        with contextlib.suppress(CheckpointError):  # _first_whole will say what is wrong with it
+            losses[path.name] = valid_loss(path)
+    return _first_whole(run_dir, best_first(newest_first, losses), _verified, warn)
+
+
+def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> list[Path]:
+    """Checkpoints by validation loss (directory name -> nats per token), then those without one, each newest first."""
+
+    def key(path: Path) -> float:
+        loss = losses.get(path.name)
+        return math.inf if loss is None else loss
+
+    return sorted(newest_first, key=key)
+
+
+def _verified(path: Path) -> Path:
+    verify_checkpoint(path)
+    return path
+
+
+def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], warn: Warn) -> T | None:
+    """``use`` of the first checkpoint for which it raises no CheckpointError."""
+    damaged = []
+    for path in paths:
+        try:
+            result = use(path)
+        except CheckpointError as error:
+            damaged.append(f"{path.name}: {error}")
+            continue
+        for problem in damaged:
+            warn(f"skipped a damaged checkpoint of {run_dir}, {problem}; using {path.name}")
+        return result
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint of {run_dir} is damaged ({'; '.join(damaged)})",
+            "restore one from a copy, or start a new run",
+        )
+    return None
+
+
+def valid_loss(path: Path) -> float | None:
+    """Validation loss in nats per token that a checkpoint records, if it was evaluated. Raises CheckpointError."""
+    entry = read_manifest(path).file(mf.STATE)
+    if entry is None:
+        return None
+    value = _json_object(mf.read_entry(path, entry), path / mf.STATE).get(VALID_LOSS)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def resolve_checkpoint(run: FoundRun | Path, which: str, warn: Warn = log_warning) -> Path:
+    """The checkpoint that ``which`` names: best, latest, or a directory name such as step-000000001000.
+
+    A run that was found by the path of one of its checkpoints gives that checkpoint. Raises CheckpointError.
+    """
+    found = run if isinstance(run, FoundRun) else FoundRun(run)
+    if found.checkpoint is not None:
+        return found.checkpoint
+    known = list_checkpoints(found.path)
+    if which in (BEST, LATEST):
+        path = (best_checkpoint if which == BEST else latest_checkpoint)(found.path, warn)
+    else:
+        path = next((p for p in known if p.name == which), None)
+    if path is not None:
+        return path
+    if not known:
+        raise CheckpointError(
+            f"{found.path} has no checkpoint", "continue it with resume=true, or name another run=DIR"
+        )
+    names = ", ".join(p.name for p in known)
+    raise CheckpointError(f"run.checkpoint={which!r} is not in {found.path}", f"there are best, latest, {names}")

@@ -1,0 +1,37 @@
+"""lmkit pretrain: train a model from scratch on a corpus, by gradient or by counting; prepares what is missing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lmkit.commands.training import Job, check_data, execute
+from lmkit.config.commands import PretrainConfig
+from lmkit.config.plain import kind_of, to_plain
+from lmkit.console import Console
+from lmkit.device import resolve_device
+from lmkit.prepared import prepare
+from lmkit.runs import Run
+
+
+def run(cfg: PretrainConfig) -> dict[str, Any]:
+    """Train, and return what was written to the run's result.json."""
+    started = time.monotonic()
+    console = Console()
+    device = resolve_device(cfg.device)
+    console.say(f"device: {device.description}")
+    prepared = prepare(cfg.dataset, cfg.tokenizer, console)
+    check_data(prepared, cfg.model, cfg.train.seq_len)
+    vocab_size = prepared.tokenizer.vocab_size
+    with Run.create(
+        cfg.run.dir,
+        root=cfg.run.root,
+        dataset=prepared.name,
+        model=kind_of(cfg.model),
+        resume=cfg.resume,
+        warn=console.warn,
+    ) as this_run:
+        model = cfg.model.build(vocab_size, seed=cfg.seed)
+        stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}
+        job = Job(cfg, this_run, model, cfg.model, prepared, stored, device, console, started)
+        return execute(job)

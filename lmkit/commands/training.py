@@ -1,0 +1,187 @@
+"""What ``pretrain`` and ``finetune`` share: from a model and prepared data to a finished run and its result table."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from lmkit.averaging import WeightAverage
+from lmkit.checkpoint import VALID_LOSS, Snapshot, load_latest
+from lmkit.checkpoint_writer import CheckpointWriter
+from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.model import ModelConfig, TransformerConfig
+from lmkit.console import Console, format_count, format_duration, format_number
+from lmkit.device import Device
+from lmkit.errors import ConfigError, DataError, DivergedError
+from lmkit.evaluate import Tally, perplexity, summarize
+from lmkit.models.base import LanguageModel
+from lmkit.models.ngram import KneserNey
+from lmkit.optim import build_optimizer
+from lmkit.prepared import PreparedData
+from lmkit.runs import Run, read_result
+from lmkit.session import Session, check_resumable, restore_trainer
+from lmkit.train import Trainer, TrainState
+
+
+@dataclass
+class Job:
+    """Everything a training command has put together before the first step."""
+
+    cfg: PretrainConfig | FinetuneConfig
+    run: Run
+    model: LanguageModel
+    model_config: ModelConfig
+    prepared: PreparedData
+    stored_config: dict[str, Any]
+    """What goes into every checkpoint's config.json."""
+    device: Device
+    console: Console
+    started: float
+    """time.monotonic() at which the command began."""
+
+
+def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None:
+    """Gate three: what only the data can tell. Raises ConfigError or DataError before the model is built."""
+    if isinstance(model, TransformerConfig) and seq_len > model.context:
+        raise ConfigError(
+            f"train.seq_len={seq_len} is longer than model.context={model.context}", "lower it or raise model.context"
+        )
+    for name in ("train", "valid"):
+        if name not in prepared.splits or prepared.splits[name].num_tokens == 0:
+            raise DataError(f"the dataset has no {name} split", "raise dataset.valid_fraction, or add the files")
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Train (or count), evaluate on valid, save, write result.json, and show the result."""
+    job.run.begin(
+        seed=job.cfg.seed,
+        command=["lmkit", *sys.argv[1:]],
+        digests={"data": job.prepared.key, "tokenizer": job.prepared.tokenizer.digest},
+    )
+    found = load_latest(job.run.path, job.console.warn)
+    changes = check_resumable(found[1].config, job.stored_config) if found is not None else []
+    if changes:
+        job.run.journal("changed", {"keys": changes})
+    before = read_result(job.run.path)
+    if before is not None and found is not None and not [c for c in changes if c.startswith("train.")]:
+        job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
+        return before
+    if isinstance(job.model, KneserNey):
+        return _count(job, job.model)
+    return _train(job, found[1] if found is not None else None)
+
+
+def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
+    cfg = job.cfg
+    model = job.model.to(job.device.torch_device)
+    trainer = Trainer(
+        model=model,
+        optimizer=build_optimizer(cfg.optimizer, model, fused=job.device.fused),
+        optimizer_config=cfg.optimizer,
+        schedule=cfg.schedule,
+        device=job.device,
+        seed=cfg.seed,
+        micro_batch_size=cfg.train.micro_batch_size or cfg.train.batch_size,
+        state=TrainState.from_json(_without_loss(snapshot.state)) if snapshot is not None else TrainState(),
+        average=None if cfg.train.ema_decay is None else WeightAverage(model, cfg.train.ema_decay),
+    )
+    if snapshot is not None:
+        restore_trainer(trainer, snapshot)
+        job.run.cut_metrics(snapshot.step)
+        job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
+    session = Session(
+        run=job.run,
+        trainer=trainer,
+        prepared=job.prepared,
+        stored_config=job.stored_config,
+        train=cfg.train,
+        log=cfg.log,
+        eval=cfg.eval,
+        save=cfg.save,
+        carries_state=job.model_config.carries_state,
+        console=job.console,
+        started=job.started,
+    )
+    _say_plan(job, session)
+    tally = session.execute()
+    session.plot()
+    state = trainer.state
+    numbers = {
+        "step": state.step,
+        "epochs": state.step / session.batches.steps_per_epoch,
+        "trained_tokens": state.num_targets,
+        "elapsed_s": state.elapsed_s,
+        "best_valid_loss": min(state.valid_losses),
+    }
+    return _finish(job, tally, numbers)
+
+
+def _say_plan(job: Job, session: Session) -> None:
+    train = job.prepared.splits["train"]
+    steps = f"{session.max_steps} steps" if session.max_steps is not None else f"{job.cfg.train.budget}"
+    job.console.say(
+        f"model: {format_count(job.model.num_parameters())} parameters; train: {format_count(train.num_tokens)} tokens,"
+        f" {session.batches.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
+    )
+
+
+def _without_loss(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != VALID_LOSS}
+
+
+def _count(job: Job, model: KneserNey) -> dict[str, Any]:
+    """Estimate an n-gram model, save it as the checkpoint of step 1, and score valid."""
+    tokenizer, splits = job.prepared.tokenizer, job.prepared.splits
+    job.console.say(f"counting {format_count(splits['train'].num_tokens)} tokens")
+    model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id, line_ends=tokenizer.ends_lines)
+    tally = perplexity(
+        model,
+        splits["valid"].tokens,
+        tokenizer.eos_id,
+        carries_state=True,
+        context=None,
+        stride=None,
+        seq_len=1024,
+        batch_size=1,
+        device=job.device,
+    )
+    loss = tally.nats / tally.num_tokens
+    if not loss < float("inf"):
+        raise DivergedError("the n-gram model gives a valid token no probability")
+    with CheckpointWriter(job.run, tokenizer, keep=job.cfg.save.keep, warn=job.console.warn) as writer:
+        state = {"step": 1, VALID_LOSS: loss}
+        writer.submit(Snapshot(1, dict(model.state_dict()), {}, state, job.stored_config))
+    numbers = {"step": 1, "epochs": 1.0, "trained_tokens": splits["train"].num_tokens, "best_valid_loss": loss}
+    return _finish(job, tally, numbers)
+
+
+def _finish(job: Job, tally: Tally, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Write result.json and show the table."""
+    valid = job.prepared.splits["valid"]
+    scores = summarize(tally, valid)
+    result = {
+        "command": job.stored_config["command"],
+        "dataset": job.prepared.name,
+        "split": "valid",
+        "num_parameters": job.model.num_parameters(),
+        **numbers,
+        **scores,
+    }
+    job.run.journal("finished", {"step": numbers["step"]})
+    job.run.write_result(result)
+    rows = [
+        ("dataset", job.prepared.name),
+        ("model", f"{job.stored_config['model']['kind']}, {format_count(job.model.num_parameters())} parameters"),
+        ("trained", f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs, {format_count(numbers['trained_tokens'])} tokens"),
+        ("valid perplexity per token", format_number(scores["token_ppl"])),
+        ("valid perplexity per word", format_number(scores["word_ppl"])),
+        ("valid bits per byte", f"{scores['bits_per_byte']:.4f}"),
+        ("valid accuracy", f"{100 * scores['accuracy']:.2f} %"),
+        ("run", str(job.run.path)),
+    ]
+    if "elapsed_s" in numbers:
+        rows.insert(3, ("time", format_duration(numbers["elapsed_s"])))
+    job.console.table("Result", rows)
+    job.console.say(f"next: lmkit eval-ppl run={job.run.path}   lmkit generate run={job.run.path} --prompt TEXT")
+    return result

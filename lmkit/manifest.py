@@ -1,0 +1,350 @@
+"""MANIFEST.json, the last file written into a checkpoint: what the checkpoint holds, with sizes and SHA-256.
+
+Everything that is read from a checkpoint is untrusted until it agrees with the manifest, and the manifest until it is
+exactly what this module would write: canonical JSON, known keys, plain file names, its own digest. Nothing in it names
+code. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from lmkit import storage
+from lmkit.errors import CheckpointError
+
+FORMAT = "lmkit-checkpoint"
+VERSION = 1
+MANIFEST = "MANIFEST.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optim.safetensors"
+STATE = "state.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer's files."""
+
+MAX_JSON_BYTES = 16 << 20
+_MAX_FILES = 100
+_MAX_TENSORS = 20_000
+_REQUIRED = frozenset({MODEL, STATE, CONFIG})
+_PATH = re.compile(rf"(?:{TOKENIZER}/)?[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TENSOR = re.compile(r"([A-Z][A-Z0-9_]{1,15})\[((?:[0-9]{1,15}(?:,[0-9]{1,15}){0,15})?)\]")
+_STEP_DIR = re.compile(r"step-([0-9]{12})")
+_TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,1000}")
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes per element of the safetensors number formats that a checkpoint may hold."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    path: str
+    """Relative to the checkpoint, with / between folder and name."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Number format and shape of one tensor; written as ``F32[10000,256]``."""
+
+    dtype: str
+    """A key of DTYPE_BYTES."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of MANIFEST.json."""
+
+    run_id: str
+    step: int
+    """Optimizer steps completed."""
+    created: str
+    """UTC time, ISO 8601; for people only."""
+    files: tuple[FileEntry, ...]
+    tensors: dict[str, dict[str, TensorSpec]]
+    """Tensor file -> tensor name -> spec."""
+    aliases: dict[str, dict[str, str]]
+    """Tensor file -> name of a tied tensor -> name under which its data is stored."""
+    digests: dict[str, str]
+    """SHA-256 of the config, tokenizer and prepared data (``data`` is the key of the prepared data)."""
+    environment: dict[str, str]
+    """Versions, platform and threads; an allow-list, never the process's environment variables."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files but the manifest."""
+        return sum(entry.bytes for entry in self.files)
+
+    def file(self, path: str) -> FileEntry | None:
+        """The entry of ``path``, or None if the checkpoint has no such file."""
+        return next((entry for entry in self.files if entry.path == path), None)
+
+    def to_bytes(self) -> bytes:
+        """MANIFEST.json, canonical: equal manifests are equal bytes. ``self`` is the digest of all the rest."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "run_id": self.run_id,
+            "step": self.step,
+            "created": self.created,
+            "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+            "tensors": {f: {name: str(spec) for name, spec in table.items()} for f, table in self.tensors.items()},
+            "aliases": self.aliases,
+            "digests": self.digests,
+            "environment": self.environment,
+        }
+        body["self"] = hashlib.sha256(canonical_json(body)).hexdigest()
+        return canonical_json(body)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 that pins the whole checkpoint (``self`` in the file)."""
+        digest: str = json.loads(self.to_bytes())["self"]
+        return digest
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and one fixed layout; NaN and infinity are a ValueError."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def parse_json(raw: bytes, where: Path) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity. Raises CheckpointError naming the file."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) != len(items):
+            raise ValueError("duplicate key")
+        return value
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not allowed")
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON ({error})") from None
+
+
+def read_small_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a regular file of at most ``max_bytes``. Raises CheckpointError naming the file."""
+    try:
+        with storage.open_regular(path) as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if len(raw) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes} bytes")
+    return raw
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error for people for an OSError met while reading a checkpoint."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return CheckpointError(f"{path} is missing", "it may have been retired by its run in the meantime")
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}")
+
+
+def step_directory(step: int) -> str:
+    """Name of the checkpoint of ``step``."""
+    return f"step-{step:012d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint's directory name, or None if it is not such a name."""
+    match = _STEP_DIR.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check MANIFEST.json. No other file is opened. Raises CheckpointError naming what is wrong."""
+    path = checkpoint / MANIFEST
+    raw = read_small_file(path)
+    data = parse_json(raw, path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the manifest of an lmkit checkpoint")
+    version = data.get("version")
+    if type(version) is int and version > VERSION:
+        raise CheckpointError(f"{path} has format version {version}, newer than {VERSION}", "update lmkit to read it")
+    if version != VERSION or type(version) is not int:
+        raise CheckpointError(f"{path} has the unknown format version {version!r}")
+    try:
+        manifest = _manifest_from(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is malformed ({error})") from None
+    if manifest.to_bytes() != raw:  # covers `self`, unknown keys and every byte that the fields do not
+        raise CheckpointError(f"{path} is damaged: it does not match its own SHA-256")
+    name_step = step_of(checkpoint.name)
+    if name_step is not None and name_step != manifest.step:
+        raise CheckpointError(f"{checkpoint} holds step {manifest.step}", "the directory was renamed: restore its name")
+    return manifest
+
+
+def _manifest_from(data: Mapping[str, Any]) -> Manifest:
+    """The manifest in parsed JSON; ValueError, TypeError or KeyError where it is not one."""
+    files = tuple(
+        FileEntry(path=_text(f["path"]), bytes=_count(f["bytes"]), sha256=_sha256(f["sha256"])) for f in data["files"]
+    )
+    _check_paths([entry.path for entry in files])
+    tensors = {
+        file: {name: _tensor_spec(name, text) for name, text in _table(table).items()}
+        for file, table in _table(data["tensors"]).items()
+    }
+    if sum(map(len, tensors.values())) > _MAX_TENSORS:
+        raise ValueError(f"more than {_MAX_TENSORS} tensors")
+    if set(tensors) != {f.path for f in files} & {MODEL, OPTIMIZER}:
+        raise ValueError("tensor tables and files differ")
+    aliases = {file: _texts(table) for file, table in _table(data["aliases"]).items()}
+    for file, table in aliases.items():
+        if not set(table.values()) <= set(tensors[file]) or set(table) & set(tensors[file]):
+            raise ValueError("tied tensors do not fit the tensor table")
+    return Manifest(
+        run_id=_text(data["run_id"]),
+        step=_count(data["step"]),
+        created=_text(data["created"]),
+        files=files,
+        tensors=tensors,
+        aliases=aliases,
+        digests=_texts(data["digests"]),
+        environment=_texts(data["environment"]),
+    )
+
+
+def _check_paths(paths: list[str]) -> None:
+    if len(paths) > _MAX_FILES:
+        raise ValueError(f"more than {_MAX_FILES} files")
+    for path in paths:
+        known = path in _REQUIRED or path == OPTIMIZER or path.startswith(f"{TOKENIZER}/")
+        if not _PATH.fullmatch(path) or not known:
+            raise ValueError(f"file name {path[:100]!r} is not allowed")
+    if len({path.casefold() for path in paths}) != len(paths):
+        raise ValueError("a file is listed twice")
+    if not _REQUIRED.issubset(paths):
+        raise ValueError(f"not listed: {', '.join(sorted(_REQUIRED - set(paths)))}")
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {type(value).__name__}")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {key: _text(item) for key, item in _table(value).items()}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count, found {str(value)[:50]}")
+    return value
+
+
+def _sha256(value: Any) -> str:
+    if not _SHA256.fullmatch(_text(value)):
+        raise ValueError("expected a SHA-256")
+    return _text(value)
+
+
+def check_tensor_name(name: str) -> None:
+    """ValueError unless the name is short, printable and not reserved by the safetensors format."""
+    if not _TENSOR_NAME.fullmatch(name) or name == "__metadata__":
+        raise ValueError(f"tensor name {name[:100]!r} is not allowed")
+
+
+def _tensor_spec(name: str, text: Any) -> TensorSpec:
+    check_tensor_name(name)
+    match = _TENSOR.fullmatch(_text(text))
+    if match is None or match[1] not in DTYPE_BYTES:
+        raise ValueError(f"tensor {name!r} has the unknown type {_text(text)[:50]!r}")
+    return TensorSpec(match[1], tuple(int(size) for size in match[2].split(",")) if match[2] else ())
+
+
+def open_entry(checkpoint: Path, entry: FileEntry) -> BufferedReader:
+    """Open a file of the manifest if it has the right size. Raises CheckpointError."""
+    path = checkpoint / entry.path
+    try:
+        if (checkpoint / TOKENIZER).is_symlink():
+            raise CheckpointError(f"{checkpoint / TOKENIZER} is a symbolic link")
+        file = storage.open_regular(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    size = file.seek(0, 2)
+    file.seek(0)
+    if size != entry.bytes:
+        file.close()
+        raise CheckpointError(f"{path} is damaged: {size} bytes, expected {entry.bytes}")
+    return file
+
+
+def read_entry(checkpoint: Path, entry: FileEntry, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The verified bytes of a small file of the manifest. Raises CheckpointError."""
+    path = checkpoint / entry.path
+    if entry.bytes > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes} bytes")
+    with open_entry(checkpoint, entry) as file:
+        try:
+            raw = file.read()
+        except OSError as error:
+            raise unreadable(path, error) from None
+    check_digest(path, entry, hashlib.sha256(raw).hexdigest())
+    return raw
+
+
+def check_digest(path: Path, entry: FileEntry, found: str) -> None:
+    """CheckpointError unless the SHA-256 is the manifest's."""
+    if found != entry.sha256:
+        raise CheckpointError(f"{path} is damaged: SHA-256 {found[:12]}..., expected {entry.sha256[:12]}...")
+
+
+def verify_entry(checkpoint: Path, entry: FileEntry, *, from_disk: bool = False) -> None:
+    """Hash one file and compare. ``from_disk`` drops the cached pages first. Raises CheckpointError."""
+    path = checkpoint / entry.path
+    digest = hashlib.sha256()
+    with open_entry(checkpoint, entry) as file:
+        if from_disk:
+            storage.drop_cache(file)
+        try:
+            while piece := file.read(storage.PIECE_BYTES):
+                digest.update(piece)
+        except OSError as error:
+            raise unreadable(path, error) from None
+    check_digest(path, entry, digest.hexdigest())
+
+
+def verify_checkpoint(checkpoint: Path, *, from_disk: bool = False) -> Manifest:
+    """Check the manifest, then size and SHA-256 of every file. Raises CheckpointError naming what is wrong."""
+    manifest = read_manifest(checkpoint)
+    for entry in manifest.files:
+        open_entry(checkpoint, entry).close()
+    for entry in manifest.files:
+        verify_entry(checkpoint, entry, from_disk=from_disk)
+    return manifest

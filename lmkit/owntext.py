@@ -1,0 +1,163 @@
+"""Own text: folders of text files and of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmkit import textfiles
+from lmkit.cleaning import Piece, one_document
+from lmkit.config.data import JsonlConfig, TextConfig
+from lmkit.documents import SPLITS, Corpus, RecordCorpus, hash_fraction, held_out_shares
+from lmkit.errors import ConfigError, DataError
+from lmkit.textfiles import Part
+
+_SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+_MANY_DOCUMENTS = 20
+
+
+class TextCorpus(Corpus):
+    """Text files: one document a file; a few large files are cut by lines into contiguous parts.
+
+    A folder may hold the splits itself, as files (train.txt, valid.txt, test.txt) or as folders (train/, valid/,
+    test/). A split that is not there is held out from train: of 20 documents or more, whole ones by the order of a hash
+    of their relative path, at least one; of fewer, the end of each file (first train, then valid, then test).
+    """
+
+    name = "text"
+    _SUFFIX = ".txt"
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config.cleaning)
+        self._root = _existing_path(config.path, "text")
+        self._sources = _split_sources(self._root, self._SUFFIX)
+        self._held_out = held_out_shares(config.valid_fraction, config.test_fraction, self._sources)
+        self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._held_out)
+        self.source = _describe(self._root, self._sources, self._held_out)
+        self._config = config
+        self._parts: dict[str, list[Part]] | None = None
+
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        stamps = {split: textfiles.stamp_files(files) for split, files in self._sources.items()}
+        if None in stamps.values():
+            return None
+        return {"text": str(self._root), "held_out": self._held_out, "files": stamps}
+
+    def _read(self, splits: Collection[str]) -> Iterator[tuple[str, Piece]]:
+        if self._parts is None:
+            self._parts = self._cut()
+        for split in (split for split in SPLITS if split in splits):
+            for part in self._parts[split]:
+                for piece in one_document(textfiles.text_blocks(part)):
+                    yield split, piece
+
+    def _cut(self) -> dict[str, list[Part]]:
+        parts: dict[str, list[Part]] = {split: [Part(path) for path in files] for split, files in self._sources.items()}
+        if not self._held_out:
+            return parts
+        files = self._sources["train"]
+        parts |= {split: [] for split in ("train", *self._held_out)}
+        if len(files) >= _MANY_DOCUMENTS:
+            base = self._root if self._root.is_dir() else self._root.parent
+            ranked = sorted(files, key=lambda path: hash_fraction(path.relative_to(base).as_posix().encode()))
+            owner = dict.fromkeys(files, "train")
+            for split, fraction in self._held_out.items():
+                count = max(1, round(fraction * len(files)))
+                owner.update(dict.fromkeys(ranked[:count], split))
+                ranked = ranked[count:]
+            for path in files:
+                parts[owner[path]].append(Part(path))
+            return parts
+        for path in files:
+            fractions = (self._held_out.get("valid", 0.0), self._held_out.get("test", 0.0))
+            second, third, size = textfiles.cut_by_lines(path, fractions)
+            for split, start, end in (("train", 0, second), ("valid", second, third), ("test", third, size)):
+                if start < end:
+                    parts[split].append(Part(path, start, end))
+        return parts
+
+
+class JsonlCorpus(RecordCorpus):
+    """JSON lines: one document a line, in one field. A folder may hold train.jsonl, valid.jsonl, test.jsonl."""
+
+    name = "jsonl"
+
+    def __init__(self, config: JsonlConfig) -> None:
+        super().__init__(config.cleaning)
+        self._root = _existing_path(config.path, "jsonl")
+        self._sources = _split_sources(self._root, ".jsonl")
+        self._own = tuple(self._sources)
+        self._held_out = held_out_shares(config.valid_fraction, config.test_fraction, self._sources)
+        self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._held_out)
+        self.source = _describe(self._root, self._sources, self._held_out)
+        self._field = config.text_field
+
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        stamps = {split: textfiles.stamp_files(files) for split, files in self._sources.items()}
+        if None in stamps.values():
+            return None
+        return {"jsonl": str(self._root), "field": self._field, "held_out": self._held_out, "files": stamps}
+
+    def _texts(self, split: str) -> Iterator[str]:
+        for path in self._sources[split]:
+            for number, line in enumerate(textfiles.text_lines(path), start=1):
+                if not line.isspace():
+                    yield self._text(line, f"{path}, line {number}")
+
+    def _text(self, line: str, where: str) -> str:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {error}", "repair or remove the line") from error
+        if not isinstance(record, dict) or self._field not in record:
+            keys = (
+                f"its keys are {', '.join(map(repr, record))[:200]}" if isinstance(record, dict) else "it is no object"
+            )
+            raise DataError(f"{where} has no field '{self._field}'; {keys}", "set dataset.text_field=NAME")
+        text = record[self._field]
+        if not isinstance(text, str):
+            raise DataError(f"{where}: field '{self._field}' is no string but {type(text).__name__}", "repair the line")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where} holds half a character (a lone surrogate)", "repair the line") from error
+        return text
+
+
+def _existing_path(path: str | None, kind: str) -> Path:
+    if path is None:
+        raise ConfigError(f"dataset={kind} needs a file or folder", "set dataset.path=PATH")
+    found = Path(path).expanduser().absolute()
+    if not found.exists():
+        raise DataError(f"{found} does not exist", "set dataset.path to a file or folder")
+    return found
+
+
+def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
+    """Split -> its files. Without train and another split by name, everything is train."""
+    if root.is_file():
+        return {"train": [root]}
+    named: dict[str, list[Path]] = {}
+    for split, names in _SPLIT_NAMES.items():
+        for name in names:
+            files = [root / (name + suffix + ending) for ending in ("", ".gz", ".zst")]
+            found = [path for path in files if path.is_file()]
+            found += textfiles.find_files(root / name, suffix) if (root / name).is_dir() else []
+            if found and split in named:
+                raise DataError(f"{root} has more than one {split} split: {named[split][0].name}, {found[0].name}")
+            if found:
+                named[split] = found
+    if "train" in named and len(named) > 1:
+        return named
+    files = textfiles.find_files(root, suffix)
+    if not files:
+        raise DataError(f"{root} holds no {suffix}, {suffix}.gz or {suffix}.zst file", "check dataset.path")
+    return {"train": files}
+
+
+def _describe(root: Path, sources: Mapping[str, list[Path]], held_out: Mapping[str, float]) -> str:
+    files = sum(map(len, sources.values()))
+    cut = "".join(f", {split} is {share:.0%} of train" for split, share in held_out.items())
+    return f"{root} ({files} file{'s' if files > 1 else ''}{cut})"

@@ -1,0 +1,241 @@
+"""Preparation: read, clean and tokenize a corpus once, into a content-addressed cache.
+
+The folder of a result is named by the SHA-256 of the text of all splits, the tokenizer, the cleaning options and the
+format version, so data is never stale and is shared between runs. It appears by one rename when it is complete; what a
+killed process leaves is a ``.tmp-`` folder that the next one removes. Peak memory does not depend on the size of the
+corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+
+from lmkit import storage
+from lmkit.config.data import DatasetConfig, HfTokenizerConfig, TokenizerConfig
+from lmkit.config.plain import to_plain
+from lmkit.console import Console, format_count
+from lmkit.corpus import Corpus, open_corpus
+from lmkit.errors import DataError, ResourceError
+from lmkit.survey import VERSION as TEXT_VERSION
+from lmkit.survey import Survey, Surveyor, digest_of, recall, remember
+from lmkit.tokenfiles import FORMAT, VERSION, PreparedData, Split, SplitWriter, open_prepared, write_index
+from lmkit.tokenizers import Tokenizer, train_tokenizer
+
+__all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare"]
+
+_QUIET_S = 1.0
+"""No progress is shown before this time, since most preparations are over by then."""
+
+
+def cache_dir() -> Path:
+    """The folder of prepared data: LMKIT_CACHE, or lmkit's folder in the user's cache."""
+    override = os.environ.get("LMKIT_CACHE")
+    return Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("lmkit")
+
+
+def prepare(
+    dataset: DatasetConfig,
+    tokenizer: TokenizerConfig | Tokenizer,
+    console: Console | None = None,
+    *,
+    force: bool = False,
+) -> PreparedData:
+    """Read, clean and tokenize a corpus, or find the result of an earlier preparation of the same text.
+
+    A tokenizer configuration is trained on the split train; an existing tokenizer is used as it is. The text is read
+    once if it is short, else twice (a tokenizer that is trained in several passes reads train again). Two processes
+    that prepare the same data do it once: the second waits. Raises DataError (text, tokenizer), ResourceError (disk).
+    """
+    console = console or Console(io.StringIO())
+    if isinstance(tokenizer, HfTokenizerConfig):
+        tokenizer = train_tokenizer(tokenizer, lambda: iter(()))
+    try:
+        return _Preparation(open_corpus(dataset), dataset, tokenizer, console, force).run()
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write prepared data to {cache_dir()}: {error.strerror or error}",
+            "free disk space, or set LMKIT_CACHE to another folder",
+        ) from error
+
+
+class _Preparation:
+    def __init__(
+        self,
+        corpus: Corpus,
+        dataset: DatasetConfig,
+        tokenizer: TokenizerConfig | Tokenizer,
+        console: Console,
+        force: bool,
+    ) -> None:
+        self.corpus, self.console, self.force = corpus, console, force
+        self.root = cache_dir()
+        self.folder = self.root / "prepared"
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        self.config = None if isinstance(tokenizer, Tokenizer) else tokenizer
+        self.identity = {
+            "format": [FORMAT, VERSION, TEXT_VERSION],
+            "tokenizer": tokenizer.digest if isinstance(tokenizer, Tokenizer) else to_plain(tokenizer),
+            "cleaning": asdict(dataset.cleaning),
+        }
+        self.request = digest_of([self.identity, to_plain(dataset), os.getcwd()])[:32]
+        """Names the work: who wants the same takes turns."""
+
+    def run(self) -> PreparedData:
+        if found := self._find(self._recall()):
+            return found
+        with self._lock():
+            self._sweep()
+            fingerprint = self._fingerprint()
+            survey = recall(self.root / "surveys", fingerprint)
+            if found := self._find(survey):
+                return found
+            if survey is None:
+                survey = self._survey()
+                if fingerprint == self._fingerprint():
+                    remember(self.root / "surveys", fingerprint, survey)
+                if found := self._find(survey):
+                    return found
+            return self._build(survey)
+
+    def _fingerprint(self) -> Mapping[str, Any] | None:
+        fingerprint = self.corpus.fingerprint()
+        if fingerprint is None:
+            return None
+        return {"version": TEXT_VERSION, "cleaning": self.identity["cleaning"], "corpus": dict(fingerprint)}
+
+    def _recall(self) -> Survey | None:
+        return recall(self.root / "surveys", self._fingerprint())
+
+    def _key(self, survey: Survey) -> str:
+        texts = {split: [counts.text_digest, counts.documents_digest] for split, counts in survey.counts.items()}
+        return digest_of({**self.identity, "texts": texts})
+
+    def _find(self, survey: Survey | None) -> PreparedData | None:
+        if survey is None or self.force:
+            return None
+        key = self._key(survey)
+        path = self.folder / key
+        if not path.is_dir():
+            return None
+        try:
+            data = open_prepared(path)
+        except DataError as error:
+            self.console.warn(f"{error.problem}; preparing it again")
+            return None
+        return replace(data, name=self.corpus.name, report=data.report | {"source": self.corpus.source})
+
+    def _survey(self) -> Survey:
+        start_s = time.monotonic()
+        with self.console.progress(None, f"reading {self.corpus.name}") as bar:
+
+            def progress(num_chars: int) -> None:
+                if time.monotonic() - start_s > _QUIET_S:
+                    bar.update(num_chars, text=f"{num_chars / 1e6:.0f} MB")
+
+            def train(lines: Callable[[], Iterator[str]]) -> None:
+                if self.config is not None:
+                    self.tokenizer = train_tokenizer(self.config, lines)
+
+            return Surveyor(self.corpus, progress).run(train)
+
+    def _train_text(self, survey: Survey) -> Iterator[str]:
+        if survey.pieces is None:
+            return (piece.text for piece in self.corpus.pieces("train"))
+        return (piece.text for split, piece in survey.pieces if split == "train")
+
+    def _build(self, survey: Survey) -> PreparedData:
+        if self.tokenizer is None:
+            assert self.config is not None
+            self.tokenizer = train_tokenizer(self.config, lambda: self._train_text(survey))
+        key = self._key(survey)
+        temporary = self.folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
+        temporary.mkdir()
+        try:
+            splits = self._encode(survey, self.tokenizer, temporary)
+            report = {"source": self.corpus.source, "cleaning": survey.cleaning}
+            write_index(temporary, key, self.corpus.name, self.tokenizer, splits, report)
+            self._publish(temporary, self.folder / key)
+        finally:
+            if temporary.exists():
+                storage.remove_tree(temporary)
+        return open_prepared(self.folder / key)
+
+    def _encode(self, survey: Survey, tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write the token files; returns what the index says of each split."""
+        done, start_s = 0, time.monotonic()
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(self.console.progress(survey.total_bytes, f"tokenizing {self.corpus.name}"))
+            writers = {split: stack.enter_context(SplitWriter(folder, split, tokenizer)) for split in survey.counts}
+            for split, piece in self.corpus.read() if survey.pieces is None else survey.pieces:
+                done += writers[split].add(piece)
+                if time.monotonic() - start_s > _QUIET_S:
+                    bar.update(done, tokens=format_count(sum(writer.num_tokens for writer in writers.values())))
+        entries = {}
+        for split, counts in survey.counts.items():
+            found = writers[split].counter.finish()
+            if found != counts:
+                raise DataError(f"the text of {self.corpus.source} changed while it was read", "run again")
+            if writers[split].num_tokens == 0:
+                raise DataError(f"the tokenizer makes no tokens of the {split} split", "choose another tokenizer")
+            entries[split] = vars(counts) | writers[split].entry()
+        return entries
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        """One rename makes the folder visible. Another process may have been first with the same content."""
+        for path in sorted(temporary.rglob("*")):
+            if path.is_dir():
+                storage.sync_directory(path)
+        storage.sync_directory(temporary)
+        if target.exists():
+            storage.discard(target)
+        with contextlib.suppress(FileExistsError):
+            storage.rename(temporary, target)
+        storage.sync_directory(target.parent)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        locks = self.root / "locks"
+        for folder in (locks, self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _file_lock(locks, self.request)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            self.console.say("waiting for another process that prepares the same data")
+            lock.acquire()
+        except NotImplementedError as error:
+            raise ResourceError(
+                f"{locks} is on a file system without locks", "set LMKIT_CACHE to a local disk"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        """Remove what killed preparations left: ours, and those of others whose lock is free."""
+        for path in sorted(self.folder.iterdir()):
+            if path.name.startswith(storage.TRASH_PREFIX):
+                storage.remove_tree(path)
+            elif path.name.startswith(storage.TMP_PREFIX):
+                request = path.name.removeprefix(storage.TMP_PREFIX).split("-")[0]
+                with contextlib.suppress(filelock.Timeout), contextlib.ExitStack() as stack:
+                    if request != self.request:
+                        lock = _file_lock(self.root / "locks", request)
+                        stack.enter_context(lock.acquire(blocking=False))
+                    storage.remove_tree(path)
+
+
+def _file_lock(folder: Path, request: str) -> filelock.BaseFileLock:
+    """A kernel lock, which the system frees when its holder ends in whatever way."""
+    return filelock.FileLock(folder / f"{request}.lock", fallback_to_soft=False)

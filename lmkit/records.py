@@ -1,0 +1,85 @@
+"""Small files of JSON records that a run writes about itself: NaN is kept, and a log never stops the training."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmkit.errors import CheckpointError
+from lmkit.manifest import parse_json, read_small_file
+
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class LineFile:
+    """A file of JSON lines that is only appended to. The first failure is a warning; training never stops for a log."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path = path
+        self._warn = warn
+        self._warned = False
+        self._torn = False
+        self._descriptor: int | None = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one line with a single write, so that lines of several threads or processes never mix."""
+        line = (json.dumps(encode(row), ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+        try:
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                self._descriptor = os.open(self._path, flags | getattr(os, "O_BINARY", 0), 0o666)
+            data = b"\n" + line if self._torn else line
+            self._torn = True
+            if os.write(self._descriptor, data) < len(data):
+                raise OSError(None, "the disk is full")
+            self._torn = False
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self._warn(f"cannot write {self._path}: {error.strerror or error}; going on without some of its lines")
+
+    def close(self) -> None:
+        """Close the file; a later append opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def encode(value: Any) -> Any:
+    """JSON data in which NaN and infinity are the texts NaN, Infinity and -Infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of ``encode``."""
+    if isinstance(value, str):
+        return _NONFINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return value
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(encode(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None if the file is missing. Raises CheckpointError naming the file if it is damaged."""
+    if not path.exists():
+        return None
+    value = decode(parse_json(read_small_file(path), path))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}")
+    return value

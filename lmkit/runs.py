@@ -1,0 +1,342 @@
+"""Run directories: made, locked, written and found again.
+
+``<run>/`` holds LOCK (a kernel lock for the life of the process), LOCK.info (who holds it, for people), run.json
+(written once), journal.jsonl (one line per event), metrics.jsonl (one line per logged step), result.json, checkpoints/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import filelock
+
+from lmkit import storage
+from lmkit.errors import CheckpointError, ConfigError, ResourceError, RunLockedError
+from lmkit.manifest import MANIFEST
+from lmkit.records import LineFile, decode, read_object, to_json
+
+CHECKPOINTS = "checkpoints"
+RUN_INFO = "run.json"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+JOURNAL = "journal.jsonl"
+LOCK = "LOCK"
+LOCK_INFO = "LOCK.info"
+FINISHED = "finished"
+"""``status`` in result.json of a run that came to its end."""
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+class Run:
+    """A run directory that this process has locked and writes to. Use ``Run.create``; ``close`` frees the lock."""
+
+    def __init__(self, path: Path, lock: filelock.BaseFileLock, warn: Callable[[str], None]) -> None:
+        self.path = path
+        self.run_id = uuid.uuid4().hex
+        self.digests: dict[str, str] = {}
+        """Digests of what the run is trained on (``data``); set by ``begin`` and written into every checkpoint."""
+        self._lock = lock
+        self._metrics = LineFile(path / METRICS, warn)
+        self._journal = LineFile(path / JOURNAL, warn)
+
+    @classmethod
+    def create(
+        cls,
+        directory: str | Path | None,
+        *,
+        root: str | Path,
+        dataset: str,
+        model: str,
+        resume: bool,
+        warn: Callable[[str], None],
+    ) -> Self:
+        """Make (or, with ``resume``, reopen) a run directory and lock it.
+
+        ``directory`` None: a new ``<root>/<YYYYmmdd-HHMMSS>-<dataset>-<model>``, with -2, -3 ... after a name that is
+        taken. ``resume`` starts a given directory that is missing or empty. ``warn`` is told once if a log cannot be
+        written. Raises ConfigError (directory not empty, or not a run), RunLockedError, or ResourceError (cannot
+        write there).
+        """
+        if directory is None:
+            if resume:
+                raise ConfigError("resume=true does not say which run to continue", "name it: run.dir=DIR")
+            path = _make_new(Path(root).expanduser().absolute(), dataset, model)
+        else:
+            path = Path(directory).expanduser().absolute()
+            _make_given(path)
+            if LOCK not in os.listdir(path):
+                _check_usable(path, resume=resume)  # before anything is written into a folder that is not a run
+        lock = _acquire(path)
+        try:
+            _check_usable(path, resume=resume)
+            run = cls(path, lock, warn)
+            run._open()
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    def _open(self) -> None:
+        """Prove that the directory can be written, and clear what a killed process left."""
+        holder = {"pid": os.getpid(), "host": platform.node(), "started": _utc_now()}
+        try:
+            storage.replace_file(self.path / LOCK_INFO, to_json(holder))
+            (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+            storage.sync_directory(self.path)
+            with contextlib.suppress(OSError):  # a parent that may be passed through but not read
+                storage.sync_directory(self.path.parent)
+            storage.sweep(self.path)
+            storage.sweep(self.path / CHECKPOINTS)
+        except OSError as error:
+            raise storage.resource_error("write in", self.path, error) from error
+        info = read_object(self.path / RUN_INFO)
+        if info is not None:
+            self.run_id = str(info.get("run_id", self.run_id))
+            self.digests = {str(key): str(value) for key, value in (info.get("digests") or {}).items()}
+
+    def begin(self, *, seed: int, command: Sequence[str], digests: Mapping[str, str]) -> None:
+        """Write run.json, or if the run goes on, check that seed and digests are still the same.
+
+        ``digests``: name -> SHA-256 or key of what must not change, e.g. data and tokenizer. Raises ConfigError with
+        both values of what differs.
+        """
+        digests = dict(digests)
+        info = read_object(self.path / RUN_INFO)
+        if info is None:
+            info = {
+                "run_id": self.run_id,
+                "created": _utc_now(),
+                "seed": seed,
+                "command": list(command),
+                "digests": digests,
+            }
+            self._replace(RUN_INFO, info)
+            self.journal("start", {"command": list(command)})
+        else:
+            old = {"seed": info.get("seed"), **(info.get("digests") or {})}
+            new: dict[str, Any] = {"seed": seed, **digests}
+            changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            if changed:
+                raise ConfigError(
+                    f"{self.path} cannot be resumed because this changed: {', '.join(changed)}",
+                    "start a new run, or finetune from this one",
+                )
+            self.journal("resume", {"command": list(command)})
+        self.digests = digests
+
+    def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Append an event to journal.jsonl; may be called from any thread, never raises for a full disk."""
+        self._journal.append({"time": _utc_now(), "event": event, "pid": os.getpid(), **(fields or {})})
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append a row, which must hold ``step``, to metrics.jsonl; NaN is kept. Never raises for a full disk."""
+        if "step" not in row:
+            raise ValueError("a row of metrics needs its step")
+        self._metrics.append(row)
+
+    def cut_metrics(self, step: int) -> None:
+        """Cut metrics.jsonl back to the rows of steps <= ``step`` (that of the checkpoint that the run goes on from).
+
+        The rest, a torn last line included, is appended to metrics.jsonl.old. Raises ResourceError.
+        """
+        path = self.path / METRICS
+        self._metrics.close()
+        try:
+            raw = path.read_bytes() if path.exists() else b""
+            kept = 0
+            for line in raw.splitlines(keepends=True):
+                row = _parse_row(line)
+                if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+                    break
+                kept += len(line)
+            if kept < len(raw):
+                with (self.path / f"{METRICS}.old").open("ab") as old:
+                    old.write(raw[kept:] if raw.endswith(b"\n") else raw[kept:] + b"\n")
+                storage.replace_file(path, raw[:kept])
+        except OSError as error:
+            raise storage.resource_error("write", path, error) from error
+
+    def write_result(self, result: Mapping[str, Any], *, status: str = FINISHED) -> None:
+        """Write result.json atomically, with ``status`` and the time. Raises ResourceError."""
+        self._replace(RESULT, {"status": status, "ended": _utc_now(), "run_id": self.run_id, **result})
+
+    def _replace(self, name: str, value: Mapping[str, Any]) -> None:
+        try:
+            storage.replace_file(self.path / name, to_json(value))
+        except OSError as error:
+            raise storage.resource_error("write", self.path / name, error) from error
+
+    def close(self) -> None:
+        """Close the logs and free the lock."""
+        self._metrics.close()
+        self._journal.close()
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _make_new(root: Path, dataset: str, model: str) -> Path:
+    """Make a directory under ``root`` whose name no other run has, even one started in the same second."""
+    parts = [datetime.now().strftime("%Y%m%d-%H%M%S"), dataset, model]
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts[1:])
+    name = f"{parts[0]}-{name}"[:100]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            path = root / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise storage.resource_error("make a run in", root, error) from error
+    raise ResourceError(f"cannot make a run in {root}: all names are taken", "choose another run.root")
+
+
+def _make_given(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir={path} is a file", "name a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage.resource_error("make", path, error) from error
+
+
+def _check_usable(path: Path, *, resume: bool) -> None:
+    """ConfigError if the directory holds something that this command must not touch."""
+    names = set(os.listdir(path)) - {LOCK, LOCK_INFO}
+    present = {name for name in names if not name.startswith(storage.TMP_PREFIX)}
+    if present and not resume:
+        raise ConfigError(
+            f"run.dir={path} exists and is not empty", "continue the run with resume=true, or choose another run.dir"
+        )
+    is_run = RUN_INFO in present or (path / CHECKPOINTS).is_dir()
+    if present and not is_run:
+        raise ConfigError(f"run.dir={path} is not a run directory", "choose another run.dir")
+
+
+def _acquire(path: Path) -> filelock.BaseFileLock:
+    """Take the run's kernel lock, which the system frees when the process ends in whatever way."""
+    lock = filelock.FileLock(path / LOCK, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        if (path / LOCK).is_symlink():
+            raise OSError(None, "LOCK is a symbolic link")
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunLockedError(
+            f"{path} is in use by {_holder(path)}", "wait for it or stop it, or choose another run.dir"
+        ) from None
+    except NotImplementedError as error:
+        raise ResourceError(f"{path} is on a file system without locks ({error})", "choose another run.dir") from error
+    except OSError as error:
+        raise storage.resource_error("lock", path, error) from error
+    return lock
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, as far as LOCK.info says."""
+    try:
+        info = read_object(path / LOCK_INFO) or {}
+    except CheckpointError:
+        info = {}
+    return f"process {info.get('pid', '?')} on {info.get('host', '?')}, started {info.get('started', '?')}"
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl, or None if it is torn or foreign."""
+    try:
+        row = decode(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in order; NaN and infinity are floats again, torn lines are left out."""
+    path = run_dir / METRICS
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    return [row for row in map(_parse_row, lines) if row is not None]
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """result.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
+    return read_object(run_dir / RESULT)
+
+
+def read_info(run_dir: Path) -> dict[str, Any] | None:
+    """run.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
+    return read_object(run_dir / RUN_INFO)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """An existing run that a command reads."""
+
+    path: Path
+    checkpoint: Path | None = None
+    """The checkpoint that was named instead of its run, if any."""
+
+
+def open_run(path: str | Path) -> FoundRun:
+    """The run at ``path``, which may also be one of its checkpoints or a checkpoint that was copied elsewhere.
+
+    Raises CheckpointError if there is no run or it has no checkpoint yet.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"run={path} {what}", "name a run directory, or leave run out to take the newest one")
+    if (path / MANIFEST).is_file():
+        return FoundRun(path.parent.parent if path.parent.name == CHECKPOINTS else path, path)
+    if not (path / RUN_INFO).exists() and not (path / CHECKPOINTS).is_dir():
+        raise CheckpointError(f"run={path} is not a run directory", "name one that lmkit pretrain or finetune has made")
+    checkpoints = path / CHECKPOINTS
+    if not checkpoints.is_dir() or not any((p / MANIFEST).is_file() for p in checkpoints.glob("step-*")):
+        raise CheckpointError(f"run={path} has no checkpoint yet", f"continue it: run.dir={path} resume=true")
+    return FoundRun(path)
+
+
+def newest_finished_run(root: str | Path) -> Path:
+    """The run under ``root`` that finished last. Raises CheckpointError saying how to make one."""
+    root = Path(root).expanduser().absolute()
+    finished = []
+    unfinished = 0
+    try:
+        paths = sorted(root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {root}: {error.strerror or error}", "name a run with run=DIR") from None
+    for path in paths:
+        with contextlib.suppress(CheckpointError):
+            result = read_result(path)
+            if result is not None and result.get("status") == FINISHED:
+                finished.append((str(result.get("ended", "")), path))
+            elif (path / RUN_INFO).is_file():
+                unfinished += 1
+    if not finished:
+        more = f" ({unfinished} unfinished)" if unfinished else ""
+        raise CheckpointError(
+            f"no finished run in {root}{more}", "train one with lmkit pretrain, or name a run with run=DIR"
+        )
+    return max(finished)[1]

@@ -1,0 +1,198 @@
+"""The few disk operations that durability is built from; whoever needs a crash-safe file or directory uses these.
+
+A file counts as written when its bytes, and the directory entry that names it, have been synced. Temporary names start
+with ``.tmp-`` and names of things being deleted with ``.trash-``: neither is ever read, and ``sweep`` removes what a
+killed process left. The tests replace the functions in PRIMITIVES to fail or to kill the process at the k-th call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+from io import BufferedReader
+from pathlib import Path
+
+from lmkit.errors import ResourceError
+
+TMP_PREFIX = ".tmp-"
+TRASH_PREFIX = ".trash-"
+PIECE_BYTES = 4 << 20
+"""Size of the pieces in which large files are written and hashed."""
+
+PRIMITIVES = (
+    "make_directory",
+    "create_file",
+    "write_all",
+    "sync_file",
+    "sync_directory",
+    "rename",
+    "remove_file",
+    "remove_directory",
+)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that must not exist yet."""
+    os.mkdir(path)
+
+
+def create_file(path: Path) -> int:
+    """Open a new file for writing and return its descriptor; an existing file or link is an error."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte of ``data``."""
+    view = memoryview(data).cast("B")
+    while len(view) > 0:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_file(descriptor: int) -> None:
+    """Wait until the file's bytes are on the disk."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # fsync alone leaves the bytes in the drive's cache there
+    else:
+        os.fsync(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or directory a new name that must be free. Atomic."""
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file or a link."""
+    os.unlink(path)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty directory."""
+    os.rmdir(path)
+
+
+def scratch_name(prefix: str, name: str) -> str:
+    """A name that no other process uses: prefix, the target's name, process id, nonce."""
+    return f"{prefix}{name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and sync a new file; the caller syncs the directory."""
+    descriptor = create_file(path)
+    try:
+        write_all(descriptor, data)
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace the content of ``path`` atomically: after a crash it holds the old bytes or the new ones."""
+    temporary = path.with_name(scratch_name(TMP_PREFIX, path.name))
+    try:
+        write_file(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all it holds without following links; a plain file or link is removed too."""
+    if path.is_symlink() or not path.is_dir():
+        remove_file(path)
+        return
+    for entry in sorted(path.iterdir()):
+        remove_tree(entry)
+    remove_directory(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a directory so that no reader ever sees half of it: first a rename out of sight, then the removal."""
+    trash = path.with_name(scratch_name(TRASH_PREFIX, path.name))
+    rename(path, trash)
+    sync_directory(path.parent)
+    remove_tree(trash)
+
+
+def sweep(directory: Path) -> list[str]:
+    """Remove what killed processes left in ``directory`` and return the names; the caller holds the run's lock."""
+    swept = []
+    if directory.is_dir():
+        for entry in sorted(directory.iterdir()):
+            if entry.name.startswith((TMP_PREFIX, TRASH_PREFIX)):
+                with contextlib.suppress(
+                    OSError
+                ):  # e.g. still open in another process on Windows: the next start tries again
+                    remove_tree(entry)
+                    swept.append(entry.name)
+    return swept
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading. A link, pipe, device or directory is an OSError and never blocks."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a symbolic link", str(path))
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def drop_cache(file: BufferedReader) -> None:
+    """Ask the system to forget its cached pages of the file, so that the next read comes from the disk (Linux only)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space for this user where ``path`` is."""
+    return shutil.disk_usage(path).free
+
+
+def resource_error(doing: str, path: Path, error: OSError, needed_bytes: int | None = None) -> ResourceError:
+    """The error for people for an OSError met while writing: what failed, where, how much was needed and was free."""
+    sizes = ""
+    if needed_bytes is not None:
+        with contextlib.suppress(OSError):
+            parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+            sizes = f" ({needed_bytes / 1e6:.1f} MB needed, {free_bytes(parent) / 1e6:.1f} MB free)"
+    remedy = {
+        errno.ENOSPC: "free some disk space, or lower save.keep",
+        errno.EDQUOT: "your disk quota is used up: free some space, or lower save.keep",
+        errno.EFBIG: "the file size limit of this process or file system is too low (ulimit -f)",
+        errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+        errno.EROFS: "choose another run.dir, or make this one writable",
+        errno.EACCES: "choose another run.dir, or make this one writable",
+        errno.EPERM: "choose another run.dir, or make this one writable",
+    }.get(error.errno or 0, "check the disk, or choose another run.dir")
+    return ResourceError(f"cannot {doing} {path}{sizes}: {error.strerror or error}", remedy)

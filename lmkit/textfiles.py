@@ -1,0 +1,284 @@
+"""Text files as streams of blocks: found, decompressed, checked and decoded in bounded memory.
+
+A file is UTF-8, plain or compressed with gzip or zstd. A byte-order mark at its start is removed and CRLF becomes
+"\\n", on every platform alike; a lone CR and other Unicode line breaks (U+2028 ...) are kept, since lines end at "\\n"
+only. Anything else (another encoding, another file type, a truncated archive) is a DataError that names the place.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lmkit.errors import DataError
+
+BLOCK_BYTES = 1 << 20
+"""Size of the blocks that are read, bytes."""
+MAX_LINE_BYTES = 8 << 20
+"""A longer line is handed on in several blocks, cut at white space where there is any."""
+
+_SETTLED_NS = 3_000_000_000
+_COMPRESSIONS = (".gz", ".zst")
+_MAGIC = {
+    b"\x1f\x8b": "gzip data",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"\xfd7zXZ\x00": "xz data",
+    b"BZh": "bzip2 data",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an arrow file",
+    b"%PDF-": "a PDF document",
+    b"\x00\x00\xfe\xff": "UTF-32 text",
+    b"\xff\xfe\x00\x00": "UTF-32 text",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes ``start`` to ``end`` (None: the end) of a file after decompression; both are starts of lines."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+
+def find_files(folder: Path, suffix: str) -> list[Path]:
+    """All files below ``folder`` whose name ends in ``suffix``, plain or compressed, sorted by relative path.
+
+    Hidden files and folders are passed over.
+    """
+    endings = (suffix, *(suffix + compression for compression in _COMPRESSIONS))
+    found = []
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.name.endswith(endings) and not any(part.startswith(".") for part in parts) and path.is_file():
+            found.append(path)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the name says that the file is compressed."""
+    return path.name.endswith(_COMPRESSIONS)
+
+
+def stamp_files(paths: Iterable[Path]) -> list[list[int | str]] | None:
+    """What changes when a file changes: path, size, modification and change time in ns, inode of each.
+
+    None if a file changed in the last seconds (or by its date will change), since a further change might then leave the
+    same stamp.
+    """
+    stamps: list[list[int | str]] = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) > time.time_ns() - _SETTLED_NS:
+            return None
+        stamps.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    return stamps
+
+
+def text_blocks(part: Part) -> Iterator[str]:
+    """The text of a part in blocks of whole lines of about ``BLOCK_BYTES``.
+
+    Raises DataError for invalid UTF-8 (with line and byte offset), a wrong file type, a damaged archive, and a file
+    that changes while it is read.
+    """
+    offset, rest = part.start, b""
+    for chunk in _chunks(part):
+        data = rest + chunk
+        cut = data.rfind(b"\n") + 1
+        if cut == 0:
+            cut = _cut_in_line(data) if len(data) > MAX_LINE_BYTES else 0
+        if cut:
+            yield _decode(part.path, data[:cut], offset)
+        offset, rest = offset + cut, data[cut:]
+    if rest:
+        yield _decode(part.path, rest, offset)
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, however long, each with its "\\n" but perhaps the last. Errors as in ``text_blocks``."""
+    rest: list[str] = []
+    for block in text_blocks(Part(path)):
+        lines = block.split("\n")
+        for line in lines[:-1]:
+            yield "".join([*rest, line, "\n"])
+            rest = []
+        if lines[-1]:
+            rest.append(lines[-1])
+    if rest:
+        yield "".join(rest)
+
+
+def _chunks(part: Part) -> Iterator[bytes]:
+    """The decompressed bytes of a part in chunks; checks the magic bytes first and the file's stamp last."""
+    path = part.path
+    try:
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            _check_magic(path, file.read(8))
+            plain = not is_compressed(path)
+            file.seek(part.start if plain else 0)
+            yield from _span(_decompressed(path, file), part.start if plain else 0, part)
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DataError(f"{path} changed while it was read", "run again when the file is complete")
+
+
+def _span(chunks: Iterator[bytes], position: int, part: Part) -> Iterator[bytes]:
+    """Cut a stream whose first byte lies at ``position`` to the bytes of the part."""
+    for chunk in chunks:
+        begin = max(0, part.start - position)
+        end = len(chunk) if part.end is None else min(len(chunk), part.end - position)
+        if begin < end:
+            yield chunk[begin:end]
+        position += len(chunk)
+        if part.end is not None and position >= part.end:
+            return
+
+
+def _decompressed(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    if path.name.endswith(".gz"):
+        with gzip.GzipFile(fileobj=file) as stream:
+            try:
+                while chunk := stream.read(BLOCK_BYTES):
+                    yield chunk
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(f"{path} is a damaged gzip file: {error}", "fetch the file again") from error
+    elif path.name.endswith(".zst"):
+        yield from _decompressed_zstd(path, file)
+    else:
+        while chunk := file.read(BLOCK_BYTES):
+            yield chunk
+
+
+def _decompressed_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Frame by frame, so that a truncated last frame is noticed; 4 KiB of input at a time bound the output."""
+    import zstandard
+
+    frame = None
+    while compressed := file.read(4096):
+        while compressed:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                chunk = frame.decompress(compressed)
+            except zstandard.ZstdError as error:
+                raise DataError(f"{path} is a damaged zstd file: {error}", "fetch the file again") from error
+            if chunk:
+                yield chunk
+            compressed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise DataError(f"{path} is a damaged zstd file: it ends inside a frame", "fetch the file again")
+
+
+def _check_magic(path: Path, head: bytes) -> None:
+    """The first bytes must be those of the type that the name promises."""
+    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    wanted = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix)
+    if found == wanted or not head:
+        return
+    if found in ("gzip data", "zstd data") and wanted is None:
+        ending = ".gz" if found == "gzip data" else ".zst"
+        raise DataError(f"{path} is {found}, not plain text", f"rename it to {path.name}{ending}")
+    if wanted is not None:
+        raise DataError(f"{path} is not {wanted}", f"rename it without {path.suffix} if it is plain text")
+    raise DataError(f"{path} is {found}, not UTF-8 text", "convert it to UTF-8 text first")
+
+
+def _cut_in_line(data: bytes) -> int:
+    """Where to cut a line that is too long: after its last blank, else between two characters."""
+    cut = data.rfind(b" ") + 1
+    if cut:
+        return cut
+    cut = len(data)
+    while cut > 1 and (data[cut - 1] == 0x0D or data[cut - 1] >= 0x80):
+        cut -= 1
+        if data[cut] >= 0xC0:
+            break
+    return cut
+
+
+def _decode(path: Path, data: bytes, offset: int) -> str:
+    skip = len(_BOM) if offset == 0 and data.startswith(_BOM) else 0
+    try:
+        text = data[skip:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = offset + skip + error.start
+        line = 1 + sum(chunk.count(b"\n") for chunk in _chunks(Part(path, 0, place)))
+        where = "byte offset (decompressed)" if is_compressed(path) else "byte offset"
+        raise DataError(
+            f"{path} is not UTF-8: {error.reason} 0x{data[skip + error.start]:02x} in line {line}, {where} {place}",
+            "convert it to UTF-8 first",
+        ) from error
+    return text.replace("\r\n", "\n") if "\r" in text else text
+
+
+def cut_by_lines(path: Path, fractions: tuple[float, float]) -> tuple[int, int, int]:
+    """Byte offsets (begin of the second part, begin of the third part, size) that cut a text in three.
+
+    The last two parts get the given shares of the bytes, and at least one line each where their share is not 0. A
+    text without line ends is cut at blanks. The offsets count decompressed bytes.
+    """
+    size, starts = _line_starts(path, b"\n") if is_compressed(path) else (path.stat().st_size, None)
+    ends = (1 - fractions[0] - fractions[1], 1 - fractions[1])
+
+    def start_before(position: int, separator: bytes) -> int:
+        if starts is None:
+            return _start_before(path, position, separator)
+        return starts[bisect_right(starts, position) - 1]
+
+    for separator in (b"\n", b" "):
+        if separator == b" " and is_compressed(path):
+            _, starts = _line_starts(path, b" ")
+        third = start_before(min(int(size * ends[1]), size - 1), separator) if fractions[1] and size else size
+        second = start_before(min(int(size * ends[0]), third - 1), separator) if fractions[0] and third else third
+        if second > 0 or size < 1024:
+            break
+    return second, third, size
+
+
+def _start_before(path: Path, position: int, separator: bytes) -> int:
+    """The last start of a line (or word) at or before ``position`` in a plain file."""
+    with path.open("rb") as file:
+        end = position
+        while end > 0:
+            begin = max(0, end - 65536)
+            file.seek(begin)
+            found = file.read(end - begin).rfind(separator)
+            if found >= 0:
+                return begin + found + 1
+            end = begin
+    return 0
+
+
+def _line_starts(path: Path, separator: bytes) -> tuple[int, list[int]]:
+    """Size and starts of lines (or words) of a compressed file; thinned evenly so that at most a million are kept."""
+    starts, position, step, seen = [0], 0, 1, 0
+    for chunk in _chunks(Part(path)):
+        found = np.flatnonzero(np.frombuffer(chunk, np.uint8) == separator[0]) + (position + 1)
+        keep = found[(-seen - 1) % step :: step]
+        starts.extend(keep.tolist())
+        seen += len(found)
+        position += len(chunk)
+        while len(starts) > 1_000_000:
+            starts, step = starts[::2], step * 2
+    if starts[-1] == position and position:
+        starts.pop()
+    return position, starts

@@ -1,0 +1,742 @@
+"""Checkpoints under kills, power cuts, damage and full disks: the old one or the new one, whole, or a clear refusal.
+
+Numbers in names (row_19 ...) are the rows of the project's fault table.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmkit import checkpoint_writer, manifest, storage
+from lmkit.checkpoint import (
+    Snapshot,
+    best_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+)
+from lmkit.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.errors import CheckpointError, ResourceError
+from lmkit.manifest import verify_checkpoint
+from lmkit.runs import Run
+
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+FILES = [
+    "MANIFEST.json", "model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer/tokenizer.json",
+]  # fmt: skip
+
+
+class ByteTokenizer:
+    digest = "ab" * 32
+
+    def save(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text('{"kind": "byte", "padding": "0123456789"}', encoding="utf-8")
+
+
+def snapshot(step: int, loss: float | None = None) -> Snapshot:
+    weights = torch.arange(400, dtype=torch.float32).reshape(20, 20) + step
+    return Snapshot(
+        step=step,
+        model={"weight": weights, "bias": weights[0] * 0.1},
+        optimizer={"weight/momentum": weights * 2},
+        state={"valid_nats_per_token": loss, "tokens": step * 1000},
+        config={"model": {"kind": "tiny"}},
+    )
+
+
+def open_run(path: Path, *, resume: bool = False, warn: Callable[[str], None] = pytest.fail) -> Run:
+    return Run.create(path, root=path.parent, dataset="d", model="m", resume=resume, warn=warn)
+
+
+def save(run: Run, step: int, loss: float | None = None, *, keep: int = 2) -> Path:
+    return save_checkpoint(run, snapshot(step, loss), ByteTokenizer(), keep=keep)
+
+
+def assert_is_snapshot(path: Path) -> None:
+    """Everything in the checkpoint is what ``snapshot`` of its step gives."""
+    loaded = load_checkpoint(path, with_optimizer=True)
+    expected = snapshot(loaded.step)
+    assert all(torch.equal(loaded.model[name], tensor) for name, tensor in expected.model.items())
+    assert all(torch.equal(loaded.optimizer[name], tensor) for name, tensor in expected.optimizer.items())
+    assert loaded.state["tokens"] == loaded.step * 1000
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with open_run(tmp_path / "run") as made:
+        made.begin(seed=1, command=["pretrain"], digests={})
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 1 and 2, to be copied and damaged."""
+    path = tmp_path_factory.mktemp("faults") / "run"
+    with open_run(path) as made:
+        made.begin(seed=1, command=["pretrain"], digests={})
+        save(made, 1, 4.0)
+        save(made, 2, 3.0)
+    return path
+
+
+@pytest.fixture
+def damaged(whole: Path, tmp_path: Path) -> Path:
+    """A fresh copy of ``whole``; tests damage its step 2."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "step-000000000002"
+
+
+# Killed during the protocol
+
+
+class FailPoint:
+    """Counts the storage primitives that a piece of code uses, and at the chosen one does something else first."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, at: int | None, action: Callable[[str, tuple[Any, ...]], None]
+    ) -> None:
+        self.calls: list[str] = []
+        for name in storage.PRIMITIVES:
+            patch.setattr(storage, name, self._wrap(name, getattr(storage, name), at, action))
+
+    def _wrap(self, name: str, real: Any, at: int | None, action: Callable[[str, tuple[Any, ...]], None]) -> Any:
+        def call(*args: Any) -> Any:
+            if len(self.calls) == at:
+                action(name, args)
+            self.calls.append(name)
+            return real(*args)
+
+        return call
+
+
+def kill(name: str, args: tuple[Any, ...]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_then_kill(name: str, args: tuple[Any, ...]) -> None:
+    if name == "write_all":
+        data = memoryview(args[1]).cast("B")
+        os.write(args[0], data[: len(data) // 2])
+    kill(name, args)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Exit code of ``work`` in a forked process (negative: killed by that signal)."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def primitives_of_third_save(run_dir: Path) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch, open_run(run_dir, resume=True) as run:
+        point = FailPoint(patch, None, kill)
+        save(run, 3, 5.0, keep=1)
+    return point.calls
+
+
+@needs_fork
+@pytest.mark.parametrize("action", [kill, half_then_kill])
+def test_rows_1_to_10_killed_at_every_storage_operation_the_old_or_the_new_checkpoint_is_there(
+    whole: Path, tmp_path: Path, action: Callable[[str, tuple[Any, ...]], None]
+) -> None:
+    calls = primitives_of_third_save(Path(shutil.copytree(whole, tmp_path / "count")))
+    assert {"write_all", "sync_file", "sync_directory", "rename", "remove_file"} <= set(calls)
+    commit = calls.index("rename")
+    for at in range(len(calls)):
+        if action is half_then_kill and calls[at] != "write_all":
+            continue
+        run_dir = Path(shutil.copytree(whole, tmp_path / f"run{at}"))
+
+        def work(at: int = at, run_dir: Path = run_dir) -> None:
+            run = open_run(run_dir, resume=True, warn=print)
+            with pytest.MonkeyPatch.context() as patch:
+                FailPoint(patch, at, action)
+                save(run, 3, 5.0, keep=1)
+
+        assert in_child(work) == -signal.SIGKILL
+        path = latest_checkpoint(run_dir, pytest.fail)
+        assert path is not None
+        assert path.name == ("step-000000000002" if at <= commit else "step-000000000003")
+        for checkpoint in list_checkpoints(run_dir):
+            assert_is_snapshot(checkpoint)
+        best = best_checkpoint(run_dir, pytest.fail)
+        assert best is not None
+        assert best.name == "step-000000000002"  # retention never touches the best one
+        with open_run(run_dir, resume=True) as run:  # the lock is free and the remains are swept
+            save(run, 3, 5.0, keep=1)
+        assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-000000000002", "step-000000000003"]
+        shutil.rmtree(run_dir)
+
+
+@needs_fork
+def test_row_9_killed_while_replacing_a_damaged_checkpoint_of_the_same_step(whole: Path, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    at = 0
+    while True:
+        run_dir = Path(shutil.copytree(whole, tmp_path / f"run{at}"))
+        (newest(run_dir) / "state.json").write_text("{}", encoding="utf-8")
+
+        def work(at: int = at, run_dir: Path = run_dir) -> None:
+            run = open_run(run_dir, resume=True, warn=print)
+            with pytest.MonkeyPatch.context() as patch:
+                FailPoint(patch, at, kill)
+                save(run, 2, 3.0)
+
+        code = in_child(work)
+        path = latest_checkpoint(run_dir, warnings.append)
+        assert path is not None
+        assert_is_snapshot(path)
+        shutil.rmtree(run_dir)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        at += 1
+    assert at > 20
+    assert path.name == "step-000000000002"
+
+
+class PowerCut:
+    """Records what a save does to the disk, and builds states that a power cut may leave behind.
+
+    Without fsync a file may have any part of its bytes, or zeros; without an fsync of its directory a new, renamed or
+    removed entry may be there or not. What was synced holds.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, root: Path) -> None:
+        self.log: list[tuple[str, tuple[Any, ...]]] = []
+        self._root = root
+        self._paths: dict[int, str] = {}
+        for name in storage.PRIMITIVES:
+            patch.setattr(storage, name, self._wrap(name, getattr(storage, name)))
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._root).as_posix()
+
+    def _wrap(self, name: str, real: Any) -> Any:
+        def call(*args: Any) -> Any:
+            result = real(*args)
+            if name == "create_file":
+                self._paths[result] = self._relative(args[0])
+                self.log.append((name, (self._paths[result],)))
+            elif name == "write_all":
+                self.log.append((name, (self._paths[args[0]], bytes(args[1]))))
+            elif name == "sync_file":
+                self.log.append((name, (self._paths[args[0]],)))
+            else:
+                self.log.append((name, tuple(self._relative(path) for path in args)))
+            return result
+
+        return call
+
+    def state(self, at: int, rng: random.Random) -> dict[str, dict[str, Any]]:
+        """Directory tree (nested dicts, bytes for files) after a cut behind the first ``at`` operations."""
+        log = self.log[:at]
+        contents: dict[str, bytes] = {}
+        synced: dict[str, int] = {}
+        entries: dict[str, list[int]] = {}
+        for index, (name, args) in enumerate(log):
+            if name == "write_all":
+                contents[args[0]] = contents.get(args[0], b"") + args[1]
+            elif name == "sync_file":
+                synced[args[0]] = len(contents[args[0]])
+            elif name == "sync_directory":
+                entries[args[0]] = [*entries.get(args[0], []), index]
+
+        def durable(path: str, index: int) -> bool:
+            parent = path.rpartition("/")[0] or "."
+            return any(done > index for done in entries.get(parent, []))
+
+        nodes: dict[str, Any] = {"": {}}  # created name -> node; a renamed directory keeps its node
+        tree: dict[str, Any] = nodes[""]
+        for index, (name, args) in enumerate(log):
+            if name in ("create_file", "make_directory"):
+                node: Any = {} if name == "make_directory" else self._torn(args[0], contents, synced, rng)
+                nodes[args[0]] = node
+                parent, _, leaf = args[0].rpartition("/")
+                if durable(args[0], index) or rng.random() < 0.7:
+                    nodes[parent][leaf] = node
+            elif name == "rename" and (durable(args[1], index) or rng.random() < 0.5):
+                nodes[args[1]] = nodes[args[0]]
+                tree.pop(args[0], None)
+                tree[args[1]] = nodes[args[0]]
+        return tree
+
+    @staticmethod
+    def _torn(path: str, contents: dict[str, bytes], synced: dict[str, int], rng: random.Random) -> bytes:
+        data = contents.get(path, b"")
+        if synced.get(path) == len(data):
+            return data
+        cut = rng.randrange(len(data) + 1) // 64 * 64
+        return rng.choice([b"", data[:cut], bytes(len(data)), data[:cut] + bytes(len(data) - cut), data])
+
+
+def build(tree: dict[str, Any], folder: Path) -> None:
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            (folder / name).mkdir()
+            build(node, folder / name)
+        else:
+            (folder / name).write_bytes(node)
+
+
+def test_row_11_a_power_cut_anywhere_leaves_the_old_or_the_new_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save(run, 1)
+    with monkeypatch.context() as patch:
+        cut = PowerCut(patch, run.path / "checkpoints")
+        save(run, 2, keep=2)
+    committed = max(i for i, (name, args) in enumerate(cut.log) if (name, args) == ("sync_directory", (".",)))
+    rng = random.Random(11)
+    seen = set()
+    for case in range(8 * len(cut.log)):
+        at = case % (len(cut.log) + 1)
+        folder = tmp_path / f"cut{case}" / "checkpoints"
+        shutil.copytree(old, folder / old.name)
+        build(cut.state(at, rng), folder)
+        path = latest_checkpoint(folder.parent, warn=lambda text: pytest.fail(f"committed but damaged: {text}"))
+        assert path is not None
+        assert_is_snapshot(path)
+        if at > committed:
+            assert path.name == "step-000000000002"
+        seen.add(path.name)
+        shutil.rmtree(folder.parent)
+    assert seen == {"step-000000000001", "step-000000000002"}
+
+
+# Storage errors
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("primitive", ["make_directory", "create_file", "write_all", "sync_file", "rename"])
+def test_rows_13_28_30_36_a_save_that_fails_names_the_path_and_leaves_the_older_one_and_no_litter(
+    run: Run, monkeypatch: pytest.MonkeyPatch, primitive: str, code: int
+) -> None:
+    save(run, 1)
+
+    def fail(*args: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, primitive, fail)
+        with pytest.raises(
+            ResourceError, match=r"cannot save checkpoint .*step-000000000002 \(.* MB needed, .* MB free"
+        ):
+            save(run, 2)
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000000000001"]
+    assert save(run, 2).name == "step-000000000002"
+
+
+def test_row_28_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1, background=False) as writer:
+        monkeypatch.setattr(storage, "free_bytes", lambda path: 4000)
+        monkeypatch.setattr(storage, "make_directory", lambda path: pytest.fail("started to write"))
+        with pytest.raises(
+            ResourceError, match=r"not enough free disk space; free some disk space, or lower save\.keep"
+        ):
+            writer.submit(snapshot(1))
+
+
+def test_rows_12_14_an_io_error_is_retried_once_in_a_new_directory_and_then_raised_at_the_next_call(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[str] = []
+    failures: list[bool] = []
+    real_make, real_sync = storage.make_directory, storage.sync_file
+
+    def make(path: Path) -> None:
+        if path.name.startswith(".tmp-step"):
+            attempts.append(path.name)
+        real_make(path)
+
+    def sync(descriptor: int) -> None:
+        if failures and failures.pop(0):
+            raise OSError(errno.EIO, "Input/output error")
+        real_sync(descriptor)
+
+    monkeypatch.setattr(storage, "make_directory", make)
+    with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "sync_file", sync)
+            failures[:] = [True]
+            writer.submit(snapshot(1))
+            writer.wait()
+            assert len(set(attempts)) == 2
+            failures[:] = [True, True]
+            writer.submit(snapshot(2))
+            with pytest.raises(ResourceError, match="Input/output error"):
+                writer.submit(snapshot(3))
+        writer.submit(snapshot(4))
+    assert [p.name for p in list_checkpoints(run.path)] == ["step-000000000001", "step-000000000004"]
+
+
+def test_a_save_that_does_not_read_back_is_an_error_and_retires_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1, keep=1)
+    rename = storage.rename
+
+    def rename_and_damage(source: Path, target: Path) -> None:
+        rename(source, target)
+        (target / "model.safetensors").write_bytes(bytes((target / "model.safetensors").stat().st_size))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "rename", rename_and_damage)
+        with pytest.raises(CheckpointError, match=r"step-000000000002.model\.safetensors is damaged"):
+            save(run, 2, keep=1)
+    warnings: list[str] = []
+    path = latest_checkpoint(run.path, warnings.append)
+    assert path is not None
+    assert path.name == "step-000000000001"
+    assert len(warnings) == 1
+
+
+def test_row_33_no_memory_for_the_copy_is_a_clear_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer, monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.torch, "empty", fail)
+        with pytest.raises(ResourceError, match=r"no memory \(0\.0 MB\) to copy weight"):
+            writer.submit(snapshot(1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_row_36_saves_leak_no_descriptors_and_no_threads(run: Run) -> None:
+    import threading
+
+    save(run, 1)
+    before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+    with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
+        for step in range(2, 30):
+            writer.submit(snapshot(step))
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+# Damage at rest
+
+
+def assert_refused(run_dir: Path, message: str) -> None:
+    """Step 2 is refused with ``message``, and resuming falls back to step 1 and says so."""
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(newest(run_dir), with_optimizer=True)
+    with pytest.raises(CheckpointError, match=message):
+        verify_checkpoint(newest(run_dir))
+    warnings: list[str] = []
+    found = load_latest(run_dir, warnings.append)
+    assert found is not None
+    assert found[1].step == 1
+    assert len(warnings) == 1
+    assert "step-000000000002" in warnings[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_row_19_every_flipped_bit_is_detected_and_the_file_named(damaged: Path, file: str) -> None:
+    path = newest(damaged) / file
+    good = path.read_bytes()
+    rng = random.Random(file)
+    for _ in range(35):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=path.name.replace(".", r"\.")):
+            load_checkpoint(newest(damaged), with_optimizer=True)
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(newest(damaged))
+    assert_refused(damaged, path.name)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "change",
+    [lambda b: b[:-1], lambda b: b + b"\n", lambda b: b"", lambda b: bytes(len(b)), lambda b: b[: len(b) // 2]],
+    ids=["shorter", "longer", "empty", "zeros", "half"],
+)
+def test_row_20_truncated_extended_and_zeroed_files_are_detected(
+    damaged: Path, file: str, change: Callable[[bytes], bytes]
+) -> None:
+    path = newest(damaged) / file
+    path.write_bytes(change(path.read_bytes()))
+    assert_refused(damaged, path.name)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_row_21_a_missing_file_is_detected(damaged: Path, file: str) -> None:
+    (newest(damaged) / file).unlink()
+    assert_refused(damaged, f"{Path(file).name} is missing")
+
+
+def test_row_21_a_renamed_checkpoint_an_empty_one_and_a_lone_manifest_are_detected(damaged: Path) -> None:
+    folder = damaged / "checkpoints"
+    newest(damaged).rename(folder / "step-000000000007")
+    (folder / "step-000000000008").mkdir()
+    (folder / "step-000000000009").mkdir()
+    shutil.copy(folder / "step-000000000007" / "MANIFEST.json", folder / "step-000000000009")
+    warnings: list[str] = []
+    path = latest_checkpoint(damaged, warnings.append)
+    assert path is not None
+    assert path.name == "step-000000000001"
+    assert len(warnings) == 3
+
+
+def test_row_21_an_extra_file_is_never_read(damaged: Path) -> None:
+    (newest(damaged) / "model-2.safetensors").write_bytes(b"not ours")
+    (newest(damaged) / "tokenizer" / ".DS_Store").write_bytes(b"not ours")
+    assert load_checkpoint(newest(damaged), with_optimizer=True).step == 2
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest as an attacker would: with a right digest of itself."""
+    data = json.loads(path.read_bytes())
+    change(data)
+    data.pop("self", None)
+    data["self"] = hashlib.sha256(manifest.canonical_json(data)).hexdigest()
+    path.write_bytes(manifest.canonical_json(data))
+
+
+BAD_PATHS = [
+    "../state.json", "/etc/passwd", "tokenizer/../../x", "tokenizer\\x", "C:x", "a/b", "MANIFEST.json", ".hidden",
+    "tokenizer/", "", "x" * 300, "state.json\x00", "tokenizer/a\n", "model.pt", "STATE.JSON",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PATHS)
+def test_rows_22_81_paths_that_are_not_a_checkpoints_own_are_refused_before_any_file_is_opened(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    reseal(
+        newest(damaged) / "MANIFEST.json",
+        lambda data: data["files"].append({"path": name, "bytes": 1, "sha256": "0" * 64}),
+    )
+    opened: list[str] = []
+    open_regular = storage.open_regular
+    monkeypatch.setattr(storage, "open_regular", lambda path: opened.append(path.name) or open_regular(path))
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json is malformed"):
+        load_checkpoint(newest(damaged), with_optimizer=True)
+    assert opened == ["MANIFEST.json"]
+
+
+def drop(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data.pop(key)
+
+
+def put(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data.update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(version=2), "has format version 2, newer than 1; update lmkit"),
+        (put(version=0), "unknown format version 0"),
+        (put(version=True), "unknown format version True"),
+        (put(version="1"), "unknown format version '1'"),
+        (put(format="other"), "is not the manifest of an lmkit checkpoint"),
+        (put(surprise=1), "does not match its own SHA-256"),
+        (put(step=-1), "malformed"),
+        (put(step=2.0), "malformed"),
+        (put(step=10**30), "holds step"),
+        (put(files={}), "malformed"),
+        (put(files=[]), "malformed"),
+        (put(files=[1]), "malformed"),
+        (put(files=7), "malformed"),
+        (put(tensors=[]), "malformed"),
+        (put(tensors={}), "malformed"),
+        (put(tensors={"model.safetensors": [], "optim.safetensors": {}}), "malformed"),
+        (put(aliases={"other.safetensors": {"a": "b"}}), "malformed"),
+        (put(aliases={"model.safetensors": {"a": "not there"}}), "malformed"),
+        (put(digests={"config": 1}), "malformed"),
+        (drop("environment"), "malformed"),
+        (drop("files"), "malformed"),
+        (lambda data: data["files"][0].update(extra=1), "does not match its own SHA-256"),
+        (lambda data: data["files"].append(data["files"][0]), "listed twice"),
+        (lambda data: data["files"].pop(2), "not listed: state.json"),
+        (lambda data: data["files"][0].update(sha256="x"), "malformed"),
+        (lambda data: data["files"][0].update(bytes=True), "malformed"),
+    ],
+)
+def test_rows_22_68_75_76_a_manifest_that_this_version_would_not_write_is_refused(
+    damaged: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    reseal(newest(damaged) / "MANIFEST.json", change)
+    assert_refused(damaged, message)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"{", b"[]", b"null", b'"lmkit-checkpoint"', b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 100_000,
+        b'{"format": "lmkit-checkpoint", "format": "lmkit-checkpoint"}', b'{"step": NaN}', b'{"step": -Infinity}',
+        b"\x00" * 1000, b"\x80\x04\x95canary.",
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_row_22_a_manifest_that_is_not_strict_json_is_refused(damaged: Path, raw: bytes) -> None:
+    (newest(damaged) / "MANIFEST.json").write_bytes(raw)
+    assert_refused(damaged, r"MANIFEST\.json")
+
+
+def test_row_22_a_huge_manifest_is_refused_unread(damaged: Path) -> None:
+    with (newest(damaged) / "MANIFEST.json").open("r+b") as file:
+        file.truncate(10 << 30)  # sparse
+    assert_refused(damaged, "larger than")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"weight": "F32[20,20]", "bias": "F32[21]"},
+        {"weight": "F32[400]", "bias": "F32[20]"},
+        {"weight": "I32[20,20]", "bias": "F32[20]"},
+        {"weight": "F32[20,20]", "bias": "F32[20]", "empty": "F32[0]"},
+        {"weight": "F32[999999999999,999999999999]", "bias": "F32[20]"},
+        {"weight": "F32[20,-20]", "bias": "F32[20]"},
+        {"weight": "C64[20,20]", "bias": "F32[20]"},
+        {"__metadata__": "F32[20,20]", "bias": "F32[20]"},
+        {"we\x00ight": "F32[20,20]", "bias": "F32[20]"},
+        {"w" * 100_000: "F32[20,20]", "bias": "F32[20]"},
+        {f"t{i}": "F32[1]" for i in range(100_000)},
+    ],
+    ids=range(11),
+)
+def test_row_85_a_tensor_table_that_does_not_fit_the_file_is_refused_before_allocation(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, str]
+) -> None:
+    reseal(newest(damaged) / "MANIFEST.json", lambda data: data["tensors"].update({"model.safetensors": tensors}))
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: pytest.fail("allocated"))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(newest(damaged), with_optimizer=True)
+
+
+def test_row_26_weights_that_are_not_finite_are_refused_unless_allowed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = snapshot(1)
+    bad.model["bias"][3] = float("nan")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "first_nonfinite", lambda tensors: None)
+        path = save_checkpoint(run, bad, ByteTokenizer(), keep=1)
+    with pytest.raises(CheckpointError, match="bias holds NaN or infinity"):
+        load_checkpoint(path, with_optimizer=False)
+    assert load_checkpoint(path, with_optimizer=False, allow_nonfinite=True).model["bias"][3].isnan()
+
+
+def test_row_23_if_all_are_damaged_each_is_listed_and_nothing_starts_from_scratch(damaged: Path) -> None:
+    for path in list_checkpoints(damaged):
+        (path / "state.json").unlink()
+    for find in (latest_checkpoint, best_checkpoint, load_latest):
+        with pytest.raises(CheckpointError, match=r"step-000000000002: .* is missing.*step-000000000001: ") as caught:
+            find(damaged, pytest.fail)
+        assert caught.value.exit_code == 4
+
+
+def test_row_25_neither_times_nor_the_clock_decide_which_checkpoint_is_newest(damaged: Path) -> None:
+    os.utime(newest(damaged), (0, 0))
+    path = latest_checkpoint(damaged, pytest.fail)
+    assert path is not None
+    assert path.name == "step-000000000002"
+
+
+def test_row_27_a_read_error_falls_back(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_regular = storage.open_regular
+
+    def fail(path: Path) -> Any:
+        if path == newest(damaged) / "model.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return open_regular(path)
+
+    monkeypatch.setattr(storage, "open_regular", fail)
+    assert_refused(damaged, r"cannot read .*model\.safetensors: Input/output error")
+
+
+def test_a_damaged_best_checkpoint_gives_the_next_best_and_says_so(damaged: Path) -> None:
+    warnings: list[str] = []
+    (newest(damaged) / "model.safetensors").write_bytes(b"")
+    path = best_checkpoint(damaged, warnings.append)
+    assert path is not None
+    assert path.name == "step-000000000001"
+    assert len(warnings) == 1
+
+
+def test_damaged_checkpoints_do_not_count_for_retention_and_stay(damaged: Path) -> None:
+    (newest(damaged) / "model.safetensors").write_bytes(b"")
+    warnings: list[str] = []
+    with (
+        open_run(damaged, resume=True) as run,
+        CheckpointWriter(run, ByteTokenizer(), keep=2, warn=warnings.append) as writer,
+    ):
+        for step in (3, 4, 5):
+            writer.submit(snapshot(step))
+    names = [int(p.name[5:]) for p in list_checkpoints(damaged)]
+    assert names == [1, 2, 4, 5]  # 1: the best of the whole ones, 2: damaged
+    assert len(warnings) == 1
+
+
+@needs_fork
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_row_91_links_pipes_and_folders_in_place_of_files_are_refused(damaged: Path, file: str, kind: str) -> None:
+    path = newest(damaged) / file
+    good = path.rename(damaged / "elsewhere")
+    if kind == "link":
+        path.symlink_to(good)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert_refused(damaged, path.name)
+
+
+@needs_fork
+def test_row_91_a_linked_tokenizer_folder_is_refused(damaged: Path) -> None:
+    folder = (newest(damaged) / "tokenizer").rename(damaged / "elsewhere")
+    (newest(damaged) / "tokenizer").symlink_to(folder)
+    assert_refused(damaged, "symbolic link")
+
+
+def test_row_44_a_checkpoint_that_is_retired_while_it_is_read_is_a_clear_error(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_manifest = manifest.read_manifest
+
+    def retire_then_return(path: Path) -> Any:
+        found = read_manifest(path)
+        storage.discard(path)
+        return found
+
+    monkeypatch.setattr("lmkit.checkpoint.read_manifest", retire_then_return)
+    with pytest.raises(CheckpointError, match="missing; it may have been retired"):
+        load_checkpoint(newest(damaged), with_optimizer=True)
+    assert [p.name for p in (damaged / "checkpoints").iterdir()] == ["step-000000000001"]
+
+
+def test_row_94_no_secret_of_the_environment_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_TOKEN", "hunter2-secret")
+    path = save(run, 1)
+    files = [*path.rglob("*"), *run.path.iterdir()]
+    assert not [p for p in files if p.is_file() and b"hunter2" in p.read_bytes()]

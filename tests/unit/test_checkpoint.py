@@ -1,0 +1,301 @@
+"""Checkpoints come back bit for bit, are what they say they are, and the right ones are kept and found."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lmkit import checkpoint_writer, storage
+from lmkit.checkpoint import (
+    Snapshot,
+    best_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    resolve_checkpoint,
+)
+from lmkit.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.errors import CheckpointError, DivergedError
+from lmkit.manifest import read_manifest, verify_checkpoint
+from lmkit.runs import FoundRun, Run
+
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+]  # fmt: skip
+
+
+class ByteTokenizer:
+    """The smallest tokenizer that can be saved."""
+
+    digest = "ab" * 32
+
+    def save(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text('{"kind": "byte"}', encoding="utf-8")
+
+
+def snapshot(step: int, loss: float | None = None, **state: Any) -> Snapshot:
+    weights = torch.arange(12, dtype=torch.float32).reshape(4, 3) + step
+    return Snapshot(
+        step=step,
+        model={"weight": weights, "bias": weights[0] * 0.1},
+        optimizer={"weight/momentum": weights * 2},
+        state={"valid_nats_per_token": loss, **state},
+        config={"model": {"kind": "tiny"}},
+    )
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with Run.create(tmp_path / "run", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as made:
+        made.begin(seed=1, command=["pretrain"], digests={"data": "key"})
+        yield made
+
+
+def save_all(run: Run, losses: dict[int, float | None], *, keep: int) -> None:
+    with CheckpointWriter(run, ByteTokenizer(), keep=keep, warn=pytest.fail) as writer:
+        for step, loss in losses.items():
+            writer.submit(snapshot(step, loss))
+
+
+def steps(run: Run) -> list[int]:
+    return [read_manifest(path).step for path in list_checkpoints(run.path)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_every_type_come_back_bit_for_bit(run: Run, dtype: torch.dtype) -> None:
+    values = torch.arange(24).remainder(2 if dtype == torch.bool else 24)
+    model = {
+        "matrix": values.reshape(4, 6).to(dtype),
+        "transposed": values.reshape(4, 6).to(dtype).t(),
+        "strided": values.to(dtype)[::3],
+        "scalar": torch.tensor(1).to(dtype),
+        "empty": torch.empty(0, 3).to(dtype),
+    }
+    path = save_checkpoint(run, Snapshot(3, model, {}, {}, {}), ByteTokenizer(), keep=1)
+    loaded = load_checkpoint(path, with_optimizer=True)
+    assert loaded.model.keys() == model.keys()
+    for name, tensor in model.items():
+        assert loaded.model[name].dtype == dtype
+        assert loaded.model[name].shape == tensor.shape
+        assert bits(loaded.model[name]) == bits(tensor)
+
+
+def test_state_config_optimizer_and_tokenizer_come_back(run: Run) -> None:
+    saved = snapshot(12, 4.25, numbers=[0.1, 1e-300, 2**60], text="é")
+    path = save_checkpoint(run, saved, ByteTokenizer(), keep=1)
+    loaded = load_checkpoint(path, with_optimizer=True)
+    assert (loaded.step, loaded.state, loaded.config) == (12, saved.state, saved.config)
+    assert torch.equal(loaded.optimizer["weight/momentum"], saved.optimizer["weight/momentum"])
+    assert load_checkpoint(path, with_optimizer=False).optimizer == {}
+    assert json.loads((path / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")) == {"kind": "byte"}
+
+
+def test_manifest_records_run_step_and_digests(run: Run) -> None:
+    manifest = read_manifest(save_checkpoint(run, snapshot(12), ByteTokenizer(), keep=1))
+    assert (manifest.run_id, manifest.step) == (run.run_id, 12)
+    assert manifest.digests["tokenizer"] == ByteTokenizer.digest
+    assert manifest.digests["data"] == "key"
+    assert set(manifest.environment) == {"lmkit", "python", "torch", "platform", "threads"}
+
+
+def test_a_checkpoint_is_a_plain_safetensors_file_for_other_tools(run: Run) -> None:
+    saved = snapshot(1)
+    path = save_checkpoint(run, saved, ByteTokenizer(), keep=1)
+    others_view = safetensors.torch.load_file(path / "model.safetensors")
+    assert others_view.keys() == saved.model.keys()
+    assert all(torch.equal(others_view[name], tensor) for name, tensor in saved.model.items())
+
+
+def test_without_optimizer_tensors_there_is_no_optimizer_file(run: Run) -> None:
+    path = save_checkpoint(run, Snapshot(1, {"counts": torch.arange(3)}, {}, {}, {}), ByteTokenizer(), keep=1)
+    assert not (path / "optim.safetensors").exists()
+    assert load_checkpoint(path, with_optimizer=True).optimizer == {}
+
+
+def test_tied_tensors_are_stored_once_and_come_back_tied(run: Run) -> None:
+    weight = torch.randn(50, 20)
+    model = {"embedding": weight, "head": weight, "slice": weight[:10], "transposed": weight.t()}
+    path = save_checkpoint(run, Snapshot(1, model, {}, {}, {}), ByteTokenizer(), keep=1)
+    manifest = read_manifest(path)
+    assert manifest.aliases == {"model.safetensors": {"head": "embedding"}}
+    assert set(manifest.tensors["model.safetensors"]) == {"embedding", "slice", "transposed"}
+    loaded = load_checkpoint(path, with_optimizer=False).model
+    assert loaded["head"] is loaded["embedding"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.items())
+
+
+def test_the_same_state_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    first = save_checkpoint(run, snapshot(5, 1.0), ByteTokenizer(), keep=1)
+    with Run.create(tmp_path / "other", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as other:
+        second = save_checkpoint(other, snapshot(5, 1.0), ByteTokenizer(), keep=1)
+    assert read_manifest(first).files == read_manifest(second).files
+
+
+def test_changing_tensors_and_state_after_submit_does_not_change_what_is_saved(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = threading.Event()
+    write = checkpoint_writer.write_tensors
+
+    def write_late(*args: Any) -> Any:
+        assert changed.wait(10)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", write_late)
+    taken = snapshot(7, history=[1])
+    expected = {name: tensor.clone() for name, tensor in taken.model.items()}
+    with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=pytest.fail) as writer:
+        writer.submit(taken)
+        for tensor in (*taken.model.values(), *taken.optimizer.values()):
+            tensor.fill_(-1)
+        taken.state["history"].append(2)
+        changed.set()
+    loaded = load_checkpoint(run.path / "checkpoints" / "step-000000000007", with_optimizer=True)
+    assert all(torch.equal(loaded.model[name], tensor) for name, tensor in expected.items())
+    assert loaded.state["history"] == [1]
+
+
+def test_leaving_the_writer_waits_for_the_save_even_on_an_exception(run: Run) -> None:
+    def train() -> None:
+        with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=pytest.fail) as writer:
+            writer.submit(snapshot(1))
+            raise RuntimeError("training broke")
+
+    with pytest.raises(RuntimeError, match="training broke"):
+        train()
+    assert steps(run) == [1]
+    verify_checkpoint(list_checkpoints(run.path)[0])
+
+
+def test_the_newest_and_the_best_are_kept(run: Run) -> None:
+    save_all(run, {1: 5.0, 2: 3.0, 3: None, 4: 4.0, 5: 4.5}, keep=2)
+    assert steps(run) == [2, 4, 5]
+
+
+def test_a_new_best_releases_the_old_one(run: Run) -> None:
+    save_all(run, {1: 3.0, 2: 4.0, 3: 2.0, 4: 5.0}, keep=1)
+    assert steps(run) == [3, 4]
+
+
+def test_a_writer_that_resumes_keeps_the_best_of_the_sessions_before(run: Run) -> None:
+    save_all(run, {1: 3.0, 2: 4.0}, keep=1)
+    save_all(run, {3: 5.0, 4: 5.0}, keep=1)
+    assert steps(run) == [1, 4]
+
+
+def test_best_is_the_lowest_validation_loss_and_the_newest_of_equals(run: Run) -> None:
+    save_all(run, {1: 3.0, 2: 3.0, 3: None, 4: 9.0}, keep=9)
+    best = best_checkpoint(run.path, pytest.fail)
+    latest = latest_checkpoint(run.path, pytest.fail)
+    assert best is not None
+    assert best.name == "step-000000000002"
+    assert latest is not None
+    assert latest.name == "step-000000000004"
+
+
+def test_best_is_the_latest_where_nothing_was_evaluated(run: Run) -> None:
+    save_all(run, {1: None, 2: None}, keep=9)
+    best = best_checkpoint(run.path, pytest.fail)
+    assert best is not None
+    assert best.name == "step-000000000002"
+
+
+def test_order_is_that_of_the_steps_and_not_of_the_clock(run: Run) -> None:
+    save_all(run, {9: None, 10: None, 100: None}, keep=9)
+    assert steps(run) == [9, 10, 100]
+
+
+def test_resolve_finds_best_latest_and_names(run: Run) -> None:
+    save_all(run, {1: 1.0, 2: 2.0, 3: 3.0}, keep=9)
+    found = FoundRun(run.path)
+    names = [resolve_checkpoint(found, which, pytest.fail).name for which in ("best", "latest", "step-000000000002")]
+    assert names == ["step-000000000001", "step-000000000003", "step-000000000002"]
+    with pytest.raises(CheckpointError, match="step-000000000001, step-000000000002"):
+        resolve_checkpoint(found, "step-000000000004", pytest.fail)
+    with pytest.raises(CheckpointError, match="there are best, latest"):
+        resolve_checkpoint(found, "../../elsewhere", pytest.fail)
+
+
+def test_a_run_without_checkpoints_has_none_and_resolving_says_so(run: Run) -> None:
+    assert latest_checkpoint(run.path) is None
+    assert best_checkpoint(run.path) is None
+    assert load_latest(run.path) is None
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        resolve_checkpoint(run.path, "best")
+
+
+def test_saving_the_same_state_twice_keeps_the_first(run: Run) -> None:
+    first = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    before = (first / "MANIFEST.json").stat().st_ino
+    assert save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1) == first
+    assert (first / "MANIFEST.json").stat().st_ino == before
+
+
+def test_saving_another_state_of_the_same_step_replaces_it(run: Run) -> None:
+    save_checkpoint(run, snapshot(1, note="old"), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, snapshot(1, note="new"), ByteTokenizer(), keep=1)
+    assert load_checkpoint(path, with_optimizer=False).state["note"] == "new"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(run: Run, value: float) -> None:
+    bad = snapshot(2)
+    bad.model["bias"][1] = value
+    save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    with pytest.raises(DivergedError, match="bias holds NaN or infinity at step 2"):
+        save_checkpoint(run, bad, ByteTokenizer(), keep=1)
+    assert steps(run) == [1]
+
+
+def test_state_that_is_not_json_is_refused_before_anything_is_written(run: Run) -> None:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            writer.submit(snapshot(1, loss_now=float("nan")))
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            writer.submit(snapshot(1, thing=object()))
+    assert list((run.path / "checkpoints").iterdir()) == []
+
+
+def test_buffers_are_made_once_and_reused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(checkpoint_writer.torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
+    with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
+        for step in range(1, 5):
+            writer.submit(snapshot(step))
+    assert len(made) == 3
+
+
+def test_events_are_journalled_and_nothing_temporary_is_left(run: Run) -> None:
+    save_all(run, {1: None, 2: None, 3: None}, keep=2)
+    events = [json.loads(line) for line in (run.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [e["event"] for e in events] == ["start", *["save", "verify"] * 3, "retire"]
+    assert not [p for p in (run.path / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert storage.sweep(run.path / "checkpoints") == []
+
+
+def test_a_copied_checkpoint_is_valid_wherever_it_is(run: Run, tmp_path: Path) -> None:
+    path = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    copy = tmp_path / "elsewhere" / "my model"
+    copy.mkdir(parents=True)
+    for entry in path.rglob("*"):
+        if entry.is_file():
+            target = copy / entry.relative_to(path)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(entry.read_bytes())
+    assert load_checkpoint(copy, with_optimizer=True).step == 1

@@ -1,0 +1,318 @@
+"""Run directories: named, locked, resumed, logged and found again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmkit import records, runs, storage
+from lmkit.checkpoint import Snapshot
+from lmkit.checkpoint_writer import save_checkpoint
+from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, RunLockedError
+from lmkit.runs import FoundRun, Run, newest_finished_run, open_run, read_metrics, read_result
+
+
+class ByteTokenizer:
+    digest = "ab" * 32
+
+    def save(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text('{"kind": "byte"}', encoding="utf-8")
+
+
+def create(root: Path, directory: str | Path | None = None, *, resume: bool = False, warn: Any = pytest.fail) -> Run:
+    return Run.create(directory, root=root, dataset="ptb", model="lstm", resume=resume, warn=warn)
+
+
+def begin(run: Run, **changes: Any) -> None:
+    run.begin(**({"seed": 1, "command": ["pretrain"], "digests": {"data": "d1"}} | changes))
+
+
+def save(run: Run, step: int = 1) -> Path:
+    return save_checkpoint(run, Snapshot(step, {"w": torch.ones(2)}, {}, {}, {}), ByteTokenizer(), keep=9)
+
+
+def test_runs_started_in_the_same_second_get_different_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Frozen(runs.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return runs.datetime(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(runs, "datetime", Frozen)
+    names = []
+    for _ in range(3):
+        with create(tmp_path / "runs") as run:
+            names.append(run.path.name)
+    assert names == ["20260102-030405-ptb-lstm", "20260102-030405-ptb-lstm-2", "20260102-030405-ptb-lstm-3"]
+
+
+def test_names_from_data_cannot_leave_the_root(tmp_path: Path) -> None:
+    with Run.create(None, root=tmp_path, dataset="../../x\n;rm", model="", resume=False, warn=pytest.fail) as run:
+        assert run.path.parent == tmp_path
+        assert run.path.name.endswith("-x_rm-x")
+
+
+def test_a_directory_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x", encoding="utf-8")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="not empty" if not resume else "not a run directory"):
+            create(tmp_path, tmp_path, resume=resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_is_not_a_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is a file"):
+        create(tmp_path, tmp_path / "file")
+
+
+def test_an_existing_run_needs_resume(tmp_path: Path) -> None:
+    with create(tmp_path, tmp_path / "run") as run:
+        begin(run)
+        first = run.run_id
+    with pytest.raises(ConfigError, match="resume=true"):
+        create(tmp_path, tmp_path / "run")
+    with create(tmp_path, tmp_path / "run", resume=True) as run:
+        begin(run)
+        assert run.run_id == first
+
+
+def test_resume_starts_a_run_where_there_is_nothing_yet(tmp_path: Path) -> None:
+    with create(tmp_path, tmp_path / "new" / "run", resume=True) as run:
+        begin(run)
+        assert (run.path / "run.json").exists()
+
+
+def test_resume_needs_to_know_which_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir=DIR"):
+        create(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"digests": {"data": "d2"}}, {"digests": {}}])
+def test_resuming_with_other_data_or_seed_is_refused_with_both_values(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with create(tmp_path, tmp_path / "run") as run:
+        begin(run)
+    with create(tmp_path, tmp_path / "run", resume=True) as run:
+        begin(run, command=["pretrain", "train.max_steps=9"])
+        with pytest.raises(ConfigError, match=r"(seed: 1 -> 2|data: d1 -> (d2|None))"):
+            begin(run, **changes)
+
+
+def test_a_second_user_of_the_run_is_refused_with_the_holder(tmp_path: Path) -> None:
+    with create(tmp_path, tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(RunLockedError, match=f"process {os.getpid()} on .*, started 20"):
+                create(tmp_path, tmp_path / "run", resume=resume)
+    create(tmp_path, tmp_path / "run", resume=True).close()
+
+
+HOLD = """
+import sys
+from lmkit.runs import Run
+run = Run.create(sys.argv[1], root=".", dataset="d", model="m", resume=True, warn=print)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_lock_excludes_another_process_and_dies_with_it(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == b"locked"
+        with pytest.raises(RunLockedError, match=f"process {holder.pid}"):
+            create(tmp_path, tmp_path / "run", resume=True)
+    finally:
+        holder.kill()
+        holder.communicate()
+    create(tmp_path, tmp_path / "run", resume=True).close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_a_lock_file_that_is_a_link_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "LOCK").symlink_to(victim)
+    with pytest.raises(ResourceError, match="LOCK is a symbolic link"):
+        create(tmp_path, tmp_path / "run", resume=True)
+    assert victim.read_text(encoding="utf-8") == "precious"
+
+
+def test_a_directory_that_cannot_be_written_is_an_early_error_and_frees_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> int:
+        raise OSError(30, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "create_file", fail)
+        with pytest.raises(ResourceError, match=r"cannot write in .*run: Read-only file system"):
+            create(tmp_path, tmp_path / "run")
+    create(tmp_path, tmp_path / "run").close()
+
+
+def test_what_a_killed_process_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
+    with create(tmp_path, tmp_path / "run") as run:
+        begin(run)
+        save(run)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in (".tmp-step-000000000002-1-a", ".trash-step-000000000000-1-a"):
+        (checkpoints / name / "tokenizer").mkdir(parents=True)
+        (checkpoints / name / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
+    (tmp_path / "run" / ".tmp-result.json-1-a").write_text("{", encoding="utf-8")
+    create(tmp_path, tmp_path / "run", resume=True).close()
+    assert [p.name for p in checkpoints.iterdir()] == ["step-000000000001"]
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".tmp-")]
+
+
+def test_metrics_keep_nan_and_infinity(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        run.log_metrics({"step": 1, "loss": math.nan, "ppl": math.inf, "low": -math.inf, "lr": 0.1})
+        row = read_metrics(run.path)[0]
+        raw = (run.path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert math.isnan(row["loss"])
+    assert (row["ppl"], row["low"], row["lr"], row["step"]) == (math.inf, -math.inf, 0.1, 1)
+    assert json.loads(raw, parse_constant=pytest.fail)["loss"] == "NaN"
+
+
+def test_resuming_cuts_metrics_back_to_the_checkpoint_and_keeps_the_tail(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        for step in range(1, 8):
+            run.log_metrics({"step": step, "loss": step / 10})
+        with (run.path / "metrics.jsonl").open("ab") as file:
+            file.write(b'{"step": 8, "lo')
+        run.cut_metrics(5)
+        run.log_metrics({"step": 6, "loss": 0.66})
+        assert [row["step"] for row in read_metrics(run.path)] == [1, 2, 3, 4, 5, 6]
+        old = (run.path / "metrics.jsonl.old").read_text(encoding="utf-8").splitlines()
+    assert [line[:10] for line in old] == ['{"step": 6', '{"step": 7', '{"step": 8']
+
+
+def test_a_torn_last_line_is_cut_even_if_no_step_is(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        run.log_metrics({"step": 1})
+        with (run.path / "metrics.jsonl").open("ab") as file:
+            file.write(b'{"step": 2')
+        run.cut_metrics(9)
+        run.log_metrics({"step": 2})
+        assert (run.path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_full_disk_for_the_log_is_one_warning_and_later_lines_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    write = os.write
+    with create(tmp_path, warn=warnings.append) as run:
+        run.log_metrics({"step": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(records.os, "write", lambda fd, data: write(fd, data[:6]))
+            run.log_metrics({"step": 2})
+            run.log_metrics({"step": 3})
+        run.log_metrics({"step": 4})
+        assert [row["step"] for row in read_metrics(run.path)] == [1, 4]
+    assert len(warnings) == 1
+    assert "metrics.jsonl" in warnings[0]
+    assert "disk is full" in warnings[0]
+
+
+def test_the_result_is_read_back_with_its_status(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        assert read_result(run.path) is None
+        run.write_result({"word_ppl": 99.5, "nats": math.inf})
+        result = read_result(run.path)
+    assert result is not None
+    assert (result["status"], result["word_ppl"], result["nats"]) == ("finished", 99.5, math.inf)
+
+
+def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"a": 1, "a": 2}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"result\.json is not valid JSON \(duplicate key\)"):
+        read_result(tmp_path)
+
+
+def test_the_newest_finished_run_is_the_one_that_ended_last(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        with create(tmp_path, tmp_path / name) as run:
+            begin(run)
+            if name != "c":
+                run.write_result({})
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    assert newest_finished_run(tmp_path) == tmp_path / "a"
+
+
+def test_without_a_finished_run_the_error_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no finished run in .*missing; train one with lmkit pretrain"):
+        newest_finished_run(tmp_path / "missing")
+    with create(tmp_path, tmp_path / "r") as run:
+        begin(run)
+    with pytest.raises(CheckpointError, match=r"\(1 unfinished\)"):
+        newest_finished_run(tmp_path)
+
+
+def test_a_run_is_opened_by_its_path_or_that_of_its_checkpoint(tmp_path: Path) -> None:
+    with create(tmp_path, tmp_path / "run") as run:
+        begin(run)
+        with pytest.raises(CheckpointError, match="no checkpoint yet"):
+            open_run(run.path)
+        checkpoint = save(run)
+    assert open_run(run.path) == FoundRun(run.path)
+    assert open_run(checkpoint) == FoundRun(run.path, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("missing", "does not exist"), ("file", "not a directory"), ("", "not a run")]
+)
+def test_opening_what_is_not_a_run_says_what_it_is(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        open_run(tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_of_many_simultaneous_starts_exactly_one_runs(tmp_path: Path) -> None:
+    go_read, go_write = os.pipe()
+    children = []
+    for _ in range(12):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.close(go_write)
+                os.read(go_read, 1)  # returns for all at once, when the parent closes its end
+                create(tmp_path, tmp_path / "run", resume=True, warn=print)
+                code = 0
+                signal.pause()
+            except LmkitError as error:
+                code = error.exit_code
+            finally:
+                os._exit(code)
+        children.append(pid)
+    os.close(go_read)
+    os.close(go_write)
+    codes = []
+    for _ in range(11):
+        _, status = os.wait()
+        codes.append(os.waitstatus_to_exitcode(status))
+    assert codes == [5] * 11
+    ended = set()
+    for pid in children:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            ended.add(pid)
+    assert len(ended) == 11
