@@ -1,4 +1,4 @@
-"""A training run from start to end: when to log, evaluate, save and stop. ``pretrain`` and ``finetune`` both call it."""
+"""A training run from start to end: when to log, evaluate, save and stop. All commands that train call it."""
 
 from __future__ import annotations
 

@@ -61,11 +61,12 @@ class Counter:
         lines = text.count("\n")
         counts.num_documents += piece.ends_document
         counts.num_lines += lines
-        counts.num_words += count_words(text) + lines - (self._inside_word and not text[:1].isspace())
+        counts.num_words += count_words(text) + lines - (self._inside_word and text != "" and not text[0].isspace())
         counts.num_chars += len(text)
         counts.num_bytes += len(data)
         self._text.update(data)
-        self._inside_word = not text[-1:].isspace() and not piece.ends_document
+        if text or piece.ends_document:
+            self._inside_word = not piece.ends_document and not text[-1].isspace()
         if piece.ends_document:
             self._ends.update(counts.num_bytes.to_bytes(8, "little"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lmkit.averaging import WeightAverage
 from lmkit.checkpoint import VALID_LOSS, Snapshot, load_latest
@@ -16,7 +16,6 @@ from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError, DivergedError
 from lmkit.evaluate import Tally, perplexity, summarize
 from lmkit.models.base import LanguageModel
-from lmkit.models.ngram import KneserNey
 from lmkit.optim import build_optimizer
 from lmkit.prepared import PreparedData
 from lmkit.runs import Run, read_result
@@ -67,8 +66,8 @@ def execute(job: Job) -> dict[str, Any]:
     if before is not None and found is not None and not [c for c in changes if c.startswith("train.")]:
         job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
         return before
-    if isinstance(job.model, KneserNey):
-        return _count(job, job.model)
+    if job.model_config.trains_by_counting:
+        return _count(job)
     return _train(job, found[1] if found is not None else None)
 
 
@@ -130,18 +129,21 @@ def _without_loss(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != VALID_LOSS}
 
 
-def _count(job: Job, model: KneserNey) -> dict[str, Any]:
+def _count(job: Job) -> dict[str, Any]:
     """Estimate an n-gram model, save it as the checkpoint of step 1, and score valid."""
     tokenizer, splits = job.prepared.tokenizer, job.prepared.splits
     job.console.say(f"counting {format_count(splits['train'].num_tokens)} tokens")
+    from lmkit.models.ngram import KneserNey
+
+    model = cast(KneserNey, job.model)
     model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id, line_ends=tokenizer.ends_lines)
     tally = perplexity(
         model,
         splits["valid"].tokens,
         tokenizer.eos_id,
         carries_state=True,
-        context=None,
-        stride=None,
+        context=1,
+        stride=1,
         seq_len=1024,
         batch_size=1,
         device=job.device,
@@ -170,10 +172,11 @@ def _finish(job: Job, tally: Tally, numbers: dict[str, Any]) -> dict[str, Any]:
     }
     job.run.journal("finished", {"step": numbers["step"]})
     job.run.write_result(result)
+    length = f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
     rows = [
         ("dataset", job.prepared.name),
         ("model", f"{job.stored_config['model']['kind']}, {format_count(job.model.num_parameters())} parameters"),
-        ("trained", f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs, {format_count(numbers['trained_tokens'])} tokens"),
+        ("trained", f"{length}, {format_count(numbers['trained_tokens'])} tokens"),
         ("valid perplexity per token", format_number(scores["token_ppl"])),
         ("valid perplexity per word", format_number(scores["word_ppl"])),
         ("valid bits per byte", f"{scores['bits_per_byte']:.4f}"),

@@ -366,7 +366,7 @@ class TrainConfig:
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds in a duration such as ``90s``, ``10m``, ``1h30m``, ``2d`` or a bare number of seconds; None if invalid."""
+    """Seconds in a duration such as ``90s``, ``10m``, ``1h30m``, ``2d`` or a bare number of seconds, else None."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
         seconds = float(text)
         return seconds if seconds > 0 else None

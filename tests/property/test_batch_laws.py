@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lmkit.batches import Batch, Lanes, Permutation, Windows
 from lmkit.models.base import IGNORE
 
+LAW = settings(max_examples=50, deadline=None)
+
 lengths = st.integers(1, 200)
 batch_sizes = st.integers(1, 9)
 seq_lens = st.integers(1, 12)
@@ -36,6 +38,7 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.inputs_BT, b.inputs_BT) and torch.equal(a.targets_BT, b.targets_BT)
 
 
+@LAW
 @given(lengths, batch_sizes, seq_lens, seeds, st.integers(0, 3))
 def test_over_one_epoch_each_token_is_a_target_exactly_once(n: int, b: int, t: int, seed: int, epoch: int) -> None:
     for batches in (Lanes(stream(n), n, b, t), Windows(stream(n), n, b, t, seed)):
@@ -43,12 +46,14 @@ def test_over_one_epoch_each_token_is_a_target_exactly_once(n: int, b: int, t: i
         assert batches.num_tokens == n
 
 
+@LAW
 @given(lengths, batch_sizes, seq_lens, seeds)
 def test_the_input_is_the_token_before_the_target_and_eos_before_the_first(n: int, b: int, t: int, seed: int) -> None:
     for batches in (Lanes(stream(n), n, b, t), Windows(stream(n), n, b, t, seed)):
         assert all(source == (target - 1 if target else n) for source, target in pairs(batches, 0))
 
 
+@LAW
 @given(lengths, batch_sizes, seq_lens, seeds, st.integers(0, 10**12))
 def test_a_batch_is_a_function_of_seed_and_step(n: int, b: int, t: int, seed: int, step: int) -> None:
     used = Windows(stream(n), n, b, t, seed)
@@ -56,6 +61,7 @@ def test_a_batch_is_a_function_of_seed_and_step(n: int, b: int, t: int, seed: in
     assert same(used[step], Windows(stream(n), n, b, t, seed)[step])
 
 
+@LAW
 @given(lengths, batch_sizes, seq_lens)
 def test_joining_the_lanes_gives_the_stream_back(n: int, b: int, t: int) -> None:
     lanes = Lanes(stream(n), n, b, t)
@@ -63,6 +69,7 @@ def test_joining_the_lanes_gives_the_stream_back(n: int, b: int, t: int) -> None
     assert rows[rows != IGNORE].tolist() == list(range(n))
 
 
+@LAW
 @given(lengths, batch_sizes, seq_lens, seeds, st.integers(0, 3))
 def test_a_window_is_contiguous_and_padded_at_its_end_only(n: int, b: int, t: int, seed: int, epoch: int) -> None:
     windows = Windows(stream(n), n, b, t, seed)
@@ -72,6 +79,7 @@ def test_a_window_is_contiguous_and_padded_at_its_end_only(n: int, b: int, t: in
             assert row == [*range(row[0], row[0] + size), *[IGNORE] * (t - size)]
 
 
+@LAW
 @given(batch_sizes, seeds)
 def test_epochs_and_seeds_differ_in_their_order(b: int, seed: int) -> None:
     n, t = 400, 5
@@ -81,12 +89,13 @@ def test_epochs_and_seeds_differ_in_their_order(b: int, seed: int) -> None:
     assert first != pairs(other, 0)
 
 
+@LAW
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
-@settings(max_examples=50)
 def test_the_permutation_is_a_bijection(size: int, key: int) -> None:
     assert sorted(Permutation(size, key)(np.arange(size)).tolist()) == list(range(size))
 
 
+@LAW
 @given(st.integers(2**40, 2**60), st.integers(0, 2**63 - 1))
 def test_the_permutation_of_a_huge_range_stays_in_it(size: int, key: int) -> None:
     images = Permutation(size, key)(np.array([0, 1, size // 2, size - 1]))

@@ -7,10 +7,16 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
+from datasets import load_dataset
 
 from lmkit import corpus, textfiles
 from lmkit.benchmarks import BENCHMARKS, Expected, canonical_lines
@@ -70,7 +76,7 @@ def test_pydocs_names_its_python_and_is_split_about_80_10_10_by_characters() -> 
     source = open_corpus(PydocsConfig())
     found = counts(source)
     total = sum(split.num_chars for split in found.values())
-    assert f"CPython {'.'.join(map(str, __import__('sys').version_info[:3]))}" in source.source
+    assert f"CPython {'.'.join(map(str, sys.version_info[:3]))}" in source.source
     assert 0.7 < found["train"].num_chars / total < 0.9
     assert 0.05 < found["valid"].num_chars / total < 0.15
     assert 0.05 < found["test"].num_chars / total < 0.15
@@ -209,50 +215,52 @@ def test_canonical_lines_are_the_words_of_each_line_joined_by_blanks(text: str) 
 # --- the hub: everything after the network call is the real code
 
 
+@dataclasses.dataclass
+class FakeHub:
+    """Serves rows by hub split through ``datasets`` from local parquet files, and notes the calls."""
+
+    folder: Path
+    column: str = "text"
+    rows: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    calls: list[tuple[str, str | None, str | None, str]] = dataclasses.field(default_factory=list)
+
+    def load_dataset(self, repo: str, config_name: str | None, *, revision: str | None, split: str):
+        self.calls.append((repo, config_name, revision, split))
+        files = {name: str(self.folder / f"{name}.parquet") for name in self.rows}
+        for name, rows in self.rows.items():
+            pyarrow.parquet.write_table(pyarrow.table({self.column: rows}), files[name])
+        return load_dataset("parquet", data_files=files, split=split, cache_dir=str(self.folder / "cache"))
+
+
+class Reachable:
+    def dataset_info(self, repo: str, revision: str | None, timeout: float) -> None:
+        assert timeout <= 10
+
+
+class Unreachable:
+    def dataset_info(self, repo: str, revision: str | None, timeout: float) -> None:
+        raise ConnectionError("Name or service not known")
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
-    """Rows by hub split, served by ``datasets`` from local parquet files; also the calls that were made."""
-    import datasets
-    import huggingface_hub
-    import pyarrow
-    import pyarrow.parquet
-
-    rows: dict[str, list] = {"calls": []}
-    real_load = datasets.load_dataset
-
-    def load(repo: str, config_name: str | None, *, revision: str | None, split: str):
-        rows["calls"].append((repo, config_name, revision, split))
-        files = {}
-        for name, column in rows.items():
-            if name != "calls":
-                files[name] = str(tmp_path / f"{name}.parquet")
-                pyarrow.parquet.write_table(
-                    pyarrow.table({rows["column"]: column}), files[name]
-                ) if name != "column" else 0
-        files.pop("column")
-        return real_load("parquet", data_files=files, split=split, cache_dir=str(tmp_path / "cache"))
-
-    class Api:
-        def dataset_info(self, repo: str, revision: str | None, timeout: float) -> None:
-            if rows.get("down"):
-                raise ConnectionError("Name or service not known")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    return rows
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Reachable)
+    return fake
 
 
 def test_wikitext_rows_of_the_hub_give_the_text_of_the_original_files(
-    hub: dict[str, list], monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub["column"] = "text"
     for split, name in (("train", "train"), ("valid", "validation"), ("test", "test")):
-        hub[name] = [line + "\n" if line.strip() else "" for line in LINES[split]]
+        hub.rows[name] = [line + "\n" if line.strip() else "" for line in LINES[split]]
     expect(monkeypatch, BenchmarkName.wikitext2, canonical())
     source = open_corpus(BenchmarkConfig(name=BenchmarkName.wikitext2))
     survey(source)
     assert text_of(source) == canonical()["train"]
-    assert set(hub["calls"]) == {
+    assert set(hub.calls) == {
         ("Salesforce/wikitext", "wikitext-2-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", split)
         for split in ("train", "validation", "test")
     }
@@ -263,45 +271,38 @@ def test_wikitext_rows_of_the_hub_give_the_text_of_the_original_files(
     assert text_of(source) == raw["train"]
 
 
-def test_ptb_rows_of_the_hub_have_no_line_ends(hub: dict[str, list], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ptb_rows_of_the_hub_have_no_line_ends(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"train": "aer <unk> N\nmr. vinken\n", "valid": "a\n", "test": "b c\n"}
-    hub["column"] = "sentence"
-    hub |= {"train": ["aer <unk> N", "mr. vinken"], "validation": ["a"], "test": ["b c"]}
+    hub.column = "sentence"
+    hub.rows = {"train": ["aer <unk> N", "mr. vinken"], "validation": ["a"], "test": ["b c"]}
     expect(monkeypatch, BenchmarkName.ptb, texts)
     source = open_corpus(BenchmarkConfig())
     survey(source)
     assert {split: text_of(source, split) for split in source.splits} == texts
-    assert hub["calls"][0][2] == "refs/convert/parquet"
+    assert hub.calls[0][2] == "refs/convert/parquet"
 
 
 def test_a_dead_hub_is_a_data_error_that_names_the_ways_around_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import datasets
-    import huggingface_hub
-
-    class Api:
-        def dataset_info(self, repo: str, revision: str | None, timeout: float) -> None:
-            raise ConnectionError("Name or service not known")
-
     def offline_load(*args: object, **kwargs: object) -> None:
         assert datasets.config.HF_HUB_OFFLINE, "the library must not try the network again"
         raise ConnectionError("couldn't reach it")
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
     monkeypatch.setattr(datasets, "load_dataset", offline_load)
-    before = datasets.config.HF_HUB_OFFLINE
     with pytest.raises(DataError) as caught:
         survey(open_corpus(BenchmarkConfig()))
     for word in ("Name or service not known", "dataset.path=DIR", "LMKIT_DATA", "ptb.*.txt"):
         assert word in str(caught.value)
     assert caught.value.exit_code == 3
-    assert datasets.config.HF_HUB_OFFLINE == before
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
-def test_any_dataset_of_the_hub_is_one_document_a_row(hub: dict[str, list]) -> None:
-    hub["column"] = "story"
-    hub |= {"train": [f"story {i}\nend" for i in range(300)] + [""], "validation": ["v"]}
+def test_any_dataset_of_the_hub_is_one_document_a_row(hub: FakeHub) -> None:
+    hub.column = "story"
+    hub.rows = {"train": [f"story {i}\nend" for i in range(300)] + [""], "validation": ["v"]}
     source = open_corpus(HubConfig(name="a/b", column="story", valid_split="validation", test_fraction=0.1))
     found = counts(source)
     assert documents_of(source, "valid") == ["v\n"]
@@ -310,9 +311,9 @@ def test_any_dataset_of_the_hub_is_one_document_a_row(hub: dict[str, list]) -> N
     assert survey(source).cleaning["train"]["empty documents"]["documents_before"] > found["train"].num_documents
 
 
-def test_a_wrong_column_of_the_hub_is_answered_with_the_columns(hub: dict[str, list]) -> None:
-    hub["column"] = "story"
-    hub |= {"train": ["a"]}
+def test_a_wrong_column_of_the_hub_is_answered_with_the_columns(hub: FakeHub) -> None:
+    hub.column = "story"
+    hub.rows = {"train": ["a"]}
     with pytest.raises(DataError, match=r"no column 'text' but story; set dataset\.column"):
         text_of(open_corpus(HubConfig(name="a/b")))
 
@@ -379,7 +380,8 @@ def test_twenty_files_or_more_are_split_whole_and_every_file_is_used(tmp_path: P
     source = open_corpus(TextConfig(path=str(tmp_path), valid_fraction=0.1))
     found = {split: documents_of(source, split) for split in source.splits}
     assert {split: len(documents) for split, documents in found.items()} == {"train": 25, "valid": 3, "test": 2}
-    assert sorted(document for split in found.values() for document in split) == sorted(f"file {i}\n" for i in range(30))
+    used = [document for documents in found.values() for document in documents]
+    assert sorted(used) == sorted(f"file {i}\n" for i in range(30))
 
 
 def test_a_split_by_hash_depends_on_the_names_only(tmp_path: Path) -> None:

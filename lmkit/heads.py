@@ -1,0 +1,119 @@
+"""Output layers: from hidden vectors to a distribution over the vocabulary, never holding N x V values at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmkit.models.base import IGNORE, Head, Scores
+
+CHUNK_ELEMENTS_CPU = 2_000_000
+"""Logits held at a time on a CPU: 8 MB, so that they stay in the cache between the product and the softmax."""
+CHUNK_ELEMENTS_GPU = 64_000_000
+
+
+def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
+    """How many positions are scored at a time."""
+    elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    return max(16, elements // vocab_size)
+
+
+class SoftmaxHead(Head):
+    """logits = hidden W^T + b. ``weight`` may be the embedding's (Press & Wolf 2017, "Using the output embedding")."""
+
+    def __init__(self, weight_VD: Tensor, *, bias: bool = False) -> None:
+        """weight_VD: the parameter to use, which may be another module's."""
+        super().__init__()
+        self.weight = weight_VD
+        self.bias = nn.Parameter(torch.zeros(weight_VD.shape[0])) if bias else None
+
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """Summed negative log-likelihood in nats; the gradients are made chunk by chunk in the forward pass."""
+        loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, self.weight, self.bias, targets_N)  # type: ignore[no-untyped-call]
+        return loss
+
+    @torch.no_grad()
+    def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
+        nats, correct = [], []
+        size = rows_per_chunk(self.weight.shape[0], hidden_ND.device)
+        for hidden, targets in zip(torch.split(hidden_ND, size), torch.split(targets_N, size), strict=True):
+            logits = self.logits(hidden)
+            scored = targets != IGNORE
+            safe = targets.where(scored, 0)
+            at_target = logits.gather(1, safe[:, None]).squeeze(1)
+            nats.append((torch.logsumexp(logits, 1) - at_target).where(scored, 0.0))
+            correct.append((logits.argmax(1) == safe) & scored)
+        return Scores(torch.cat(nats), torch.cat(correct))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_ND, self.weight, self.bias).float()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum over N of cross_entropy(hidden W^T + b, target), with the gradients computed in the forward pass.
+
+    The gradient of the summed loss is softmax(logits) - onehot(target) per row, so one pass over each chunk of logits,
+    while it is in the cache, gives the loss and both gradients; backward only scales them. Under autocast the
+    products run in the autocast dtype and the softmax in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.hidden_dtype = hidden_ND.dtype
+        kept = (targets_N != IGNORE).nonzero().squeeze(1)
+        everything = len(kept) == len(targets_N)
+        hidden = (hidden_ND if everything else hidden_ND[kept]).to(dtype)
+        targets = targets_N if everything else targets_N[kept]
+        weight = weight_VD.to(dtype)
+        d_hidden = torch.empty_like(hidden) if needs_grad else None
+        d_weight = torch.zeros_like(weight_VD) if needs_grad else None
+        d_bias = torch.zeros_like(bias_V) if needs_grad and bias_V is not None else None
+        total = torch.zeros((), device=hidden.device)
+        size = rows_per_chunk(weight.shape[0], hidden.device)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(targets), size):
+                rows = slice(start, start + size)
+                x, y = hidden[rows], targets[rows, None]
+                logits = x @ weight.T if bias_V is None else torch.addmm(bias_V.to(dtype), x, weight.T)
+                logits = logits.float()
+                logits -= logits.amax(1, keepdim=True)
+                at_target = logits.gather(1, y)
+                delta = logits.exp_()
+                z = delta.sum(1, keepdim=True)
+                total += (z.log() - at_target).sum()
+                if d_hidden is None or d_weight is None:
+                    continue
+                delta /= z
+                delta.scatter_add_(1, y, torch.full_like(z, -1.0))
+                if d_bias is not None:
+                    d_bias += delta.sum(0)
+                delta = delta.to(dtype)
+                torch.mm(delta, weight, out=d_hidden[rows])
+                if dtype == d_weight.dtype:
+                    d_weight.addmm_(delta.T, x)
+                else:
+                    d_weight += (delta.T @ x).to(d_weight.dtype)
+        if d_hidden is not None and not everything:
+            full = torch.zeros_like(hidden_ND, dtype=dtype)
+            full[kept] = d_hidden
+            d_hidden = full
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        return (
+            (d_hidden * grad).to(ctx.hidden_dtype) if ctx.needs_input_grad[0] else None,
+            d_weight * grad if ctx.needs_input_grad[1] else None,
+            d_bias * grad if d_bias is not None else None,
+            None,
+        )
+
+
+__all__ = ["SoftmaxHead", "rows_per_chunk"]

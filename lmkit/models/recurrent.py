@@ -1,0 +1,128 @@
+"""LSTM and GRU language models with locked dropout, weight drop and tied weights.
+
+Sources: Hochreiter & Schmidhuber 1997 and Gers et al. 2000 (LSTM), Cho et al. 2014 (GRU), Gal & Ghahramani 2016
+(variational dropout: one mask for all time steps), Merity et al. 2018 (AWD-LSTM: weight drop, word-type dropout),
+Press & Wolf 2017 (tied weights).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmkit.config.model import Cell, RecurrentConfig
+from lmkit.heads import SoftmaxHead
+from lmkit.models.base import LanguageModel, State, seeded_generator
+
+
+@dataclass(frozen=True)
+class RecurrentState(State):
+    """hidden: one (B, D) tensor a layer; cell: the same for an LSTM, empty for a GRU."""
+
+    hidden: tuple[Tensor, ...]
+    cell: tuple[Tensor, ...]
+
+    def detach(self) -> RecurrentState:
+        return RecurrentState(tuple(h.detach() for h in self.hidden), tuple(c.detach() for c in self.cell))
+
+    def select(self, rows: Tensor) -> RecurrentState:
+        return RecurrentState(tuple(h[rows] for h in self.hidden), tuple(c[rows] for c in self.cell))
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {f"hidden.{layer}": h for layer, h in enumerate(self.hidden)}
+        return named | {f"cell.{layer}": c for layer, c in enumerate(self.cell)}
+
+
+class Recurrent(LanguageModel):
+    """Embedding, recurrent layers, tied softmax. The state is always returned, so that training can carry it."""
+
+    head: SoftmaxHead
+
+    def __init__(self, config: RecurrentConfig, vocab_size: int, *, seed: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.context = config, vocab_size, None
+        kind = nn.LSTM if config.cell is Cell.lstm else nn.GRU
+        last = config.num_layers - 1
+        widths = [config.d_embed] + [config.d_hidden] * last + [config.d_embed]
+        self.embedding = nn.Embedding(vocab_size, config.d_embed)
+        self.layers = nn.ModuleList(kind(widths[i], widths[i + 1]) for i in range(config.num_layers))
+        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_embed))
+        self.head = SoftmaxHead(self.embedding.weight if own is None else own, bias=True)
+        self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Uniform(-0.1, 0.1) for embedding and head (Zaremba et al. 2014), Uniform(+-1/sqrt(fan-out)) for the layers,
+        and forget-gate biases of 1 (Jozefowicz et al. 2015, section 3)."""
+        for name, p in self.named_parameters():
+            if name == "head.bias":
+                p.zero_()
+                continue
+            is_table = name in ("embedding.weight", "head.weight")
+            bound = 0.1 if is_table else 1 / math.sqrt(self._width_of(name))
+            p.copy_((torch.rand(p.shape, generator=seeded_generator(seed, name)) * 2 - 1) * bound)
+            if self.config.cell is Cell.lstm and ".bias_" in name:
+                width = len(p) // 4
+                p[width : 2 * width] = 1.0 if ".bias_ih" in name else 0.0
+
+    def _width_of(self, name: str) -> int:
+        layer = self.layers[int(name.split(".")[1])]
+        return int(layer.hidden_size)  # type: ignore[arg-type]
+
+    def forward(
+        self, tokens_BT: Tensor, state: RecurrentState | None = None, *, use_state: bool = False
+    ) -> tuple[Tensor, RecurrentState]:
+        """As LanguageModel.forward; dropout masks are drawn from torch's global generator."""
+        config, drop = self.config, self.training
+        x_TBD = self._embed(tokens_BT.T)
+        x_TBD = locked_dropout(x_TBD, config.dropout_input if drop else 0.0)
+        hidden, cell = [], []
+        for i, layer in enumerate(self.layers):
+            x_TBD, h_BD, c_BD = self._run_layer(layer, x_TBD, state, i)
+            hidden.append(h_BD)
+            if c_BD is not None:
+                cell.append(c_BD)
+            p = config.dropout_output if i + 1 == len(self.layers) else config.dropout_hidden
+            x_TBD = locked_dropout(x_TBD, p if drop else 0.0)
+        return x_TBD.transpose(0, 1), RecurrentState(tuple(hidden), tuple(cell))
+
+    def _embed(self, tokens_TB: Tensor) -> Tensor:
+        """Embed; in training whole word types are dropped, the others scaled up (Merity et al. 2018, section 4.3)."""
+        p = self.config.dropout_embed if self.training else 0.0
+        if p == 0.0:
+            return F.embedding(tokens_TB, self.embedding.weight)
+        keep_V1 = torch.rand(self.vocab_size, 1, device=tokens_TB.device) >= p
+        return F.embedding(tokens_TB, self.embedding.weight) * (keep_V1[tokens_TB] / (1 - p))
+
+    def _run_layer(
+        self, layer: nn.Module, x_TBD: Tensor, state: RecurrentState | None, index: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Outputs, last hidden and (LSTM) last cell of one layer; in training its hidden-to-hidden matrix has drops."""
+        p = self.config.dropout_recurrent if self.training else 0.0
+        weights = {"weight_hh_l0": F.dropout(layer.weight_hh_l0, p)} if p > 0.0 else {}  # type: ignore[arg-type]
+        before: Any = None if state is None else state.hidden[index][None]
+        if state is not None and state.cell:
+            before = (before, state.cell[index][None])
+        y_TBD, after = torch.func.functional_call(layer, weights, (x_TBD, before))
+        if self.config.cell is Cell.lstm:
+            return y_TBD, after[0][0], after[1][0]
+        return y_TBD, after[0], None
+
+    def state_from_tensors(self, tensors: dict[str, Tensor]) -> RecurrentState:
+        """The inverse of RecurrentState.tensors."""
+        layers = range(self.config.num_layers)
+        cells = tuple(tensors[f"cell.{i}"] for i in layers) if self.config.cell is Cell.lstm else ()
+        return RecurrentState(tuple(tensors[f"hidden.{i}"] for i in layers), cells)
+
+
+def locked_dropout(x_TBD: Tensor, p: float) -> Tensor:
+    """Dropout with one mask (B, D) for all time steps (Gal & Ghahramani 2016, section 4)."""
+    if p == 0.0:
+        return x_TBD
+    keep_1BD = torch.rand(1, *x_TBD.shape[1:], device=x_TBD.device) >= p
+    return x_TBD * (keep_1BD.to(x_TBD.dtype) / (1 - p))

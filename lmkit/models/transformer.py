@@ -1,0 +1,283 @@
+"""The whole Transformer, its cache included: decoder-only, pre- or post-norm, Llama-shaped by default.
+
+Sources: Vaswani et al. 2017 (attention, sinusoidal positions, post-norm), Radford et al. 2019 (GPT-2: pre-norm,
+learned positions), Touvron et al. 2023 (Llama: RMSNorm, rotary positions, SwiGLU), Ainslie et al. 2023 (grouped-query
+attention).
+
+Parameter names map one to one to Hugging Face's Llama, except that q, k and v are the rows of one matrix ``qkv`` (in
+this order) and gate and up those of ``gate_up``, so that each is one product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
+from lmkit.heads import SoftmaxHead
+from lmkit.models.base import LanguageModel, State, seeded_generator
+
+
+@dataclass
+class KVCache(State):
+    """Keys and values of the tokens read so far, in buffers with room to grow.
+
+    keys_LBKSC, values_LBKSC: float; only the first ``length`` of the S slots are filled. A forward pass writes into the
+    buffers of the cache it is given, so one cache continues one text; ``select`` copies it for several.
+    """
+
+    keys_LBKSC: Tensor
+    values_LBKSC: Tensor
+    length: int
+
+    def detach(self) -> KVCache:
+        return KVCache(self.keys_LBKSC.detach(), self.values_LBKSC.detach(), self.length)
+
+    def select(self, rows: Tensor) -> KVCache:
+        return KVCache(self.keys_LBKSC[:, rows], self.values_LBKSC[:, rows], self.length)
+
+    def with_room(self, num_tokens: int, limit: int) -> KVCache:
+        """This cache, or a larger copy, with free slots for ``num_tokens`` more; never more than ``limit`` slots."""
+        room, needed = self.keys_LBKSC.shape[3], self.length + num_tokens
+        if needed <= room:
+            return self
+        extra = min(max(needed, 2 * room, 64), limit) - room
+        keys, values = (F.pad(t, (0, 0, 0, extra)) for t in (self.keys_LBKSC, self.values_LBKSC))
+        return KVCache(keys, values, self.length)
+
+
+class Transformer(LanguageModel):
+    """Decoder-only Transformer; see TransformerConfig for what can be chosen."""
+
+    head: SoftmaxHead
+    cos_TC: Tensor
+    sin_TC: Tensor
+    sinusoids_TD: Tensor
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, *, seed: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.context = config, vocab_size, config.context
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        if config.positions is Positions.learned:
+            self.positions = nn.Embedding(config.context, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = build_norm(config) if config.pre_norm else nn.Identity()
+        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
+        self.head = SoftmaxHead(self.embedding.weight if own is None else own)
+        self._add_tables()
+        self._initialise(seed)
+
+    def _add_tables(self) -> None:
+        """Position tables that are computed, not learned, and so not saved."""
+        config = self.config
+        if config.positions is Positions.rotary:
+            cos_TC, sin_TC = rotary_tables(config.context, config.d_model // config.num_heads, config.rope_theta)
+            self.register_buffer("cos_TC", cos_TC, persistent=False)
+            self.register_buffer("sin_TC", sin_TC, persistent=False)
+        elif config.positions is Positions.sinusoidal:
+            table_TD = sinusoidal_table(config.context, config.d_model)
+            self.register_buffer("sinusoids_TD", table_TD, persistent=False)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Normal(0, 0.02) as in GPT-2 (Radford et al. 2019, section 2.3), the projections that write to the residual
+        stream divided by sqrt(2 L); embeddings that are scaled by sqrt(d_model) start at 1 / sqrt(d_model)."""
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            std = 0.02
+            if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+                std /= math.sqrt(2 * self.config.num_layers)
+            elif self.config.scale_embeddings and name == "embedding.weight":
+                std = 1 / math.sqrt(self.config.d_model)
+            p.copy_(torch.randn(p.shape, generator=seeded_generator(seed, name)) * std)
+
+    def forward(
+        self, tokens_BT: Tensor, state: KVCache | None = None, *, use_state: bool = False
+    ) -> tuple[Tensor, KVCache | None]:
+        """As LanguageModel.forward. ValueError if cached and new tokens together exceed the context."""
+        start = 0 if state is None else state.length
+        end = start + tokens_BT.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"{end} tokens do not fit into the model's context of {self.config.context}")
+        if state is not None or use_state:
+            state = (self._empty_cache(tokens_BT) if state is None else state).with_room(
+                end - start, self.config.context
+            )
+        x_BTD = self.embedding(tokens_BT)
+        if self.config.scale_embeddings:
+            x_BTD = x_BTD * math.sqrt(self.config.d_model)
+        rotary: tuple[Tensor, Tensor] | None = None
+        if self.config.positions is Positions.rotary:
+            rotary = (self.cos_TC[start:end], self.sin_TC[start:end])
+        elif self.config.positions is Positions.learned:
+            x_BTD = x_BTD + self.positions.weight[start:end]
+        else:
+            x_BTD = x_BTD + self.sinusoids_TD[start:end]
+        x_BTD = self.dropout(x_BTD)
+        for layer, block in enumerate(self.blocks):
+            cached = None if state is None else (state.keys_LBKSC[layer], state.values_LBKSC[layer])
+            x_BTD = block(x_BTD, rotary, cached, start)
+        if state is not None:
+            state = KVCache(state.keys_LBKSC, state.values_LBKSC, end)
+        return self.final_norm(x_BTD), state
+
+    def _empty_cache(self, tokens_BT: Tensor) -> KVCache:
+        config = self.config
+        kv_heads = config.num_kv_heads or config.num_heads
+        shape = (config.num_layers, len(tokens_BT), kv_heads, 0, config.d_model // config.num_heads)
+        device = tokens_BT.device
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
+        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return KVCache(keys, values, 0)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each inside a residual branch, normalised before (pre-norm) or after the sum."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = build_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None, start: int
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if self.pre_norm:
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cached, start))
+            y_BTD: Tensor = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+            return y_BTD
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotary, cached, start)))
+        normed: Tensor = self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
+        return normed
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads that share K key/value heads in groups of H / K."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.channels = config.d_model // config.num_heads
+        self.dropout = config.attention_dropout
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.channels
+        self.qkv = nn.Linear(config.d_model, rows, bias=config.bias)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None, start: int
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). New keys and values are written into ``cached`` from slot ``start`` on."""
+        batch, length, width = x_BTD.shape
+        heads = self.qkv(x_BTD).view(batch, length, -1, self.channels).transpose(1, 2)
+        q_BHTC, k_BKTC, v_BKTC = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if rotary is not None:
+            q_BHTC, k_BKTC = rotate(q_BHTC, *rotary), rotate(k_BKTC, *rotary)
+        mask_TS: Tensor | None = None
+        if cached is not None:
+            end = start + length
+            for buffer, new in zip(cached, (k_BKTC, v_BKTC), strict=True):
+                buffer[:, :, start:end] = new
+            k_BKTC, v_BKTC = cached[0][:, :, :end], cached[1][:, :, :end]
+            if start > 0 and length > 1:
+                mask_TS = torch.ones(length, end, dtype=torch.bool, device=x_BTD.device).tril(start)
+        y_BHTC = F.scaled_dot_product_attention(
+            q_BHTC,
+            k_BKTC,
+            v_BKTC,
+            attn_mask=mask_TS,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask_TS is None and length > 1,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        y_BTD: Tensor = self.out(y_BHTC.transpose(1, 2).reshape(batch, length, width))
+        return y_BTD
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)) (Shazeer 2020, "GLU variants")."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.gated
+        self.activation = config.activation
+        width = d_ff(config)
+        if config.gated:
+            self.gate_up = nn.Linear(config.d_model, 2 * width, bias=config.bias)
+        else:
+            self.up = nn.Linear(config.d_model, width, bias=config.bias)
+        self.down = nn.Linear(width, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if self.gated:
+            gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+            inner_BTF = activate(self.activation, gate_BTF) * up_BTF
+        else:
+            inner_BTF = activate(self.activation, self.up(x_BTD))
+        y_BTD: Tensor = self.down(inner_BTF)
+        return y_BTD
+
+
+def d_ff(config: TransformerConfig) -> int:
+    """Width of the feed-forward block: as configured, else 8/3 d_model rounded up to 32 if gated, else 4 d_model."""
+    if config.d_ff is not None:
+        return config.d_ff
+    return -(-8 * config.d_model // 3 // 32) * 32 if config.gated else 4 * config.d_model
+
+
+def activate(kind: Activation, x: Tensor) -> Tensor:
+    """The pointwise non-linearity; gelu in GPT-2's tanh approximation (Hendrycks & Gimpel 2016)."""
+    if kind is Activation.relu:
+        return F.relu(x)
+    if kind is Activation.gelu:
+        return F.gelu(x, approximate="tanh")
+    if kind is Activation.silu:
+        return F.silu(x)
+    return torch.tanh(x) if kind is Activation.tanh else torch.sigmoid(x)
+
+
+def build_norm(config: TransformerConfig) -> nn.Module:
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the model width."""
+    if config.norm is Norm.rmsnorm:
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_tables(context: int, channels: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x theta^(-2i/C), (T, C), both halves alike (Su et al. 2021, section 3.4.2)."""
+    rates_C = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    angles_TC = torch.arange(context, dtype=torch.float64)[:, None] * torch.cat([rates_C, rates_C])
+    return angles_TC.cos().float(), angles_TC.sin().float()
+
+
+def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Rotate channel i together with channel i + C/2, which is the layout of Hugging Face's Llama."""
+    first, second = x_BHTC.chunk(2, dim=-1)
+    return (x_BHTC * cos_TC + torch.cat([-second, first], dim=-1) * sin_TC).to(x_BHTC.dtype)
+
+
+def sinusoidal_table(context: int, d_model: int) -> Tensor:
+    """(T, D): sin in the even channels, cos in the odd ones (Vaswani et al. 2017, section 3.5)."""
+    rates = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    angles = torch.arange(context, dtype=torch.float64)[:, None] * rates
+    table_TD = torch.zeros(context, d_model, dtype=torch.float64)
+    table_TD[:, 0::2] = angles.sin()
+    table_TD[:, 1::2] = angles.cos()[:, : d_model // 2]
+    return table_TD.float()
+
+
+__all__ = ["KVCache", "Transformer"]
