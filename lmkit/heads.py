@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
     return max(16, elements // vocab_size)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The part of the vocabulary that a sampled softmax looks at."""
+
+    ids_C: Tensor
+    """int64 token ids, each once."""
+    log_weight_C: Tensor
+    """-log of the probability with which each was included."""
+
+
 class SoftmaxHead(Head):
     """logits = hidden W^T + b. ``weight`` may be the embedding's (Press & Wolf 2017, "Using the output embedding")."""
 
@@ -31,8 +42,21 @@ class SoftmaxHead(Head):
 
     def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Summed negative log-likelihood in nats; the gradients are made chunk by chunk in the forward pass."""
-        loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, self.weight, self.bias, targets_N)  # type: ignore[no-untyped-call]
-        return loss
+        return linear_cross_entropy(hidden_ND, self.weight, self.bias, targets_N)
+
+    def sampled_loss(self, hidden_ND: Tensor, candidates: Candidates, targets_N: Tensor) -> Tensor:
+        """Like ``loss``, but with a partition function that is estimated from some of the vocabulary.
+
+        A candidate that was drawn with probability pi counts 1 / pi times, which makes the estimate of the partition
+        function unbiased (Horvitz & Thompson 1952); a target is always a candidate and counts once in its own row.
+        targets_N: int64 positions in ``candidates.ids_C``, or IGNORE.
+        """
+        weight_CD = self.weight.index_select(0, candidates.ids_C)
+        bias_C = candidates.log_weight_C
+        if self.bias is not None:
+            bias_C = self.bias.index_select(0, candidates.ids_C) + bias_C
+        own_N = candidates.log_weight_C[targets_N.where(targets_N != IGNORE, 0)]
+        return linear_cross_entropy(hidden_ND, weight_CD, bias_C, targets_N, own_N)
 
     @torch.no_grad()
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
@@ -51,8 +75,19 @@ class SoftmaxHead(Head):
         return nn.functional.linear(hidden_ND, self.weight, self.bias).float()
 
 
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, own_N: Tensor | None = None
+) -> Tensor:
+    """Sum over N of the cross-entropy of hidden W^T + b with the targets; IGNORE targets count nothing.
+
+    own_N: subtracted from the logit of each row's own target.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, own_N)  # type: ignore[no-untyped-call]
+    return loss
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over N of cross_entropy(hidden W^T + b, target), with the gradients computed in the forward pass.
+    """See linear_cross_entropy; the gradients are computed in the forward pass.
 
     The gradient of the summed loss is softmax(logits) - onehot(target) per row, so one pass over each chunk of logits,
     while it is in the cache, gives the loss and both gradients; backward only scales them. Under autocast the
@@ -60,7 +95,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        own_N: Tensor | None,
+    ) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -69,6 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         everything = len(kept) == len(targets_N)
         hidden = (hidden_ND if everything else hidden_ND[kept]).to(dtype)
         targets = targets_N if everything else targets_N[kept]
+        own = own_N if own_N is None or everything else own_N[kept]
         weight = weight_VD.to(dtype)
         d_hidden = torch.empty_like(hidden) if needs_grad else None
         d_weight = torch.zeros_like(weight_VD) if needs_grad else None
@@ -81,6 +124,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x, y = hidden[rows], targets[rows, None]
                 logits = x @ weight.T if bias_V is None else torch.addmm(bias_V.to(dtype), x, weight.T)
                 logits = logits.float()
+                if own is not None:
+                    logits.scatter_add_(1, y, -own[rows, None])
                 logits -= logits.amax(1, keepdim=True)
                 at_target = logits.gather(1, y)
                 delta = logits.exp_()
@@ -106,12 +151,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return (
             (d_hidden * grad).to(ctx.hidden_dtype) if ctx.needs_input_grad[0] else None,
             d_weight * grad if ctx.needs_input_grad[1] else None,
             d_bias * grad if d_bias is not None else None,
+            None,
             None,
         )
 

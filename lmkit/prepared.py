@@ -198,8 +198,11 @@ class _Preparation:
         storage.sync_directory(temporary)
         if target.exists():
             storage.discard(target)
-        with contextlib.suppress(FileExistsError):
+        try:
             storage.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
         storage.sync_directory(target.parent)
 
     @contextlib.contextmanager
@@ -225,14 +228,13 @@ class _Preparation:
     def _sweep(self) -> None:
         """Remove what killed preparations left: ours, and those of others whose lock is free."""
         for path in sorted(self.folder.iterdir()):
-            if path.name.startswith(storage.TRASH_PREFIX):
-                storage.remove_tree(path)
-            elif path.name.startswith(storage.TMP_PREFIX):
-                request = path.name.removeprefix(storage.TMP_PREFIX).split("-")[0]
-                with contextlib.suppress(filelock.Timeout), contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # another process may be at it as well
+                if path.name.startswith(storage.TMP_PREFIX):
+                    request = path.name.removeprefix(storage.TMP_PREFIX).split("-")[0]
                     if request != self.request:
-                        lock = _file_lock(self.root / "locks", request)
-                        stack.enter_context(lock.acquire(blocking=False))
+                        stack.enter_context(_file_lock(self.root / "locks", request).acquire(blocking=False))
+                    storage.remove_tree(path)
+                elif path.name.startswith(storage.TRASH_PREFIX):
                     storage.remove_tree(path)
 
 

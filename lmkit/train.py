@@ -17,6 +17,7 @@ from lmkit.config.training import OptimizerConfig, Precision, ScheduleConfig
 from lmkit.device import Device
 from lmkit.errors import DivergedError
 from lmkit.models.base import IGNORE, LanguageModel, State
+from lmkit.objectives import Objective
 from lmkit.optim import set_lr
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
@@ -105,6 +106,7 @@ class Trainer:
     optimizer: Optimizer
     optimizer_config: OptimizerConfig
     schedule: ScheduleConfig
+    objective: Objective
     device: Device
     seed: int
     micro_batch_size: int
@@ -168,7 +170,7 @@ class Trainer:
             fresh = batch.starts_text or micro >= len(self.carry)
             with self.device.autocast():
                 hidden_BTD, new_state = self.forward(inputs_BT, None if fresh else self.carry[micro])
-                loss = self.model.head.loss(hidden_BTD.flatten(0, 1), targets_N)
+                loss = self.objective(self.model.head, hidden_BTD.flatten(0, 1), targets_N)
             self.scaler.scale(loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
             carry.append(None if new_state is None else new_state.detach())

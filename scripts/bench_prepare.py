@@ -2,10 +2,10 @@
 
     python scripts/bench_prepare.py [--text FILE] [--vocab-size N] [--gigabyte] [--repeat N]
 
-Without --text it takes WikiText-2 from LMKIT_DATA, or pydocs repeated. Rates are MB of text (1e6 UTF-8 bytes) per second
-of wall time, the best of --repeat. ``sentencepiece alone`` encodes the same lines with the library itself and writes the
-ids, without counting, digests or checks. --gigabyte prepares a generated 1 GB text file in a process of its own and
-reports that process's peak resident memory.
+Without --text it takes WikiText-2 from LMKIT_DATA, or pydocs repeated. Rates are MB of text (1e6 UTF-8 bytes) a second
+of wall time, the best of --repeat. ``sentencepiece alone`` encodes the same lines with the library itself and writes
+the ids, without counting, digests or checks. --gigabyte prepares a generated 1 GB text file in a process of its own
+and reports that process's peak resident memory.
 """
 
 from __future__ import annotations

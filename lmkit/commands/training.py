@@ -15,7 +15,9 @@ from lmkit.console import Console, format_count, format_duration, format_number
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError, DivergedError
 from lmkit.evaluate import Tally, perplexity, summarize
+from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel
+from lmkit.objectives import build_objective
 from lmkit.optim import build_optimizer
 from lmkit.prepared import PreparedData
 from lmkit.runs import Run, read_result
@@ -73,12 +75,17 @@ def execute(job: Job) -> dict[str, Any]:
 
 def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
     cfg = job.cfg
+    tokens = job.prepared.splits["train"].tokens
+    counts_V = token_counts(tokens, job.prepared.tokenizer.vocab_size)
+    if snapshot is None and isinstance(cfg, PretrainConfig):
+        initialise_from_text(job.model, cfg.init, tokens, counts_V, seed=cfg.seed)
     model = job.model.to(job.device.torch_device)
     trainer = Trainer(
         model=model,
         optimizer=build_optimizer(cfg.optimizer, model, fused=job.device.fused),
         optimizer_config=cfg.optimizer,
         schedule=cfg.schedule,
+        objective=build_objective(cfg.softmax, counts_V),
         device=job.device,
         seed=cfg.seed,
         micro_batch_size=cfg.train.micro_batch_size or cfg.train.batch_size,

@@ -54,6 +54,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "inverse_sqrt": training.InverseSqrtConfig,
         "plateau": training.PlateauConfig,
     },
+    "softmax": {
+        "exact": training.ExactSoftmaxConfig,
+        "sampled": training.SampledSoftmaxConfig,
+    },
     "device": {"device": training.DeviceConfig},
 }
 """Group -> schema name -> dataclass: the one table from names to classes."""

@@ -10,11 +10,14 @@ from lmkit.config.model import ModelConfig
 from lmkit.config.training import (
     DeviceConfig,
     EvalConfig,
+    ExactSoftmaxConfig,
+    InitConfig,
     LogConfig,
     OptimizerConfig,
     RunConfig,
     SaveConfig,
     ScheduleConfig,
+    SoftmaxConfig,
     TrainConfig,
 )
 
@@ -47,6 +50,10 @@ class PretrainConfig:
     """Optimizer; see the keys below."""
     schedule: ScheduleConfig
     """Learning-rate schedule; see the keys below."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """What the parameters start from; see the keys below."""
+    softmax: SoftmaxConfig = field(default_factory=ExactSoftmaxConfig)
+    """Loss over the vocabulary; see the keys below."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device; see the keys below."""
     train: TrainConfig
@@ -87,6 +94,8 @@ class FinetuneConfig:
     """Optimizer; see the keys below."""
     schedule: ScheduleConfig
     """Learning-rate schedule; see the keys below."""
+    softmax: SoftmaxConfig = field(default_factory=ExactSoftmaxConfig)
+    """Loss over the vocabulary; see the keys below."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device; see the keys below."""
     train: TrainConfig

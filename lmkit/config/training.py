@@ -243,6 +243,55 @@ class PlateauConfig(ScheduleConfig):
         check(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "must be between 0 and 1")
 
 
+@dataclass(kw_only=True)
+class SoftmaxConfig:
+    """Base of the ``softmax`` group: the loss in training. Evaluation always uses the exact softmax."""
+
+
+@dataclass(kw_only=True)
+class ExactSoftmaxConfig(SoftmaxConfig):
+    """Cross-entropy over the whole vocabulary."""
+
+
+@dataclass(kw_only=True)
+class SampledSoftmaxConfig(SoftmaxConfig):
+    """Cross-entropy over a sample of the vocabulary: much cheaper for large vocabularies and small models."""
+
+    num_frequent: int = 500
+    """This many of the most frequent tokens are always in the sample (>= 0)."""
+    num_sampled: int = 300
+    """Expected number of rarer tokens that are drawn for each batch (>= 1); the batch's targets come on top."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
+            check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
+
+
+class EmbeddingInit(Enum):
+    """Where embeddings start."""
+
+    random = "random"
+    cooccurrence = "cooccurrence"
+
+
+class BiasInit(Enum):
+    """Where the biases of the output layer start."""
+
+    zero = "zero"
+    log_frequency = "log_frequency"
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    """What of the training text goes into the initial parameters, before the first step."""
+
+    embeddings: EmbeddingInit = EmbeddingInit.random
+    """random, or cooccurrence: a singular value decomposition of the counts of neighbouring tokens."""
+    output_bias: BiasInit = BiasInit.log_frequency
+    """zero, or log_frequency: the log of each token's share of train, where the model has output biases."""
+
+
 class DeviceType(Enum):
     """Where tensors live."""
 

@@ -57,22 +57,20 @@ class Recurrent(LanguageModel):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Uniform(-0.1, 0.1) for embedding and head (Zaremba et al. 2014), Uniform(+-1/sqrt(fan-out)) for the layers,
-        and forget-gate biases of 1 (Jozefowicz et al. 2015, section 3)."""
+        """Normal(0, 0.1) for embedding and head, Normal(0, 1/sqrt(fan-in)) for input-to-hidden, orthogonal hidden-to-
+        hidden matrices (Saxe et al. 2014), biases 0, but 1 for forget gates (Jozefowicz et al. 2015, section 3)."""
         for name, p in self.named_parameters():
-            if name == "head.bias":
+            generator = seeded_generator(seed, name)
+            if p.ndim == 1:
                 p.zero_()
-                continue
-            is_table = name in ("embedding.weight", "head.weight")
-            bound = 0.1 if is_table else 1 / math.sqrt(self._width_of(name))
-            p.copy_((torch.rand(p.shape, generator=seeded_generator(seed, name)) * 2 - 1) * bound)
-            if self.config.cell is Cell.lstm and ".bias_" in name:
-                width = len(p) // 4
-                p[width : 2 * width] = 1.0 if ".bias_ih" in name else 0.0
-
-    def _width_of(self, name: str) -> int:
-        layer = self.layers[int(name.split(".")[1])]
-        return int(layer.hidden_size)  # type: ignore[arg-type]
+                if self.config.cell is Cell.lstm and ".bias_ih" in name:
+                    p[len(p) // 4 : len(p) // 2] = 1.0
+            elif ".weight_hh" in name:
+                for block in torch.split(p, p.shape[1]):
+                    nn.init.orthogonal_(block, generator=generator)
+            else:
+                std = 1 / math.sqrt(p.shape[1]) if ".weight_ih" in name else 0.1
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
 
     def forward(
         self, tokens_BT: Tensor, state: RecurrentState | None = None, *, use_state: bool = False

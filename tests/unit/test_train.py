@@ -15,6 +15,7 @@ from lmkit.config.training import ConstantConfig, DeviceConfig, DeviceType, Opti
 from lmkit.device import resolve_device
 from lmkit.errors import DivergedError
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State
+from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer
 from lmkit.train import Horizon, Trainer, TrainState, fit
 
@@ -84,6 +85,7 @@ def trainer(
         model=model,
         optimizer=build_optimizer(config, model, fused=False),
         optimizer_config=config,
+        objective=ExactSoftmax(),
         schedule=ConstantConfig(warmup_ratio=0.0),
         device=resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1)),
         seed=3,

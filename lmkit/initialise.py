@@ -1,0 +1,92 @@
+"""Initial parameters taken from counts of the training text, so that the first epochs need not learn them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lmkit.config.training import BiasInit, EmbeddingInit, InitConfig
+from lmkit.errors import ConfigError
+from lmkit.heads import SoftmaxHead
+from lmkit.models.base import LanguageModel, seeded_generator
+
+NUM_CONTEXTS = 2500
+"""Neighbours that are counted: the most frequent tokens."""
+OFFSETS = (-2, -1, 1, 2)
+MAX_TOKENS = 20_000_000
+"""Of a longer text only the first tokens are counted."""
+
+
+def token_counts(tokens: NDArray[np.integer[Any]], vocab_size: int) -> Tensor:
+    """How often each token id occurs, int64 (V,), counted in bounded memory."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), 1 << 24):
+        counts += np.bincount(tokens[start : start + (1 << 24)], minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
+@torch.no_grad()
+def initialise_from_text(
+    model: LanguageModel, config: InitConfig, tokens: NDArray[np.integer[Any]], counts_V: Tensor, *, seed: int
+) -> None:
+    """Overwrite embeddings and output biases as configured; the scale of the embeddings stays what it was.
+
+    Raises ConfigError if co-occurrence embeddings are asked of a model that has no embedding table.
+    """
+    head = model.head
+    if config.output_bias is BiasInit.log_frequency and isinstance(head, SoftmaxHead) and head.bias is not None:
+        head.bias.copy_(torch.log(counts_V.double().clamp(min=0.5) / counts_V.sum()))
+    if config.embeddings is EmbeddingInit.cooccurrence:
+        table = getattr(model, "embedding", None)
+        if not isinstance(table, nn.Embedding):
+            raise ConfigError(f"init.embeddings=cooccurrence needs an embedding table; {type(model).__name__} has none")
+        new_VD = cooccurrence_embeddings(tokens, counts_V, table.embedding_dim, seed=seed)
+        table.weight.copy_(new_VD * (table.weight.std() / new_VD.std()))
+
+
+def cooccurrence_embeddings(tokens: NDArray[np.integer[Any]], counts_V: Tensor, width: int, *, seed: int) -> Tensor:
+    """Embeddings (V, D) from positive pointwise mutual information with the tokens up to two places away.
+
+    Levy & Goldberg 2014 (PPMI, smoothed by the power 3/4, and the square root of the singular values); the singular
+    vectors by randomised subspace iteration (Halko et al. 2011), turned by a random rotation so that no coordinate is
+    special. Deterministic for a seed. Columns beyond the rank are zero before the rotation.
+    """
+    vocab_size = len(counts_V)
+    num_contexts = min(NUM_CONTEXTS, vocab_size)
+    frequent_K = counts_V.argsort(descending=True, stable=True)[:num_contexts]
+    column_V = torch.full((vocab_size,), -1, dtype=torch.int64)
+    column_V[frequent_K] = torch.arange(num_contexts)
+    text_N = torch.from_numpy(np.asarray(tokens[:MAX_TOKENS]).astype(np.int64))
+    blocks = [_ppmi(text_N, column_V, offset, num_contexts) for offset in OFFSETS]
+    ppmi = torch.cat(blocks, 1)
+    generator = seeded_generator(seed, "cooccurrence")
+    basis = torch.randn(ppmi.shape[1], min(width + 20, vocab_size, ppmi.shape[1]), generator=generator)
+    for _ in range(2):
+        basis = torch.linalg.qr(ppmi.T @ (ppmi @ basis)).Q
+    left, values, _ = torch.linalg.svd(ppmi @ basis, full_matrices=False)
+    rank = min(width, left.shape[1])
+    vectors_VD = torch.zeros(vocab_size, width)
+    vectors_VD[:, :rank] = left[:, :rank] * values[:rank].sqrt()
+    rotation_DD: Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return vectors_VD @ rotation_DD
+
+
+def _ppmi(text_N: Tensor, column_V: Tensor, offset: int, num_contexts: int) -> Tensor:
+    """(V, K): max(0, log P(context | token) / P(context)) for the context ``offset`` places from the token."""
+    here, there = (text_N[:-offset], text_N[offset:]) if offset > 0 else (text_N[-offset:], text_N[:offset])
+    columns = column_V[there]
+    kept = columns >= 0
+    vocab_size = len(column_V)
+    flat = here[kept] * num_contexts + columns[kept]
+    counts_VK = torch.bincount(flat, minlength=vocab_size * num_contexts).view(vocab_size, num_contexts).float()
+    given_token = counts_VK / counts_VK.sum(1, keepdim=True).clamp(min=1.0)
+    context_K = counts_VK.sum(0).pow(0.75)
+    context_K = (context_K / context_K.sum().clamp(min=1.0)).clamp(min=1e-9)
+    return (given_token / context_K).clamp(min=1.0).log()
+
+
+__all__ = ["cooccurrence_embeddings", "initialise_from_text", "token_counts"]

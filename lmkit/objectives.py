@@ -1,0 +1,74 @@
+"""What training minimises. Evaluation always uses the exact softmax, whatever a model was trained with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lmkit.config.training import ExactSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.heads import Candidates, SoftmaxHead
+from lmkit.models.base import IGNORE, Head
+
+
+class Objective(ABC):
+    """Loss of a batch's hidden vectors."""
+
+    @abstractmethod
+    def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """Summed loss (nats, scalar, differentiable) over the targets that are not IGNORE."""
+
+
+class ExactSoftmax(Objective):
+    """The negative log-likelihood itself."""
+
+    def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        return head.loss(hidden_ND, targets_N)
+
+
+class SampledSoftmax(Objective):
+    """The negative log-likelihood with a partition function estimated from frequent words, a draw of rare ones and the
+    batch's own targets; one set of candidates a batch, drawn from torch's global generator.
+
+    Importance sampling with shared candidates (Bengio & Senecal 2008; Jean et al. 2015), here by independent inclusion
+    of each rare word with a probability proportional to its frequency. The probability that a word is a candidate is
+    that of being drawn or being a target of the batch.
+    """
+
+    def __init__(self, config: SampledSoftmaxConfig, counts_V: Tensor) -> None:
+        """counts_V: how often each token occurs in train."""
+        share_V = counts_V.double().clamp(min=0.5) / counts_V.sum()
+        order_V = counts_V.argsort(descending=True, stable=True)
+        self.frequent_C = order_V[: config.num_frequent]
+        rare_V = share_V.clone()
+        rare_V[self.frequent_C] = 0.0
+        draw_V = (rare_V / rare_V.sum().clamp(min=1e-30) * config.num_sampled).clamp(max=1.0)
+        draw_V[self.frequent_C] = 1.0
+        self.draw_V = draw_V.float()
+        self.log_missed_V = torch.log1p(-share_V).float()
+
+    def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        if not isinstance(head, SoftmaxHead):
+            raise TypeError(f"softmax=sampled cannot train a {type(head).__name__}")
+        device = targets_N.device
+        if self.draw_V.device != device:
+            self.draw_V, self.log_missed_V = self.draw_V.to(device), self.log_missed_V.to(device)
+        scored_N = targets_N != IGNORE
+        included_V = torch.rand(self.draw_V.shape, device=device) < self.draw_V
+        included_V[targets_N[scored_N]] = True
+        ids_C = included_V.nonzero().squeeze(1)
+        missed_C = (1.0 - self.draw_V[ids_C]) * torch.exp(scored_N.sum() * self.log_missed_V[ids_C])
+        candidates = Candidates(ids_C, -torch.log1p(-missed_C))
+        position_V = torch.cumsum(included_V, 0) - 1
+        positions_N = torch.where(scored_N, position_V[targets_N.where(scored_N, 0)], IGNORE)
+        return head.sampled_loss(hidden_ND, candidates, positions_N)
+
+
+def build_objective(config: SoftmaxConfig, counts_V: Tensor) -> Objective:
+    """The objective of the ``softmax`` group; counts_V: how often each token occurs in train."""
+    if isinstance(config, SampledSoftmaxConfig):
+        return SampledSoftmax(config, counts_V)
+    if isinstance(config, ExactSoftmaxConfig):
+        return ExactSoftmax()
+    raise TypeError(f"no objective for {type(config).__name__}")
