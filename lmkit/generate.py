@@ -16,17 +16,24 @@ from lmkit.sampling import sample, uniforms
 from lmkit.tokenizers import Tokenizer
 
 
+MAX_BATCH = 32
+"""Samples decoded at once; each has its own cache."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt as the model reads it."""
 
     text: str
+    """The prompt; for word tokenizers without blanks at its end, since the next word brings its own."""
     ids: list[int]
-    """The conditioning eos and the prompt's tokens, at most as many as fit."""
+    """What the model reads: eos and the prompt's tokens, or as many of the last tokens as fit."""
+    text_ids: list[int]
+    """Those of them that stand for text of the prompt."""
     num_dropped: int
-    """Tokens cut from the left because they do not fit into the model's context."""
+    """Tokens of the prompt cut from the left because they do not fit into the context."""
     unknown: list[str]
-    """Words (or characters) that the tokenizer does not know."""
+    """Words (or characters) of the prompt that the tokenizer does not know."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,23 @@ class Sample:
 
 
 def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new_tokens: int) -> Prompt:
-    """Encode a prompt. Of one that is too long for the context the last tokens are kept, so many that the new tokens
-    fit as well, but at least half the context."""
-    ids = [tokenizer.eos_id, *(int(i) for i in tokenizer.encode(text))]
+    """Encode a prompt; the model reads it behind an eos, so that it begins a text (and an empty one is possible).
+
+    If eos and prompt are more than ``context`` tokens, only the last tokens are read: so many that the new tokens fit
+    beside them, but at least half the context.
+    """
+    if tokenizer.ends_lines:
+        text = text.rstrip(" \t")
+    tokens = [int(i) for i in tokenizer.encode(text)]
     unknown = []
-    if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+    if tokenizer.unk_id is not None and tokenizer.unk_id in tokens:
         units = text.split() if tokenizer.ends_lines else list(text)
         unknown = [u for u in dict.fromkeys(units) if u != "<unk>" and tokenizer.unk_id in tokenizer.encode(u)]
-    kept = ids
-    if context is not None and len(ids) > context - 1:
-        kept = ids[-max(context - max_new_tokens, context // 2, 1) :]
-    return Prompt(text, kept, len(ids) - len(kept), unknown)
+    if context is None or 1 + len(tokens) <= context:
+        return Prompt(text, [tokenizer.eos_id, *tokens], tokens, 0, unknown)
+    room = max(context + 1 - max(max_new_tokens, 1), context // 2, 1)
+    kept = tokens[-room:]
+    return Prompt(text, kept, kept, len(tokens) - len(kept), unknown)
 
 
 @torch.inference_mode()
@@ -68,99 +81,130 @@ def generate(
     stop_at_eos: bool = True,
     seed: int = 1,
     prompt_index: int = 0,
+    context: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Sample]:
     """Draw ``num_samples`` continuations of one prompt; each depends on (seed, prompt_index, its number) only.
 
-    ``on_text`` is given the text of the first sample as it grows, in whole characters. A model with a limited context
-    goes on past it: when its cache is full, the last half of the context is read again as the new start.
+    ``on_text`` is given the text of the first sample as it grows: whole characters, none of which can still become part
+    of a stop string. ``context`` limits what a model with a limited context sees (null: the model's own). Such a model
+    goes on past it: when its cache is full, the last half of the context is read again as the new start. Raises
+    DivergedError if logits are not finite.
     """
-    writers = [_Writer(tokenizer, prompt.ids, stop) for _ in range(num_samples)]
-    if max_new_tokens == 0:
-        return [writer.finish("length") for writer in writers]
-    where = device.torch_device
-    ids_BT = torch.tensor([prompt.ids] * num_samples, dtype=torch.int64)
-    seen_BV: Tensor | None = None
-    if sampling.repetition_penalty != 1.0:
-        seen_BV = torch.zeros(num_samples, model.vocab_size, dtype=torch.bool)
-        seen_BV.scatter_(1, ids_BT, True)
-        seen_BV = seen_BV.to(where)
-    eos_id = None if tokenizer.ends_lines or not stop_at_eos else tokenizer.eos_id
+    limit = model.context if context is None else context
     model.eval()
-    state: Any = None
-    cached = 0
-    unread_BT = ids_BT[:1]
-    for position in range(max_new_tokens):
-        if model.context is not None and cached + unread_BT.shape[1] > model.context:
-            state, cached, unread_BT = None, 0, ids_BT[:, -max(1, model.context // 2) :]
-        with device.autocast():
-            hidden_BTD, state = model(unread_BT.to(where), state, use_state=True)
-            logits_BV = model.head.logits(hidden_BTD[:, -1])
-        cached += unread_BT.shape[1]
-        if len(logits_BV) < num_samples:
-            state = state.select(torch.zeros(num_samples, dtype=torch.int64, device=where))
-            logits_BV = logits_BV.expand(num_samples, -1)
-        next_B = sample(logits_BV, sampling, uniforms(seed, prompt_index, num_samples, position).to(where), seen_BV)
-        if seen_BV is not None:
-            seen_BV.scatter_(1, next_B[:, None], True)
-        unread_BT = next_B[:, None].cpu()
-        ids_BT = torch.cat([ids_BT, unread_BT], 1) if model.context is not None else ids_BT
-        for writer, token in zip(writers, unread_BT[:, 0].tolist(), strict=True):
-            new = writer.push(token, eos_id)
-            if writer is writers[0] and on_text is not None and new:
-                on_text(new)
-        if all(writer.done for writer in writers):
-            break
     samples = []
-    for writer in writers:
-        before = len(writer.text)
-        samples.append(writer.finish("length"))
-        if writer is writers[0] and on_text is not None and writer.text[before:]:
-            on_text(writer.text[before:])
+    for first in range(0, num_samples, MAX_BATCH):
+        numbers = range(first, min(first + MAX_BATCH, num_samples))
+        writers = [_Writer(tokenizer, prompt, stop) for _ in numbers]
+        if on_text is not None and first == 0:
+            writers[0].on_text = on_text
+        decoding = _Decoding(model, device, prompt, len(numbers), limit, sampling)
+        eos_id = None if tokenizer.ends_lines or not stop_at_eos else tokenizer.eos_id
+        for position in range(max_new_tokens):
+            tokens_B = decoding.next(uniforms(seed, prompt_index, numbers, position))
+            for writer, token in zip(writers, tokens_B, strict=True):
+                writer.push(token, eos_id)
+            if all(writer.finish for writer in writers):
+                break
+        samples += [writer.close() for writer in writers]
     return samples
+
+
+class _Decoding:
+    """B continuations of one prompt, a token at a time: the prompt is read once, then each token with the state."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        device: Device,
+        prompt: Prompt,
+        batch: int,
+        context: int | None,
+        sampling: SamplingConfig,
+    ) -> None:
+        self.model, self.device, self.context, self.sampling, self.batch = model, device, context, sampling, batch
+        # Apple's GPU has no float64, which the draw needs.
+        on_cpu = device.torch_device.type == "mps"
+        self.sampling_device = torch.device("cpu") if on_cpu else device.torch_device
+        self.state: Any = None
+        self.num_cached = 0
+        self.unread_BT = torch.tensor([prompt.ids], device=device.torch_device)
+        self.recent_BT = self.unread_BT.expand(batch, -1)
+        self.seen_BV: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen_BV = torch.zeros(batch, model.vocab_size, dtype=torch.bool, device=self.sampling_device)
+            self.seen_BV[:, torch.tensor(prompt.text_ids, dtype=torch.int64, device=self.sampling_device)] = True
+
+    def next(self, uniforms_B: Tensor) -> list[int]:
+        """Draw and remember one token of each."""
+        if self.context is not None and self.num_cached + self.unread_BT.shape[1] > self.context:
+            self.state, self.num_cached = None, 0
+            self.unread_BT = self.recent_BT[:, -max(1, self.context // 2) :]
+        with self.device.autocast():
+            hidden_BTD, self.state = self.model(self.unread_BT, self.state, use_state=True)
+            logits_BV = self.model.head.logits(hidden_BTD[:, -1])
+        self.num_cached += self.unread_BT.shape[1]
+        if len(logits_BV) < self.batch:
+            rows_B = torch.zeros(self.batch, dtype=torch.int64, device=logits_BV.device)
+            self.state, logits_BV = self.state.select(rows_B), logits_BV[rows_B]
+        next_B = sample(
+            logits_BV.to(self.sampling_device), self.sampling, uniforms_B.to(self.sampling_device), self.seen_BV
+        )
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, next_B[:, None], True)
+        self.unread_BT = next_B[:, None].to(self.device.torch_device)
+        if self.context is not None:
+            self.recent_BT = torch.cat([self.recent_BT, self.unread_BT], 1)[:, -self.context :]
+        return next_B.tolist()
 
 
 class _Writer:
     """The text of one sample: whole characters only, and nothing that may yet turn out to be a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, stop: Sequence[str]) -> None:
         self.decoder = tokenizer.decoder()
-        for token in prompt_ids[1:]:
+        for token in prompt.text_ids:
             self.decoder.push(token)
         self.stop = [text for text in stop if text]
         self.text = ""
         self.held = ""
         self.num_tokens = 0
-        self.done: str | None = None
+        self.finish: str | None = None
+        self.on_text: Callable[[str], None] | None = None
 
-    def push(self, token: int, eos_id: int | None) -> str:
-        """Add a token; return the text that is now certain."""
-        if self.done is not None:
-            return ""
+    def push(self, token: int, eos_id: int | None) -> None:
+        """Add a token, unless the sample has ended."""
+        if self.finish is not None:
+            return
         if token == eos_id:
-            self.done = "eos"
-            return self._release(self.decoder.flush(), everything=True)
-        self.num_tokens += 1
-        return self._release(self.decoder.push(token), everything=False)
+            self._end("eos")
+        else:
+            self.num_tokens += 1
+            self._release(self.decoder.push(token), everything=False)
 
-    def finish(self, reason: str) -> Sample:
-        """End the sample, if it has not ended yet, with ``reason``."""
-        if self.done is None:
-            self._release(self.decoder.flush(), everything=True)
-            self.done = self.done or reason
-        return Sample(self.text, self.num_tokens, self.done)
+    def close(self) -> Sample:
+        """The sample; if nothing else has ended it, its length has."""
+        if self.finish is None:
+            self._end("length")
+        return Sample(self.text, self.num_tokens, self.finish or "length")
 
-    def _release(self, new: str, *, everything: bool) -> str:
+    def _end(self, reason: str) -> None:
+        self._release(self.decoder.flush(), everything=True)
+        self.finish = self.finish or reason
+
+    def _release(self, new: str, *, everything: bool) -> None:
         pending = self.held + new
         cuts = [cut for cut in (pending.find(text) for text in self.stop) if cut >= 0]
         if cuts:
-            self.done = "stop"
+            self.finish = "stop"
             ready, self.held = pending[: min(cuts)], ""
         else:
             keep = 0 if everything else max((_overlap(pending, text) for text in self.stop), default=0)
             ready, self.held = pending[: len(pending) - keep], pending[len(pending) - keep :]
         self.text += ready
-        return ready
+        if ready and self.on_text is not None:
+            self.on_text(ready)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -35,6 +35,8 @@ class LoadedRun:
     dataset: DatasetConfig
     """The corpus that the run was trained on."""
     tokenizer: Tokenizer
+    context: int | None
+    """Longest sequence to run it on: what it was trained on, at most what it can do; None for carried state."""
     config: dict[str, Any]
     """The whole stored configuration, as JSON data."""
 
@@ -54,6 +56,7 @@ def load_run(config: RunConfig, *, device: Device, console: Console) -> LoadedRu
         model_config = from_plain(ModelConfig, stored["model"], where="model")
         dataset = from_plain(DatasetConfig, stored["dataset"], where="dataset")
         vocab_size, seed = int(stored["vocab_size"]), int(stored["seed"])
+        seq_len = int(stored["train"]["seq_len"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{checkpoint}/config.json does not describe a run: {error}") from None
     if tokenizer.vocab_size != vocab_size:
@@ -77,5 +80,6 @@ def load_run(config: RunConfig, *, device: Device, console: Console) -> LoadedRu
         model_config=model_config,
         dataset=dataset,
         tokenizer=tokenizer,
+        context=None if model.context is None else min(model.context, seq_len),
         config=stored,
     )

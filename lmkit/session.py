@@ -31,6 +31,8 @@ NUM_EVALS = 10
 """Evaluations over a run where eval.every_steps is null."""
 EXIT_RESERVE_S = 2.5
 """Under a time budget, kept back for the final checkpoint, the plot and the exit."""
+CARRIED_SEGMENT = 1024
+"""Tokens per forward pass in the validation of models with carried state; changes the speed only."""
 PROBE_TOKENS = 4096
 """Under a time budget, validation is timed on this many tokens before the first step."""
 
@@ -228,7 +230,7 @@ class Session:
             carries_state=self.carries_state,
             context=self.train.seq_len,
             stride=self.train.seq_len,
-            seq_len=self.train.seq_len,
+            seq_len=max(self.train.seq_len, CARRIED_SEGMENT),
             batch_size=self.train.batch_size,
             device=self.trainer.device,
         )

@@ -18,9 +18,6 @@ from lmkit.evaluate import perplexity, summarize
 from lmkit.loading import LoadedRun, load_run
 from lmkit.prepared import PreparedData, prepare
 
-MIN_CARRIED_SEGMENT = 1024
-"""Models that count need no small segments: their history is bounded."""
-
 
 def run(cfg: EvalPplConfig) -> dict[str, Any]:
     """Score the split; the table goes to standard output, the numbers to ``output`` and back to the caller."""
@@ -50,7 +47,6 @@ def score(
     stride = cfg.stride or max(1, context // 2)
     if carried and (cfg.context is not None or cfg.stride is not None):
         raise ConfigError("context and stride do not apply to a model with carried state", "leave them out")
-    seq_len = max(cfg.seq_len, MIN_CARRIED_SEGMENT) if loaded.model_config.trains_by_counting else cfg.seq_len
     with console.progress(split.num_tokens, f"scoring {prepared.name} {cfg.split}") as bar:
         tally = perplexity(
             loaded.model,
@@ -59,7 +55,7 @@ def score(
             carries_state=carried,
             context=context,
             stride=stride,
-            seq_len=seq_len,
+            seq_len=cfg.seq_len,
             batch_size=cfg.batch_size,
             device=device,
             progress=lambda done: bar.update(done),

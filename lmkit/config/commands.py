@@ -140,7 +140,7 @@ class EvalPplConfig:
     """Tokens a Transformer may see, the scored one's predecessors (>= 1); null: the model's own context."""
     stride: int | None = None
     """Tokens scored per window (1 to context): smaller gives each token more context; null: half the context."""
-    seq_len: int = 128
+    seq_len: int = 1024
     """Tokens per forward pass of a model with carried state (>= 1); changes the speed, not the number."""
     batch_size: int = 16
     """Windows scored at once (>= 1); changes the speed, not the number."""
