@@ -15,7 +15,6 @@ from lmkit.models.base import LanguageModel
 from lmkit.sampling import sample, uniforms
 from lmkit.tokenizers import Tokenizer
 
-
 MAX_BATCH = 32
 """Samples decoded at once; each has its own cache."""
 

@@ -13,8 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "lmkit"
 
 LAYERS = [
     {"errors", "rng", "config"},
-    {"models", "heads", "optim", "schedules", "averaging", "sampling"},
-    {"tokenizers", "corpus", "cleaning", "prepared", "batches", "checkpoint", "runs", "console", "device"},
+    {"models", "heads", "objectives", "initialise", "optim", "schedules", "averaging", "sampling"},
+    {"storage", "manifest", "tensorfile", "records", "runs", "checkpoint", "checkpoint_writer"}
+    | {"tokenizers", "corpus", "documents", "owntext", "textfiles", "benchmarks", "cleaning"}
+    | {"survey", "tokenfiles", "prepared", "batches", "console", "device", "signals"},
     {"train", "evaluate", "generate", "loading", "session"},
     {"commands"},
     {"cli", "help", "completion", "__main__"},
@@ -28,7 +30,7 @@ DOORS = {
     "datasets": {"corpus"},
     "sentencepiece": {"tokenizers"},
     "tokenizers": {"tokenizers"},
-    "safetensors": {"checkpoint"},
+    "safetensors": set(),
     "filelock": {"runs", "prepared"},
 }
 
@@ -85,7 +87,7 @@ def test_imports_point_down_only(path: Path) -> None:
 def test_each_library_has_one_door(path: Path) -> None:
     for name in imports(path):
         top = name.split(".")[0]
-        assert top not in DOORS or unit_of(path) in DOORS[top], f"{path.name} imports {top}; its door is {DOORS[top]}"
+        assert top not in DOORS or unit_of(path) in DOORS[top], f"{path.name} imports {top}"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
+from lmkit.commands.output import write_text
 from lmkit.config.commands import GenerateConfig
 from lmkit.console import Console, format_number
 from lmkit.device import resolve_device
-from lmkit.generate import generate, read_prompt
+from lmkit.generate import Prompt, generate, read_prompt
 from lmkit.loading import load_run
 
 
 def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     """Continue each prompt ``num_samples`` times; prints prompt and continuation, and returns them.
 
-    A single sample is printed as it is generated. Several are printed one after the other, each ended by a newline,
-    with a line on standard error before each that says which it is.
+    A single sample is printed as it is generated, unless ``stream`` is false. Several are printed one after the other,
+    each ended by a newline, with a line on standard error before each that says which it is.
     """
     console = Console()
     device = resolve_device(cfg.device)
     loaded = load_run(cfg.run, device=device, console=console)
     several = len(prompts) * cfg.num_samples > 1
     streams = cfg.stream and not several
-    results = []
-    num_tokens, start = 0, time.monotonic()
+    results: list[dict[str, Any]] = []
+    start = time.monotonic()
     for index, text in enumerate(prompts):
-        prompt = read_prompt(loaded.tokenizer, text, context=loaded.model.context, max_new_tokens=cfg.max_new_tokens)
-        if prompt.num_dropped:
-            console.warn(
-                f"the prompt is longer than the context of {loaded.model.context} tokens: its first"
-                f" {prompt.num_dropped} tokens are not read"
-            )
-        if prompt.unknown:
-            console.warn(f"not in the vocabulary, read as <unk>: {' '.join(prompt.unknown)}")
+        prompt = read_prompt(loaded.tokenizer, text, context=loaded.context, max_new_tokens=cfg.max_new_tokens)
+        _warn_about(prompt, loaded.context, console)
         if streams:
-            _write(text)
+            write_text(prompt.text)
         samples = generate(
             loaded.model,
             loaded.tokenizer,
@@ -49,33 +43,25 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
             stop_at_eos=cfg.stop_at_eos,
             seed=cfg.seed,
             prompt_index=index,
-            on_text=_write if streams else None,
+            context=loaded.context,
+            on_text=write_text if streams else None,
         )
-        for number, sample in enumerate(samples):
-            num_tokens += sample.num_tokens
-            results.append(
-                {
-                    "prompt": text,
-                    "sample": number + 1,
-                    "text": sample.text,
-                    "num_tokens": sample.num_tokens,
-                    "finish": sample.finish,
-                }
-            )
+        for number, sample in enumerate(samples, start=1):
+            results.append({"prompt": prompt.text, "sample": number, **vars(sample)})
             if several:
-                console.say(f"--- prompt {index + 1} of {len(prompts)}, sample {number + 1} of {cfg.num_samples}")
-            _write("\n" if streams else f"{text}{sample.text}\n")
+                console.say(f"--- prompt {index + 1} of {len(prompts)}, sample {number} of {cfg.num_samples}")
+            write_text("\n" if streams else f"{prompt.text}{sample.text}\n")
     seconds = time.monotonic() - start
-    console.say(f"{num_tokens} tokens, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
+    num_tokens = sum(result["num_tokens"] for result in results)
+    console.say(f"{num_tokens:,} tokens, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
     return results
 
 
-def _write(text: str) -> None:
-    """Write to standard output as UTF-8, whatever the locale says, and at once."""
-    buffer = getattr(sys.stdout, "buffer", None)
-    if buffer is None:
-        sys.stdout.write(text)
-    else:
-        sys.stdout.flush()
-        buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.flush()
+def _warn_about(prompt: Prompt, context: int | None, console: Console) -> None:
+    if prompt.num_dropped:
+        console.warn(
+            f"the prompt does not fit into the context of {context} tokens together with what is to be generated:"
+            f" its first {prompt.num_dropped} tokens are not read"
+        )
+    if prompt.unknown:
+        console.warn(f"not in the vocabulary, read as <unk>: {' '.join(prompt.unknown)}")

@@ -137,7 +137,7 @@ class EvalPplConfig:
     split: str = "test"
     """Split to score: train, valid or test."""
     context: int | None = None
-    """Tokens a Transformer may see, the scored one's predecessors (>= 1); null: the model's own context."""
+    """Tokens per window of a Transformer, so that it sees at most so many before each (>= 1); null: as in training."""
     stride: int | None = None
     """Tokens scored per window (1 to context): smaller gives each token more context; null: half the context."""
     seq_len: int = 1024

@@ -1,0 +1,131 @@
+"""A run that is stopped and resumed ends with the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmkit.checkpoint import latest_checkpoint, load_checkpoint
+from lmkit.commands import pretrain
+from lmkit.config.commands import PretrainConfig
+from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
+from lmkit.config.training import (
+    AdadeltaConfig,
+    AdagradConfig,
+    AdamConfig,
+    MuonConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    RmspropConfig,
+    SampledSoftmaxConfig,
+    SgdConfig,
+)
+from lmkit.errors import ConfigError, StoppedError
+from lmkit.runs import read_metrics
+from lmkit.session import Session
+
+MakeConfig = Callable[..., PretrainConfig]
+TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)
+LSTM = RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=0.2, dropout_embed=0.1)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM to this process when the given step is done, as a scheduler would."""
+    original = Session._follow_clock
+
+    def follow(self: Session, step_s: float) -> None:
+        original(self, step_s)
+        if self.state.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Session, "_follow_clock", follow)
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    snapshot = load_checkpoint(newest, with_optimizer=True)
+    assert snapshot.step == 12
+    return {**snapshot.model, **snapshot.optimizer}
+
+
+def check_stop_and_resume(config: PretrainConfig, resumed: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``config`` whole, ``resumed`` with a stop after step 5, and compare every tensor bit for bit."""
+    pretrain.run(config)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(StoppedError, match="resume=true") as stopped:
+            pretrain.run(resumed)
+    assert stopped.value.exit_code == 75
+    pretrain.run(replace(resumed, resume=True))
+    assert config.run.dir is not None
+    assert resumed.run.dir is not None
+    whole, pieces = final_tensors(Path(config.run.dir)), final_tensors(Path(resumed.run.dir))
+    assert whole.keys() == pieces.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, pieces[name]), f"{name} differs"
+
+
+@pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
+@pytest.mark.parametrize(
+    "train", [{}, {"micro_batch_size": 2}, {"ema_decay": 0.9}], ids=["plain", "accumulation", "ema"]
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    model: ModelConfig, train: dict[str, object], config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_stop_and_resume(config(model, **train), config(model, run="other", **train), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [SgdConfig(momentum=0.9), AdagradConfig(), AdadeltaConfig(), RmspropConfig(), AdamConfig(), MuonConfig()],
+    ids=lambda o: type(o).__name__,
+)
+def test_every_optimizer_resumes_bit_for_bit(
+    optimizer: OptimizerConfig, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (replace(config(run=name), optimizer=optimizer) for name in ("run", "other"))
+    check_stop_and_resume(first, second, monkeypatch)
+
+
+def test_plateau_schedule_and_sampled_softmax_resume_bit_for_bit(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule, softmax = PlateauConfig(patience=0), SampledSoftmaxConfig(num_frequent=20, num_sampled=20)
+    first, second = (replace(config(LSTM, run=n), schedule=schedule, softmax=softmax) for n in ("run", "other"))
+    check_stop_and_resume(first, second, monkeypatch)
+
+
+def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(config: MakeConfig, tmp_path: Path) -> None:
+    first = pretrain.run(config())
+    assert pretrain.run(config(resume=True)).items() >= first.items()
+    longer = pretrain.run(config(resume=True, max_steps=15))
+    assert longer["step"] == 15
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_resume_with_another_shape_is_refused_with_both_values(config: MakeConfig) -> None:
+    pretrain.run(config(max_steps=2))
+    with pytest.raises(ConfigError, match=r"model\.d_model: 32 -> 64") as refused:
+        pretrain.run(config(replace(TRANSFORMER, d_model=64), resume=True, max_steps=2))
+    assert refused.value.exit_code == 2
+
+
+def test_resume_starts_a_run_that_does_not_exist_yet(config: MakeConfig, tmp_path: Path) -> None:
+    result = pretrain.run(config(resume=True, max_steps=2))
+    assert (
+        json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["token_ppl"] == result["token_ppl"]
+    )
+
+
+def test_an_existing_run_is_not_overwritten(config: MakeConfig) -> None:
+    pretrain.run(config(max_steps=2))
+    with pytest.raises(ConfigError, match="not empty"):
+        pretrain.run(config(max_steps=2))

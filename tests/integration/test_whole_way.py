@@ -1,0 +1,193 @@
+"""From raw text to a finetuned model and its words, through the functions behind the five commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmkit import session
+from lmkit.checkpoint import list_checkpoints, load_checkpoint, valid_loss
+from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain
+from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
+from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
+from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
+from lmkit.config.training import (
+    AdamwConfig,
+    CosineConfig,
+    DeviceConfig,
+    DeviceType,
+    EmbeddingInit,
+    InitConfig,
+    RunConfig,
+    SampledSoftmaxConfig,
+    SaveConfig,
+    SgdConfig,
+    TrainConfig,
+)
+from lmkit.errors import CheckpointError, ConfigError, DivergedError
+from lmkit.runs import read_metrics, read_result
+
+MakeConfig = Callable[..., PretrainConfig]
+CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
+MODELS: list[ModelConfig] = [
+    TransformerConfig(d_model=32, num_layers=1, num_heads=2, context=32),
+    RecurrentConfig(d_embed=24, d_hidden=24, num_layers=1),
+    RecurrentConfig(cell=Cell.gru, d_embed=24, d_hidden=32, num_layers=2),
+    NgramConfig(order=3),
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=["transformer", "lstm", "gru", "kneser-ney"])
+def test_every_family_goes_the_whole_way(
+    model: ModelConfig, config: MakeConfig, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = config(model)
+    prepare.run(PrepareConfig(dataset=first.dataset, tokenizer=first.tokenizer))
+    trained = pretrain.run(first)
+    assert 1.0 < trained["token_ppl"] < 257
+    run = RunConfig(root=str(tmp_path))  # no path: the newest finished run
+    out = tmp_path / "eval.json"
+    result = eval_ppl.run(EvalPplConfig(run=run, split="valid", device=CPU, output=str(out)))
+    assert json.loads(out.read_text(encoding="utf-8"))["nats"] == result["nats"]
+    assert result["num_tokens"] == trained["num_tokens"]
+    capfd.readouterr()
+    samples = generate.run(GenerateConfig(run=run, max_new_tokens=12, device=CPU), ["我喜欢学习"])
+    shown = capfd.readouterr()
+    assert shown.out == f"我喜欢学习{samples[0]['text']}\n"
+    assert str(tmp_path / "run") in shown.err
+    if model.trains_by_counting:
+        return
+    tuned = finetune.run(
+        FinetuneConfig(
+            dataset=TextConfig(path=str(corpus)),
+            optimizer=AdamwConfig(lr=1e-3),
+            schedule=CosineConfig(),
+            train=TrainConfig(max_steps=4, batch_size=2, seq_len=16),
+            device=CPU,
+            run=RunConfig(dir=str(tmp_path / "tuned"), path=str(tmp_path / "run"), root=str(tmp_path)),
+        )
+    )
+    assert tuned["command"] == "finetune"
+    assert eval_ppl.run(EvalPplConfig(run=run, device=CPU))["run"] == str(tmp_path / "tuned")
+
+
+def test_numbers_agree_between_training_evaluation_and_result_json(config: MakeConfig, tmp_path: Path) -> None:
+    trained = pretrain.run(config())
+    stored = read_result(tmp_path / "run")
+    assert stored is not None
+    assert stored["token_ppl"] == trained["token_ppl"]
+    again = eval_ppl.run(
+        EvalPplConfig(run=RunConfig(path=str(tmp_path / "run")), split="valid", context=16, stride=16, device=CPU)
+    )
+    assert again["nats"] == pytest.approx(trained["nats"], rel=1e-6)
+    assert again["word_ppl"] == pytest.approx(math.exp(again["nats"] / again["num_words"]))
+    assert again["bits_per_byte"] == pytest.approx(again["nats"] / again["num_bytes"] / math.log(2))
+
+
+def test_finetuning_with_rate_zero_like_steps_starts_from_the_weights_of_the_run(
+    config: MakeConfig, corpus: Path, tmp_path: Path
+) -> None:
+    pretrain.run(config())
+    finetune.run(
+        FinetuneConfig(
+            dataset=TextConfig(path=str(corpus)),
+            optimizer=SgdConfig(lr=1e-12),
+            schedule=CosineConfig(),
+            train=TrainConfig(max_steps=1, batch_size=2, seq_len=16),
+            device=CPU,
+            run=RunConfig(dir=str(tmp_path / "tuned"), path=str(tmp_path / "run")),
+        )
+    )
+    base, tuned = (load_checkpoint(list_checkpoints(tmp_path / r)[-1], with_optimizer=False) for r in ("run", "tuned"))
+    for name, tensor in base.model.items():
+        torch.testing.assert_close(tensor, tuned.model[name], atol=1e-6, rtol=0)
+
+
+def test_training_learns_more_than_the_word_frequencies(config: MakeConfig) -> None:
+    result = pretrain.run(replace(config(max_steps=150), optimizer=AdamwConfig(lr=1e-2)))
+    assert result["bits_per_byte"] < 3.0
+
+
+def test_sampled_softmax_and_cooccurrence_start_learn_too(config: MakeConfig) -> None:
+    made = config(RecurrentConfig(d_embed=16, d_hidden=16, num_layers=1), max_steps=60)
+    made = replace(
+        made,
+        tokenizer=WordTokenizerConfig(),
+        softmax=SampledSoftmaxConfig(num_frequent=4, num_sampled=4),
+        init=InitConfig(embeddings=EmbeddingInit.cooccurrence),
+    )
+    assert pretrain.run(made)["token_ppl"] < 30
+
+
+def test_best_and_newest_checkpoints_are_kept(config: MakeConfig, tmp_path: Path) -> None:
+    pretrain.run(replace(config(), save=SaveConfig(keep=1)))
+    kept = list_checkpoints(tmp_path / "run")
+    losses = {row["step"]: row["valid_loss"] for row in read_metrics(tmp_path / "run") if "valid_loss" in row}
+    assert kept[-1].name == "step-000000000012"
+    assert min(losses.values()) == pytest.approx(min(v for v in map(valid_loss, kept) if v is not None))
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(config: MakeConfig) -> None:
+    made = replace(config(max_steps=200, patience=2), optimizer=SgdConfig(lr=1e-12))
+    assert pretrain.run(made)["step"] < 200
+
+
+class Clock:
+    """A clock that only moves when it is read."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        self.now_s += 0.01
+        return self.now_s
+
+
+def test_a_time_budget_is_kept_and_the_rate_is_annealed(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    for module in (session, pretrain):
+        monkeypatch.setattr(module, "time", clock)
+    result = pretrain.run(config(max_steps=None, budget="12s"))
+    assert 6 < result["elapsed_s"] < 12
+    rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row]
+    assert rows[-1]["progress"] > 0.99
+    assert rows[-1]["lr"] < 0.01 * max(row["lr"] for row in rows)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
+    made = replace(config(max_steps=60), optimizer=SgdConfig(lr=1e12, clip_norm=None), save=SaveConfig(every_steps=1))
+    with pytest.raises(DivergedError):
+        pretrain.run(made)
+    for path in list_checkpoints(tmp_path / "run"):
+        load_checkpoint(path, with_optimizer=True)
+
+
+def test_a_sequence_longer_than_the_context_is_refused_before_anything_is_made(
+    config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"train\.seq_len=64 is longer than model\.context=32"):
+        pretrain.run(config(seq_len=64))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_run_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no finished run"):
+        eval_ppl.run(EvalPplConfig(run=RunConfig(root=str(tmp_path)), device=CPU))
+
+
+def test_sentencepiece_runs_generate_any_prompt(config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    made = replace(config(), tokenizer=SentencePieceTokenizerConfig(vocab_size=300))
+    pretrain.run(made)
+    capfd.readouterr()
+    generate.run(
+        GenerateConfig(run=RunConfig(path=made.run.dir), max_new_tokens=40, device=CPU), ["🙂 ∀x {a,b} ${HOME}"]
+    )
+    assert capfd.readouterr().out.startswith("🙂 ∀x {a,b} ${HOME}")
