@@ -59,7 +59,8 @@ class Session:
     console: Console
     started: float
     _eval_estimate_s: float = 0.0
-    _step_s: float = 0.0
+    _first: tuple[int, float] | None = None
+    """Step and time when this session's first update was done."""
     _window: list[StepReport] = field(default_factory=list)
     _window_start: float = 0.0
     _last_tally: Tally | None = None
@@ -86,14 +87,14 @@ class Session:
 
         Raises StoppedError after saving if a signal asked to stop, DivergedError with the last checkpoint untouched.
         """
-        state, step_done = self.state, time.monotonic()
-        self._window_start = step_done
+        state = self.state
+        self._window_start = time.monotonic()
         if self.train.budget_s is not None:
             self._eval_estimate_s = self._probe_validation()
         with self._writer() as writer, StopRequests() as stop, self._bar() as bar:
             for report in fit(self.trainer, self.batches):
                 self._window.append(report)
-                self._follow_clock(time.monotonic() - step_done)
+                self._follow_clock()
                 done = state.horizon.progress(report.step) >= 1.0
                 if done or report.step % self.log.every_steps == 0:
                     self._log(bar)
@@ -108,24 +109,30 @@ class Session:
                 if stop.requested:
                     writer.close()
                     self._raise_stopped(stop.requested)
-                step_done = time.monotonic()
         return self._last_tally or self._validate()
 
     # When
 
-    def _follow_clock(self, step_s: float) -> None:
-        """Under a time budget, re-fit the horizon to the time that is left."""
-        self.state.elapsed_s = self.elapsed_before_s + time.monotonic() - self.started
+    def _follow_clock(self) -> None:
+        """Under a time budget, re-fit the horizon to the time that is left.
+
+        The time of a step is the mean since the first one, saving and validation included.
+        """
+        now = time.monotonic()
+        self.state.elapsed_s = self.elapsed_before_s + now - self.started
         if self.train.budget_s is None:
             return
-        self._step_s = step_s if self._step_s == 0.0 else 0.95 * self._step_s + 0.05 * step_s
+        if self._first is None:
+            self._first = (self.state.step, now)
+        first_step, first_now = self._first
+        step_s = (now - first_now) / max(self.state.step - first_step, 1)
         left_s = self.train.budget_s - self.state.elapsed_s - 1.1 * self._eval_estimate_s - EXIT_RESERVE_S
-        steps_left = left_s / max(self._step_s, 1e-6)
+        steps_left = left_s / max(step_s, 1e-6)
         if self.max_steps is not None:
             steps_left = min(steps_left, self.max_steps - self.state.step)
         if steps_left < 1.0:
             self.state.horizon = Horizon(0.0, self.state.step, 1.0)
-        elif self.state.step >= 3:
+        elif self.state.step >= first_step + 3:
             self.state.horizon.refit(self.state.step, steps_left)
 
     def _eval_due(self, step: int) -> bool:

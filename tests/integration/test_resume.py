@@ -39,8 +39,8 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send SIGTERM to this process when the given step is done, as a scheduler would."""
     original = Session._follow_clock
 
-    def follow(self: Session, step_s: float) -> None:
-        original(self, step_s)
+    def follow(self: Session) -> None:
+        original(self)
         if self.state.step == step:
             signal.raise_signal(signal.SIGTERM)
 
