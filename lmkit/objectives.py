@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lmkit.config.training import ExactSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.training import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.models.base import IGNORE, Head
 
@@ -69,6 +69,4 @@ def build_objective(config: SoftmaxConfig, counts_V: Tensor) -> Objective:
     """The objective of the ``softmax`` group; counts_V: how often each token occurs in train."""
     if isinstance(config, SampledSoftmaxConfig):
         return SampledSoftmax(config, counts_V)
-    if isinstance(config, ExactSoftmaxConfig):
-        return ExactSoftmax()
-    raise TypeError(f"no objective for {type(config).__name__}")
+    return ExactSoftmax()

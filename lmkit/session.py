@@ -78,8 +78,9 @@ class Session:
     def _max_steps(self) -> int | None:
         """Updates after which the run ends at the latest; None if only the clock ends it."""
         limits = [] if self.train.max_steps is None else [self.train.max_steps]
-        if self.train.max_epochs is not None:
-            limits.append(max(1, math.ceil(self.train.max_epochs * self.batches.steps_per_epoch)))
+        epochs = self.train.epochs_limit
+        if epochs is not None:
+            limits.append(max(1, math.ceil(epochs * self.batches.steps_per_epoch)))
         return min(limits) if limits else None
 
     def execute(self) -> Tally:

@@ -19,12 +19,12 @@ LAYERS = [
     | {"survey", "tokenfiles", "prepared", "batches", "console", "device", "signals"},
     {"train", "evaluate", "generate", "loading", "session"},
     {"commands"},
-    {"cli", "help", "completion", "__main__"},
+    {"cli", "help", "completion", "presets", "sweep", "__main__"},
 ]
 
 DOORS = {
     "hydra": {"cli"},
-    "omegaconf": {"cli"},
+    "omegaconf": {"cli", "help"},
     "rich": {"console"},
     "matplotlib": {"console"},
     "datasets": {"corpus"},

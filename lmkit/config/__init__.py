@@ -55,7 +55,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "plateau": training.PlateauConfig,
     },
     "softmax": {
-        "exact": training.ExactSoftmaxConfig,
+        "exact": training.SoftmaxConfig,
         "sampled": training.SampledSoftmaxConfig,
     },
     "device": {"device": training.DeviceConfig},

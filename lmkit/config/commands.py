@@ -10,7 +10,6 @@ from lmkit.config.model import ModelConfig
 from lmkit.config.training import (
     DeviceConfig,
     EvalConfig,
-    ExactSoftmaxConfig,
     InitConfig,
     LogConfig,
     OptimizerConfig,
@@ -52,7 +51,7 @@ class PretrainConfig:
     """Learning-rate schedule; see the keys below."""
     init: InitConfig = field(default_factory=InitConfig)
     """What the parameters start from; see the keys below."""
-    softmax: SoftmaxConfig = field(default_factory=ExactSoftmaxConfig)
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     """Loss over the vocabulary; see the keys below."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device; see the keys below."""
@@ -94,7 +93,7 @@ class FinetuneConfig:
     """Optimizer; see the keys below."""
     schedule: ScheduleConfig
     """Learning-rate schedule; see the keys below."""
-    softmax: SoftmaxConfig = field(default_factory=ExactSoftmaxConfig)
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     """Loss over the vocabulary; see the keys below."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device; see the keys below."""

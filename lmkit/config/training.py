@@ -245,12 +245,10 @@ class PlateauConfig(ScheduleConfig):
 
 @dataclass(kw_only=True)
 class SoftmaxConfig:
-    """Base of the ``softmax`` group: the loss in training. Evaluation always uses the exact softmax."""
+    """The loss in training: cross-entropy over the whole vocabulary. Also the base of the ``softmax`` group.
 
-
-@dataclass(kw_only=True)
-class ExactSoftmaxConfig(SoftmaxConfig):
-    """Cross-entropy over the whole vocabulary."""
+    Evaluation always uses the exact softmax.
+    """
 
 
 @dataclass(kw_only=True)
@@ -349,6 +347,9 @@ class Order(Enum):
     windows = "windows"
 
 
+DEFAULT_MAX_EPOCHS = 3.0
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """The training loop. A run ends at the first of max_steps, max_epochs and budget that is reached."""
@@ -364,7 +365,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps (>= 1); null: no limit."""
     max_epochs: float | None = None
-    """Stop after this many passes over train (> 0, fractions allowed); null: no limit."""
+    """Stop after this many passes over train (> 0, fractions allowed); null: 3 if nothing else ends the run."""
     budget: str | None = None
     """Wall-clock time for the whole command, e.g. 90s, 10m, 1h30m: the schedule is fitted to it; null: no limit."""
     patience: int | None = None
@@ -405,8 +406,12 @@ class TrainConfig:
                 self.budget,
                 "must be a duration such as 90s, 10m or 1h30m",
             )
-            ends = not (self.max_steps is None and self.max_epochs is None and self.budget is None)
-            check(ends, "train.max_steps", None, "with max_epochs and budget null too never ends: set one of the three")
+
+    @property
+    def epochs_limit(self) -> float | None:
+        """max_epochs, or the default where neither it nor max_steps nor budget is given."""
+        unlimited = self.max_epochs is None and self.max_steps is None and self.budget is None
+        return DEFAULT_MAX_EPOCHS if unlimited else self.max_epochs
 
     @property
     def budget_s(self) -> float | None:

@@ -184,7 +184,7 @@ def test_a_sample_ends_before_the_first_stop_string_and_no_piece_goes_beyond(tex
 def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_decided() -> None:
     sample, pieces = say(BYTES, BYTES.encode("one enough end").tolist(), stop=["end"])
     assert sample == Sample("one enough ", 14, "stop")
-    assert pieces == ["o", "n", "e ", "en", "o", "u", "g", "h", " "]
+    assert pieces == ["o", "n", "e ", "eno", "u", "g", "h", " "]
 
 
 def test_an_end_of_document_ends_a_sample_unless_it_is_told_not_to() -> None:
@@ -201,9 +201,9 @@ def test_the_eos_of_a_word_tokenizer_only_ends_a_line() -> None:
 def test_the_samples_of_a_batch_end_each_on_its_own() -> None:
     model = build(RecurrentConfig(d_embed=8, d_hidden=8), BYTES.vocab_size)
     with torch.no_grad():
-        model.head.bias[BYTES.eos_id] = 8.0  # type: ignore[index, union-attr]
+        model.head.bias[BYTES.eos_id] = 4.0  # type: ignore[index, union-attr]
     samples = run(model, BYTES, "", SamplingConfig(), max_new_tokens=30, num_samples=20)
-    assert {s.finish for s in samples} == {"eos", "length"} or len({s.num_tokens for s in samples}) > 3
+    assert len({s.num_tokens for s in samples}) > 3
     for sample in samples:
         assert sample.num_tokens < 30 or sample.finish == "length"
 
