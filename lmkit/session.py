@@ -29,6 +29,8 @@ BUDGET_EVAL_SHARE = 0.06
 """Under a time budget, validation before the final one may take this share of the time."""
 NUM_EVALS = 10
 """Evaluations over a run where eval.every_steps is null."""
+MIN_STEPS_BETWEEN_EVALS = 20
+"""Short runs evaluate less often than that."""
 EXIT_RESERVE_S = 2.5
 """Under a time budget, kept back for the final checkpoint, the plot and the exit."""
 CARRIED_SEGMENT = 1024
@@ -140,7 +142,7 @@ class Session:
         if self.eval.every_steps is not None:
             return step % self.eval.every_steps == 0
         if self.train.budget_s is None:
-            return step % math.ceil((self.max_steps or 1) / NUM_EVALS) == 0
+            return step % max(MIN_STEPS_BETWEEN_EVALS, math.ceil((self.max_steps or 1) / NUM_EVALS)) == 0
         progress = self.state.horizon.progress(step)
         if not (len(self.state.valid_losses) + 1) / NUM_EVALS <= progress <= 1.0 - 0.5 / NUM_EVALS:
             return False

@@ -448,7 +448,7 @@ class EvalConfig:
     """Validation while training: always over the whole valid split."""
 
     every_steps: int | None = None
-    """Evaluate every so many steps (>= 1); null: ten times over the run, and at its end in any case."""
+    """Evaluate every so many steps (>= 1); null: ten times over the run, at least 20 steps apart, and at its end."""
 
     def __post_init__(self) -> None:
         with Problems() as check:

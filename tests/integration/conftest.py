@@ -12,7 +12,15 @@ import torch
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import AdamwConfig, CosineConfig, DeviceConfig, DeviceType, RunConfig, TrainConfig
+from lmkit.config.training import (
+    AdamwConfig,
+    CosineConfig,
+    DeviceConfig,
+    DeviceType,
+    EvalConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 WORDS = [
     "the",
@@ -73,6 +81,7 @@ def config(tmp_path: Path, corpus: Path) -> MakeConfig:
             schedule=CosineConfig(),
             device=DeviceConfig(type=DeviceType.cpu, threads=1),
             train=TrainConfig(**values),  # type: ignore[arg-type]
+            eval=EvalConfig(every_steps=2),
             run=RunConfig(dir=str(tmp_path / run), root=str(tmp_path)),
             resume=resume,
         )
