@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmkit.corpus import open_corpus
+    from lmkit.data.corpus import open_corpus
+    from lmkit.data.prepared import prepare
     from lmkit.errors import LmkitError
     from lmkit.evaluate import perplexity
     from lmkit.generate import generate
     from lmkit.loading import load_run
     from lmkit.models.base import LanguageModel
-    from lmkit.prepared import prepare
     from lmkit.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
     from lmkit.train import Trainer, fit
 
@@ -30,9 +30,9 @@ _HOMES = {
     "generate": "lmkit.generate",
     "load_run": "lmkit.loading",
     "load_tokenizer": "lmkit.tokenizers",
-    "open_corpus": "lmkit.corpus",
+    "open_corpus": "lmkit.data.corpus",
     "perplexity": "lmkit.evaluate",
-    "prepare": "lmkit.prepared",
+    "prepare": "lmkit.data.prepared",
     "train_tokenizer": "lmkit.tokenizers",
 }
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
 from lmkit.models.base import LanguageModel, Scores
-from lmkit.prepared import Split
 
 Tokens = NDArray[np.integer[Any]]
 Positions = NDArray[np.integer[Any]]

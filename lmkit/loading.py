@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmkit.checkpoint import load_checkpoint, resolve_checkpoint
 from lmkit.config.data import DatasetConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
@@ -14,9 +13,10 @@ from lmkit.config.training import RunConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
-from lmkit.manifest import read_manifest
 from lmkit.models.base import LanguageModel
-from lmkit.runs import newest_finished_run, open_run
+from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
+from lmkit.store.manifest import read_manifest
+from lmkit.store.runs import newest_finished_run, open_run
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 
 

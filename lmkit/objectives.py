@@ -33,7 +33,8 @@ class SampledSoftmax(Objective):
 
     Importance sampling with shared candidates (Bengio & Senecal 2008; Jean et al. 2015), here by independent inclusion
     of each rare word with a probability proportional to its frequency. The probability that a word is a candidate is
-    that of being drawn or being a target of the batch.
+    that of being drawn or being the target of another position, targets taken as drawn by frequency: over batches the
+    partition function of a row is estimated without bias.
     """
 
     def __init__(self, config: SampledSoftmaxConfig, counts_V: Tensor) -> None:
@@ -58,7 +59,7 @@ class SampledSoftmax(Objective):
         included_V = torch.rand(self.draw_V.shape, device=device) < self.draw_V
         included_V[targets_N[scored_N]] = True
         ids_C = included_V.nonzero().squeeze(1)
-        missed_C = (1.0 - self.draw_V[ids_C]) * torch.exp(scored_N.sum() * self.log_missed_V[ids_C])
+        missed_C = (1.0 - self.draw_V[ids_C]) * torch.exp((scored_N.sum() - 1) * self.log_missed_V[ids_C])
         candidates = Candidates(ids_C, -torch.log1p(-missed_C))
         position_V = torch.cumsum(included_V, 0) - 1
         positions_N = torch.where(scored_N, position_V[targets_N.where(scored_N, 0)], IGNORE)

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from lmkit.averaging import WeightAverage
-from lmkit.batches import Lanes, Windows
-from lmkit.checkpoint import VALID_LOSS, Snapshot
-from lmkit.checkpoint_writer import CheckpointWriter
 from lmkit.config.training import EvalConfig, LogConfig, Order, SaveConfig, TrainConfig
 from lmkit.console import Console, Progress, format_duration, format_number, plot_curves
+from lmkit.data.batches import Lanes, Windows
+from lmkit.data.prepared import PreparedData
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.evaluate import Tally, perplexity
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors
-from lmkit.prepared import PreparedData
-from lmkit.runs import Run, read_metrics
 from lmkit.signals import StopRequests
+from lmkit.store.checkpoint import VALID_LOSS, Snapshot
+from lmkit.store.checkpoint_writer import CheckpointWriter
+from lmkit.store.runs import Run, read_metrics
 from lmkit.train import Batches, Horizon, StepReport, Trainer, TrainState, fit
 
 BUDGET_EVAL_SHARE = 0.06

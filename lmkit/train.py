@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lmkit.averaging import WeightAverage
-from lmkit.batches import Batch
 from lmkit.config.training import OptimizerConfig, Precision, ScheduleConfig
+from lmkit.data.batches import Batch
 from lmkit.device import Device
 from lmkit.errors import DivergedError
 from lmkit.models.base import IGNORE, LanguageModel, State

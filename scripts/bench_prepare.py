@@ -30,14 +30,14 @@ from lmkit.config.data import (
     TokenizerConfig,
     WordTokenizerConfig,
 )
-from lmkit.prepared import PreparedData, prepare
+from lmkit.data.prepared import PreparedData, prepare
 
 GIGABYTE = 1_000_000_000
 
 CHILD = """
 import sys
 from lmkit.config.data import TextConfig, WordTokenizerConfig, ByteTokenizerConfig, SentencePieceTokenizerConfig
-from lmkit.prepared import prepare
+from lmkit.data.prepared import prepare
 tokenizer = {"word": WordTokenizerConfig, "byte": ByteTokenizerConfig, "sentencepiece": SentencePieceTokenizerConfig}
 data = prepare(TextConfig(path=sys.argv[1]), tokenizer[sys.argv[2]]())
 import psutil

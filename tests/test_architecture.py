@@ -14,9 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lmkit"
 LAYERS = [
     {"errors", "rng", "config"},
     {"models", "heads", "objectives", "initialise", "optim", "schedules", "averaging", "sampling"},
-    {"storage", "manifest", "tensorfile", "records", "runs", "checkpoint", "checkpoint_writer"}
-    | {"tokenizers", "corpus", "documents", "owntext", "textfiles", "benchmarks", "cleaning"}
-    | {"survey", "tokenfiles", "prepared", "batches", "console", "device", "signals"},
+    {"store", "data", "tokenizers", "console", "device", "signals"},
     {"train", "evaluate", "generate", "loading", "session"},
     {"commands"},
     {"cli", "help", "completion", "presets", "sweep", "__main__"},
@@ -27,11 +25,11 @@ DOORS = {
     "omegaconf": {"cli", "help"},
     "rich": {"console"},
     "matplotlib": {"console"},
-    "datasets": {"corpus"},
+    "datasets": {"data"},
     "sentencepiece": {"tokenizers"},
     "tokenizers": {"tokenizers"},
     "safetensors": set(),
-    "filelock": {"runs", "prepared"},
+    "filelock": {"store", "data"},
 }
 
 FORBIDDEN_NAMES = {"eval", "exec", "__import__"}

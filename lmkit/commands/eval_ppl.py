@@ -8,11 +8,11 @@ from typing import Any
 from lmkit.commands.output import output_path, write_json, write_text
 from lmkit.config.commands import EvalPplConfig
 from lmkit.console import Console, format_duration, format_number, table_lines
+from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import Device, resolve_device
 from lmkit.errors import ConfigError, DataError
 from lmkit.evaluate import check_window, perplexity, summarize
 from lmkit.loading import LoadedRun, load_run
-from lmkit.prepared import PreparedData, prepare
 
 COUNTING_SEQ_LEN = 4096
 """Tokens per forward pass of a model that counts: its history is short, so that nothing speaks for fewer."""

@@ -9,11 +9,11 @@ from lmkit.commands.training import Job, check_data, execute
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.console import Console
+from lmkit.data.prepared import prepare
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError
 from lmkit.loading import load_run
-from lmkit.prepared import prepare
-from lmkit.runs import Run
+from lmkit.store.runs import Run
 
 
 def run(cfg: FinetuneConfig) -> dict[str, Any]:

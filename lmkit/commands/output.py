@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmkit import storage
 from lmkit.errors import ConfigError, ResourceError
-from lmkit.records import to_json
+from lmkit.store import storage
+from lmkit.store.records import to_json
 
 
 def write_text(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmkit.config.commands import PrepareConfig
 from lmkit.console import Console, format_count, format_duration
-from lmkit.prepared import PreparedData, prepare
+from lmkit.data.prepared import PreparedData, prepare
 
 _COLUMNS = ("documents", "lines", "words", "tokens", "bytes", "<unk>")
 

@@ -9,9 +9,9 @@ from lmkit.commands.training import Job, check_data, execute
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.console import Console
+from lmkit.data.prepared import prepare
 from lmkit.device import resolve_device
-from lmkit.prepared import prepare
-from lmkit.runs import Run
+from lmkit.store.runs import Run
 
 
 def run(cfg: PretrainConfig) -> dict[str, Any]:

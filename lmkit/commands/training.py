@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lmkit.averaging import WeightAverage
-from lmkit.checkpoint import VALID_LOSS, Snapshot, load_latest
-from lmkit.checkpoint_writer import CheckpointWriter
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.console import Console, format_count, format_duration, format_number
+from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError, DivergedError
 from lmkit.evaluate import Tally, perplexity, summarize
@@ -19,9 +18,10 @@ from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel
 from lmkit.objectives import build_objective
 from lmkit.optim import build_optimizer
-from lmkit.prepared import PreparedData
-from lmkit.runs import Run, read_result
 from lmkit.session import Session, check_resumable, restore_trainer
+from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
+from lmkit.store.checkpoint_writer import CheckpointWriter
+from lmkit.store.runs import Run, read_result
 from lmkit.train import Trainer, TrainState
 
 

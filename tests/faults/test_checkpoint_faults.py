@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit import checkpoint_writer, manifest, storage
-from lmkit.checkpoint import (
+from lmkit.errors import CheckpointError, ResourceError
+from lmkit.store import checkpoint_writer, manifest, storage
+from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
     latest_checkpoint,
@@ -29,10 +30,9 @@ from lmkit.checkpoint import (
     load_checkpoint,
     load_latest,
 )
-from lmkit.checkpoint_writer import CheckpointWriter, save_checkpoint
-from lmkit.errors import CheckpointError, ResourceError
-from lmkit.manifest import verify_checkpoint
-from lmkit.runs import Run
+from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.manifest import verify_checkpoint
+from lmkit.store.runs import Run
 
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 FILES = [
@@ -729,7 +729,7 @@ def test_row_44_a_checkpoint_that_is_retired_while_it_is_read_is_a_clear_error(
         storage.discard(path)
         return found
 
-    monkeypatch.setattr("lmkit.checkpoint.read_manifest", retire_then_return)
+    monkeypatch.setattr("lmkit.store.checkpoint.read_manifest", retire_then_return)
     with pytest.raises(CheckpointError, match="missing; it may have been retired"):
         load_checkpoint(newest(damaged), with_optimizer=True)
     assert [p.name for p in (damaged / "checkpoints").iterdir()] == ["step-000000000001"]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmkit.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.commands import pretrain
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
@@ -27,8 +26,9 @@ from lmkit.config.training import (
     SgdConfig,
 )
 from lmkit.errors import ConfigError, StoppedError
-from lmkit.runs import read_metrics
 from lmkit.session import Session
+from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
+from lmkit.store.runs import read_metrics
 
 MakeConfig = Callable[..., PretrainConfig]
 TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)

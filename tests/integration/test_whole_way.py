@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lmkit import session
-from lmkit.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
@@ -31,7 +30,8 @@ from lmkit.config.training import (
     TrainConfig,
 )
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
-from lmkit.runs import read_metrics, read_result
+from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
+from lmkit.store.runs import read_metrics, read_result
 
 MakeConfig = Callable[..., PretrainConfig]
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)

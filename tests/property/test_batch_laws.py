@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmkit.batches import Batch, Lanes, Permutation, Windows
+from lmkit.data.batches import Batch, Lanes, Permutation, Windows
 from lmkit.models.base import IGNORE
 
 LAW = settings(max_examples=50, deadline=None)

@@ -11,11 +11,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmkit import textfiles
-from lmkit.benchmarks import canonical_lines
-from lmkit.cleaning import Piece, document_pieces
-from lmkit.survey import Counter, count_words
-from lmkit.textfiles import Part, cut_by_lines, text_blocks
+from lmkit.data import textfiles
+from lmkit.data.benchmarks import canonical_lines
+from lmkit.data.cleaning import Piece, document_pieces
+from lmkit.data.survey import Counter, count_words
+from lmkit.data.textfiles import Part, cut_by_lines, text_blocks
 
 LAW = settings(max_examples=50, deadline=None)
 
@@ -95,7 +95,7 @@ def test_a_file_is_cut_in_three_at_line_starts_and_nothing_is_lost(
 @given(st.lists(st.text("ab", max_size=12), max_size=40), st.integers(1, 20))
 def test_the_pieces_of_a_document_are_whole_lines_and_join_to_it(lines: list[str], size: int) -> None:
     text = "\n".join(lines)
-    with mock.patch("lmkit.cleaning._PIECE_CHARS", size):
+    with mock.patch("lmkit.data.cleaning._PIECE_CHARS", size):
         pieces = list(document_pieces(text))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]

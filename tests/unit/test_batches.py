@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmkit.batches import Lanes, Permutation, Windows
+from lmkit.data.batches import Lanes, Permutation, Windows
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
 

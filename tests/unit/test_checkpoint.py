@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lmkit import checkpoint_writer, storage
-from lmkit.checkpoint import (
+from lmkit.errors import CheckpointError, DivergedError
+from lmkit.store import checkpoint_writer, storage
+from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
     latest_checkpoint,
@@ -23,10 +24,9 @@ from lmkit.checkpoint import (
     load_latest,
     resolve_checkpoint,
 )
-from lmkit.checkpoint_writer import CheckpointWriter, save_checkpoint
-from lmkit.errors import CheckpointError, DivergedError
-from lmkit.manifest import read_manifest, verify_checkpoint
-from lmkit.runs import FoundRun, Run
+from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.manifest import read_manifest, verify_checkpoint
+from lmkit.store.runs import FoundRun, Run
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,

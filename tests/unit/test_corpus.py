@@ -18,8 +18,6 @@ import pytest
 import zstandard
 from datasets import load_dataset
 
-from lmkit import corpus, textfiles
-from lmkit.benchmarks import BENCHMARKS, Expected, canonical_lines
 from lmkit.config.data import (
     BenchmarkConfig,
     BenchmarkName,
@@ -29,10 +27,12 @@ from lmkit.config.data import (
     PydocsConfig,
     TextConfig,
 )
-from lmkit.corpus import open_corpus
-from lmkit.documents import Corpus
+from lmkit.data import corpus, textfiles
+from lmkit.data.benchmarks import BENCHMARKS, Expected, canonical_lines
+from lmkit.data.corpus import open_corpus
+from lmkit.data.documents import Corpus
+from lmkit.data.survey import Counts, Survey, Surveyor
 from lmkit.errors import ConfigError, DataError, LmkitError
-from lmkit.survey import Counts, Survey, Surveyor
 
 
 def text_of(source: Corpus, split: str = "train") -> str:

@@ -12,11 +12,11 @@ import torch
 
 from lmkit.config.model import Cell, RecurrentConfig, TransformerConfig
 from lmkit.config.training import Precision
+from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
 from lmkit.evaluate import Tally, perplexity, score_carried, score_windows, summarize
 from lmkit.models.base import LanguageModel
-from lmkit.prepared import Split
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 VOCAB, EOS = 31, 1

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit.checkpoint import Snapshot
-from lmkit.checkpoint_writer import save_checkpoint
 from lmkit.commands import eval_ppl
 from lmkit.commands import generate as generate_command
 from lmkit.config.commands import EvalPplConfig, GenerateConfig, SamplingConfig
@@ -27,7 +25,9 @@ from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.loading import load_run
-from lmkit.runs import Run
+from lmkit.store.checkpoint import Snapshot
+from lmkit.store.checkpoint_writer import save_checkpoint
+from lmkit.store.runs import Run
 from lmkit.tokenizers import WordTokenizer
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmkit import survey, textfiles
 from lmkit.commands import prepare as command
 from lmkit.config.commands import PrepareConfig
 from lmkit.config.data import (
@@ -30,9 +29,10 @@ from lmkit.config.data import (
     WordTokenizerConfig,
 )
 from lmkit.console import Console
+from lmkit.data import survey, textfiles
+from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare
+from lmkit.data.tokenfiles import SplitWriter
 from lmkit.errors import DataError, ResourceError
-from lmkit.prepared import PreparedData, cache_dir, open_prepared, prepare
-from lmkit.tokenfiles import SplitWriter
 from lmkit.tokenizers import train_tokenizer
 
 TEXT = {
@@ -265,7 +265,7 @@ def test_an_index_of_another_version_is_refused(folder: Path) -> None:
 def test_large_token_files_are_verified_on_request_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = prepared(folder)
     flip(data.path / "train.tokens")
-    monkeypatch.setattr("lmkit.tokenfiles.VERIFIED_BYTES", 0)
+    monkeypatch.setattr("lmkit.data.tokenfiles.VERIFIED_BYTES", 0)
     open_prepared(data.path)
     with pytest.raises(DataError, match="SHA-256"):
         open_prepared(data.path, verify=True)
@@ -307,8 +307,8 @@ SCRIPT = """
 import os, sys
 from lmkit.config.data import TextConfig, WordTokenizerConfig
 from lmkit.console import Console
-from lmkit.prepared import prepare
-from lmkit.tokenfiles import SplitWriter
+from lmkit.data.prepared import prepare
+from lmkit.data.tokenfiles import SplitWriter
 kill = len(sys.argv) > 2
 real = SplitWriter.add
 def add(self, piece):

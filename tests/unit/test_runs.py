@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit import records, runs, storage
-from lmkit.checkpoint import Snapshot
-from lmkit.checkpoint_writer import save_checkpoint
 from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, RunLockedError
-from lmkit.runs import FoundRun, Run, newest_finished_run, open_run, read_metrics, read_result
+from lmkit.store import records, runs, storage
+from lmkit.store.checkpoint import Snapshot
+from lmkit.store.checkpoint_writer import save_checkpoint
+from lmkit.store.runs import FoundRun, Run, newest_finished_run, open_run, read_metrics, read_result
 
 
 class ByteTokenizer:
@@ -118,7 +118,7 @@ def test_a_second_user_of_the_run_is_refused_with_the_holder(tmp_path: Path) -> 
 
 HOLD = """
 import sys
-from lmkit.runs import Run
+from lmkit.store.runs import Run
 run = Run.create(sys.argv[1], root=".", dataset="d", model="m", resume=True, warn=print)
 print("locked", flush=True)
 sys.stdin.read()

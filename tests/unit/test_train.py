@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lmkit.averaging import WeightAverage
-from lmkit.batches import Batch
 from lmkit.config.training import ConstantConfig, DeviceConfig, DeviceType, OptimizerConfig, SgdConfig
+from lmkit.data.batches import Batch
 from lmkit.device import resolve_device
 from lmkit.errors import DivergedError
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State

@@ -20,15 +20,15 @@ from typing import Any
 import filelock
 import platformdirs
 
-from lmkit import storage
 from lmkit.config.data import DatasetConfig, HfTokenizerConfig, TokenizerConfig
 from lmkit.config.plain import to_plain
 from lmkit.console import Console, format_count
-from lmkit.corpus import Corpus, open_corpus
+from lmkit.data.corpus import Corpus, open_corpus
+from lmkit.data.survey import VERSION as TEXT_VERSION
+from lmkit.data.survey import Survey, Surveyor, digest_of, recall, remember
+from lmkit.data.tokenfiles import FORMAT, VERSION, PreparedData, Split, SplitWriter, open_prepared, write_index
 from lmkit.errors import DataError, ResourceError
-from lmkit.survey import VERSION as TEXT_VERSION
-from lmkit.survey import Survey, Surveyor, digest_of, recall, remember
-from lmkit.tokenfiles import FORMAT, VERSION, PreparedData, Split, SplitWriter, open_prepared, write_index
+from lmkit.store import storage
 from lmkit.tokenizers import Tokenizer, train_tokenizer
 
 __all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare"]

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lmkit import storage
-from lmkit.cleaning import Piece
-from lmkit.corpus import SPLITS
+from lmkit.data.cleaning import Piece
+from lmkit.data.corpus import SPLITS
+from lmkit.data.survey import Counter, digest_of
 from lmkit.errors import DataError
-from lmkit.survey import Counter, digest_of
+from lmkit.store import storage
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "lmkit-prepared"

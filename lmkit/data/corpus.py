@@ -13,9 +13,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lmkit import textfiles
-from lmkit.benchmarks import BENCHMARKS, Benchmark, Expected
-from lmkit.cleaning import Piece, document_pieces, end_line, one_document
 from lmkit.config.data import (
     BenchmarkConfig,
     CleaningConfig,
@@ -25,10 +22,13 @@ from lmkit.config.data import (
     PydocsConfig,
     TextConfig,
 )
-from lmkit.documents import SPLITS, Corpus, RecordCorpus, hash_fraction, held_out_shares
+from lmkit.data import textfiles
+from lmkit.data.benchmarks import BENCHMARKS, Benchmark, Expected
+from lmkit.data.cleaning import Piece, document_pieces, end_line, one_document
+from lmkit.data.documents import SPLITS, Corpus, RecordCorpus, hash_fraction, held_out_shares
+from lmkit.data.owntext import JsonlCorpus, TextCorpus
+from lmkit.data.textfiles import Part
 from lmkit.errors import ConfigError, DataError
-from lmkit.owntext import JsonlCorpus, TextCorpus
-from lmkit.textfiles import Part
 
 __all__ = ["SPLITS", "Corpus", "Piece", "open_corpus"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmkit import storage
 from lmkit.errors import CheckpointError
-from lmkit.manifest import FileEntry, TensorSpec, check_digest, check_tensor_name, open_entry, unreadable
+from lmkit.store import storage
+from lmkit.store.manifest import FileEntry, TensorSpec, check_digest, check_tensor_name, open_entry, unreadable
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,

@@ -21,10 +21,10 @@ from typing import Any, Self
 
 import filelock
 
-from lmkit import storage
 from lmkit.errors import CheckpointError, ConfigError, ResourceError, RunLockedError
-from lmkit.manifest import MANIFEST
-from lmkit.records import LineFile, decode, read_object, to_json
+from lmkit.store import storage
+from lmkit.store.manifest import MANIFEST
+from lmkit.store.records import LineFile, decode, read_object, to_json
 
 CHECKPOINTS = "checkpoints"
 RUN_INFO = "run.json"

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lmkit import textfiles
-from lmkit.cleaning import Piece, one_document
 from lmkit.config.data import JsonlConfig, TextConfig
-from lmkit.documents import SPLITS, Corpus, RecordCorpus, hash_fraction, held_out_shares
+from lmkit.data import textfiles
+from lmkit.data.cleaning import Piece, one_document
+from lmkit.data.documents import SPLITS, Corpus, RecordCorpus, hash_fraction, held_out_shares
+from lmkit.data.textfiles import Part
 from lmkit.errors import ConfigError, DataError
-from lmkit.textfiles import Part
 
 _SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _MANY_DOCUMENTS = 20

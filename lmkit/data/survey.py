@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lmkit import storage
-from lmkit.benchmarks import with_plain_spaces
-from lmkit.cleaning import Piece
-from lmkit.corpus import Corpus
+from lmkit.data.benchmarks import with_plain_spaces
+from lmkit.data.cleaning import Piece
+from lmkit.data.corpus import Corpus
 from lmkit.errors import DataError
+from lmkit.store import storage
 
 VERSION = 1
 """Raised when the same files give other text or other counts."""

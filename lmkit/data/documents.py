@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from lmkit.cleaning import Cleaner, Piece, document_pieces
 from lmkit.config.data import CleaningConfig
+from lmkit.data.cleaning import Cleaner, Piece, document_pieces
 
 SPLITS = ("train", "valid", "test")
 

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lmkit import manifest as mf
 from lmkit.errors import CheckpointError
-from lmkit.manifest import Manifest, read_manifest, verify_checkpoint
-from lmkit.runs import CHECKPOINTS, FoundRun
-from lmkit.tensorfile import read_tensors
+from lmkit.store import manifest as mf
+from lmkit.store.manifest import Manifest, read_manifest, verify_checkpoint
+from lmkit.store.runs import CHECKPOINTS, FoundRun
+from lmkit.store.tensorfile import read_tensors
 
 VALID_LOSS = "valid_nats_per_token"
 """Key of ``Snapshot.state``: validation loss of exactly these weights in nats, absent or null if not evaluated."""

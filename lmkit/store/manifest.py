@@ -17,8 +17,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from lmkit import storage
 from lmkit.errors import CheckpointError
+from lmkit.store import storage
 
 FORMAT = "lmkit-checkpoint"
 VERSION = 1

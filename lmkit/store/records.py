@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.errors import CheckpointError
-from lmkit.manifest import parse_json, read_small_file
+from lmkit.store.manifest import parse_json, read_small_file
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

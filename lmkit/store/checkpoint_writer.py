@@ -18,13 +18,21 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from lmkit import manifest as mf
-from lmkit import storage
-from lmkit.checkpoint import Snapshot, Warn, best_first, first_nonfinite, list_checkpoints, log_warning, valid_loss
 from lmkit.errors import CheckpointError, DivergedError, LmkitError, ResourceError
-from lmkit.manifest import FileEntry, Manifest, TensorSpec, verify_checkpoint
-from lmkit.runs import CHECKPOINTS, Run
-from lmkit.tensorfile import file_bytes, spec_of, write_tensors
+from lmkit.store import manifest as mf
+from lmkit.store import storage
+from lmkit.store.checkpoint import (
+    Snapshot,
+    Warn,
+    best_first,
+    first_nonfinite,
+    list_checkpoints,
+    log_warning,
+    valid_loss,
+)
+from lmkit.store.manifest import FileEntry, Manifest, TensorSpec, verify_checkpoint
+from lmkit.store.runs import CHECKPOINTS, Run
+from lmkit.store.tensorfile import file_bytes, spec_of, write_tensors
 
 _DISK_RESERVE_BYTES = 1 << 20
 

@@ -1,0 +1,1 @@
+"""Corpora and what becomes of them: read, cleaned, tokenized into memory maps, cut into batches."""

@@ -1,0 +1,1 @@
+"""What runs leave on disk: run directories, journals and checkpoints."""
