@@ -9,7 +9,7 @@ from typing import Any
 from lmkit.config.data import DatasetConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
-from lmkit.config.training import RunConfig
+from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
@@ -41,7 +41,7 @@ class LoadedRun:
     """The whole stored configuration, as JSON data."""
 
 
-def load_run(config: RunConfig, *, device: Device, console: Console) -> LoadedRun:
+def load_run(config: ExistingRunConfig, *, device: Device, console: Console) -> LoadedRun:
     """Load ``run.path`` (default: the newest finished run in ``run.root``) at ``run.checkpoint``, and say which it is.
 
     Raises CheckpointError if there is no such run or it does not fit together.

@@ -31,8 +31,8 @@ NUM_EVALS = 10
 """Evaluations over a run where eval.every_steps is null."""
 MIN_STEPS_BETWEEN_EVALS = 20
 """Short runs evaluate less often than that."""
-EXIT_RESERVE_S = 2.5
-"""Under a time budget, kept back for the final checkpoint, the plot and the exit."""
+EXIT_RESERVE_S = 5.0
+"""Under a time budget, kept back for what the clock does not see (loading torch) and for the final save and plot."""
 CARRIED_SEGMENT = 1024
 """Tokens per forward pass in the validation of models with carried state; changes the speed only."""
 PROBE_TOKENS = 4096

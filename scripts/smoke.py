@@ -1,4 +1,7 @@
-"""The five commands in a row through the installed ``lmkit``, small enough for every commit (``make smoke``)."""
+"""The five commands in a row through the installed ``lmkit``, small enough for every commit (``make smoke``).
+
+``smoke.py PROGRAM`` tries another installation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from pathlib import Path
 
 def lmkit(*args: str, env: dict[str, str]) -> str:
     """Run the installed program, show what it says, and return its standard output."""
-    program = Path(sysconfig.get_path("scripts")) / ("lmkit.exe" if os.name == "nt" else "lmkit")
+    installed = Path(sysconfig.get_path("scripts")) / ("lmkit.exe" if os.name == "nt" else "lmkit")
+    program = sys.argv[1] if len(sys.argv) > 1 else installed
     print(f"$ lmkit {' '.join(args)}", flush=True)
     done = subprocess.run([program, *args], env=env, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
     print(done.stdout, end="", flush=True)

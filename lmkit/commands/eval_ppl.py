@@ -23,6 +23,8 @@ class Protocol:
     """How a text is scored."""
 
     carries_state: bool
+    memory: str
+    """What a model with carried state looks back on."""
     context: int | None
     """None with carried state, as is stride."""
     stride: int | None
@@ -31,7 +33,7 @@ class Protocol:
 
     def describe(self) -> str:
         if self.carries_state:
-            return "state carried from start to end"
+            return self.memory
         return f"windows of {self.context} tokens, stride {self.stride}"
 
 
@@ -63,13 +65,13 @@ def choose_protocol(cfg: EvalPplConfig, loaded: LoadedRun) -> Protocol:
                 "leave them out",
             )
         seq_len = COUNTING_SEQ_LEN if loaded.model_config.trains_by_counting else cfg.seq_len
-        return Protocol(True, None, None, seq_len, 1)
+        return Protocol(True, loaded.model_config.memory, None, None, seq_len, 1)
     context = cfg.context or loaded.context
     if context is None:
         raise ConfigError("the model's context is unbounded", "choose one with context=TOKENS")
     stride = cfg.stride or max(1, context // 2)
     check_window(context, stride, loaded.model.context)
-    return Protocol(False, context, stride, cfg.seq_len, cfg.batch_size)
+    return Protocol(False, "", context, stride, cfg.seq_len, cfg.batch_size)
 
 
 def score(

@@ -143,7 +143,7 @@ def _count(job: Job) -> dict[str, Any]:
     from lmkit.models.ngram import KneserNey
 
     model = cast(KneserNey, job.model)
-    model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id, line_ends=tokenizer.ends_lines)
+    model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id)
     tally = perplexity(
         model,
         splits["valid"].tokens,
@@ -179,10 +179,12 @@ def _finish(job: Job, tally: Tally, numbers: dict[str, Any]) -> dict[str, Any]:
     }
     job.run.journal("finished", {"step": numbers["step"]})
     job.run.write_result(result)
-    length = f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
+    counted = job.model_config.trains_by_counting
+    length = "counted" if counted else f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
+    unit = "n-grams" if counted else "parameters"
     rows = [
         ("dataset", job.prepared.name),
-        ("model", f"{job.stored_config['model']['kind']}, {format_count(job.model.num_parameters())} parameters"),
+        ("model", f"{job.stored_config['model']['kind']}, {format_count(job.model.num_parameters())} {unit}"),
         ("trained", f"{length}, {format_count(numbers['trained_tokens'])} tokens"),
         ("valid perplexity per token", format_number(scores["token_ppl"])),
         ("valid perplexity per word", format_number(scores["word_ppl"])),

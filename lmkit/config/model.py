@@ -26,6 +26,11 @@ class ModelConfig:
         return False
 
     @property
+    def memory(self) -> str:
+        """For people: what of the text before a token a model with carried state sees."""
+        return "state carried from start to end"
+
+    @property
     def trains_by_counting(self) -> bool:
         """True if the model is estimated in one pass over the counts of train rather than by gradient."""
         return False
@@ -199,6 +204,10 @@ class NgramConfig(ModelConfig):
     @property
     def carries_state(self) -> bool:
         return True
+
+    @property
+    def memory(self) -> str:
+        return f"{self.order}-grams, contexts reach back to the start of the line or document"
 
     @property
     def trains_by_counting(self) -> bool:

@@ -344,19 +344,19 @@ class KneserNey(LanguageModel):
         self.config, self.vocab_size, self.context = config, vocab_size, None
         self.head = KneserNeyHead(config.order, vocab_size)
 
-    def fit(self, tokens: NDArray[np.integer[Any]], *, eos_id: int, line_ends: bool) -> None:
+    def fit(self, tokens: NDArray[np.integer[Any]], *, eos_id: int) -> None:
         """Count the tokens (1-D, of any integer type), the first one following ``eos_id``; every token is a target.
 
-        Contexts do not reach across ``eos_id``, be it the end of a line (``line_ends``) or of a document: sentence by
+        Contexts do not reach across ``eos_id``, be it the end of a line or of a document: sentence by
         sentence is how the published perplexities were taken, and carrying contexts across lines does not better them.
         Takes about 0.2 KB of memory a token. Raises DataError for a text that is empty or does not fit the vocabulary.
         """
         if len(tokens) == 0:
             raise DataError("the training text is empty", "choose another dataset")
-        largest = max(int(tokens.max()), eos_id)
-        if min(int(tokens.min()), eos_id) < 0 or largest >= self.vocab_size:
+        smallest, largest = min(int(tokens.min()), eos_id), max(int(tokens.max()), eos_id)
+        if smallest < 0 or largest >= self.vocab_size:
             raise DataError(
-                f"token id {largest} is outside the model's vocabulary of {self.vocab_size}",
+                f"token ids {smallest} to {largest} do not fit the model's vocabulary of {self.vocab_size}",
                 "prepare the text with the run's tokenizer",
             )
         order = self.config.order

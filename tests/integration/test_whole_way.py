@@ -155,8 +155,8 @@ def test_a_time_budget_is_kept_and_the_rate_is_annealed(
     clock = Clock()
     for module in (session, pretrain):
         monkeypatch.setattr(module, "time", clock)
-    result = pretrain.run(config(max_steps=None, budget="12s"))
-    assert 6 < result["elapsed_s"] < 12
+    result = pretrain.run(config(max_steps=None, budget="20s"))
+    assert 10 < result["elapsed_s"] < 20
     rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row]
     assert rows[-1]["progress"] > 0.99
     assert rows[-1]["lr"] < 0.01 * max(row["lr"] for row in rows)

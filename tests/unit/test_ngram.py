@@ -23,7 +23,7 @@ TEXT = np.array([1, 2, 3, 0, 1, 2, 2, 0, 0, 3, 1, 2, 3], dtype=np.uint16)
 
 def fitted(order: int = 3) -> KneserNey:
     model = KneserNey(NgramConfig(order=order), VOCAB)
-    model.fit(TEXT, eos_id=EOS, line_ends=True)
+    model.fit(TEXT, eos_id=EOS)
     return model
 
 
@@ -94,7 +94,7 @@ def test_ignored_targets_cost_nothing_and_are_never_correct() -> None:
 
 def test_a_long_monotonous_text_still_leaves_every_token_a_finite_score() -> None:
     model = KneserNey(NgramConfig(order=8), 10)
-    model.fit(np.tile(np.arange(10, dtype=np.uint8), 20_000), eos_id=0, line_ends=False)
+    model.fit(np.tile(np.arange(10, dtype=np.uint8), 20_000), eos_id=0)
     hidden, _ = model(torch.tensor([list(range(10))]))
     scores = model.head.score(hidden[0], torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 8, 0]))
     assert scores.correct_N.tolist() == [True] * 8 + [False, True]
@@ -105,7 +105,7 @@ def test_a_long_monotonous_text_still_leaves_every_token_a_finite_score() -> Non
 def test_a_text_that_cannot_be_counted_is_refused(text: list[int]) -> None:
     model = KneserNey(NgramConfig(order=2), VOCAB)
     with pytest.raises(DataError):
-        model.fit(np.array(text, dtype=np.int64), eos_id=EOS, line_ends=True)
+        model.fit(np.array(text, dtype=np.int64), eos_id=EOS)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
@@ -217,7 +217,7 @@ def test_perplexities_are_within_one_percent_of_the_published(
     root = Path(os.environ["LMKIT_DATA"]) / folder
     ids, (train, *others) = read_words([root / names.format(split) for split in ("train", "valid", "test")])
     model = KneserNey(NgramConfig(), len(ids))
-    model.fit(train, eos_id=ids["<eos>"], line_ends=True)
+    model.fit(train, eos_id=ids["<eos>"])
     for text, expected in zip(others, published, strict=True):
         targets = torch.from_numpy(text.astype(np.int64))
         hidden, _ = model(torch.cat([torch.tensor([ids["<eos>"]]), targets[:-1]])[None])
