@@ -7,18 +7,22 @@ never parsed as Hydra's override grammar, and nothing in it is interpolated.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import os
+import select
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import ConfigError, LmkitError, ResourceError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from lmkit.arguments import Line
 
 COMMANDS = {
     "prepare": "read, clean and tokenize a corpus once, into the cache",
@@ -27,240 +31,224 @@ COMMANDS = {
     "eval-ppl": "perplexity of a run over every token of a split",
     "generate": "continue a prompt",
 }
+OPTIONS = ("--help", "--version", "--completion")
 PATH_KEYS = ("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path", "output")
-ALIASES = {"run": "run.path"}
-GENERATE_OPTIONS = {
-    "-n": "max_new_tokens",
-    "--temperature": "sampling.temperature",
-    "--top-k": "sampling.top_k",
-    "--top-p": "sampling.top_p",
-    "--min-p": "sampling.min_p",
-    "--repetition-penalty": "sampling.repetition_penalty",
+LESS_MEMORY = {
+    "pretrain": "lower train.batch_size, train.micro_batch_size or train.seq_len",
+    "finetune": "lower train.batch_size, train.micro_batch_size or train.seq_len",
+    "eval-ppl": "lower batch_size or seq_len",
+    "generate": "lower num_samples or max_new_tokens",
 }
-
-
-@dataclass
-class Line:
-    """A command line taken apart."""
-
-    command: str
-    groups: dict[str, str] = field(default_factory=dict)
-    values: dict[str, str] = field(default_factory=dict)
-    prompts: list[str] = field(default_factory=list)
-    stop: list[str] = field(default_factory=list)
-    help: bool = False
-    show_config: bool = False
-    multirun: bool = False
+LONGEST_SHOWN = 200
+"""Characters of a value that a message shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises for the user's mistakes."""
     args = list(sys.argv[1:] if argv is None else argv)
-    debug = any(a.lstrip("-").replace(" ", "") in ("debug=true", "debug=True", "debug=1") for a in args)
+    command, debug = args[0] if args else "", False
     try:
-        return _main(args)
-    except LmkitError as error:
-        return _fail(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130, debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError as error:
-        return _fail(
-            f"out of memory ({error}); lower train.batch_size or train.seq_len", ResourceError.exit_code, debug
-        )
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", ResourceError.exit_code, debug)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        return _fail(f"{type(error).__name__}: {text} (a bug in lmkit; debug=true shows where)", 1, debug)
+        if _answered(args):
+            code = 0
+        else:
+            from lmkit.arguments import parse
+
+            line = parse(command, args[1:])
+            debug = line.values.get("debug", "").lower() in ("true", "yes", "on", "y", "1")
+            code = _run(line)
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        nobody_reads = isinstance(error, BrokenPipeError) and _reader_is_gone()
+        _discard_stdout()
+        return 0 if nobody_reads else report(error, command, debug=debug)
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug and code not in (0, 130):
-        import traceback
+def _reader_is_gone() -> bool:
+    """True if standard output is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor in a test
+        return True
 
-        traceback.print_exc()
-    line = " ".join(message.splitlines())
-    stream = sys.stderr
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(f"error: {line}".encode(encoding, "replace").decode(encoding), file=stream)
+
+def _discard_stdout() -> None:
+    """Throw away what standard output still holds if it cannot be written, so that Python does not try at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:
+    """Print an error as one line, with a traceback before it if ``debug``; returns its exit code."""
+    message, code = _described(error, command)
+    if sys.stderr is not None:
+        if debug and not isinstance(error, KeyboardInterrupt):
+            import traceback
+
+            traceback.print_exception(error, file=sys.stderr)
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        print(f"error: {where}{line}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
     return code
 
 
-def _main(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help", "help"):
+def _described(error: BaseException, command: str) -> tuple[str, int]:
+    text = " ".join(str(error).splitlines())
+    name = type(error).__name__
+    if isinstance(error, LmkitError):
+        return text, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or text or name}{where}", ResourceError.exit_code
+    hint = "a bug in lmkit; debug=true shows where"
+    return f"{name}: {text} ({hint})" if text else f"{name} ({hint})", 1
+
+
+def _answered(args: Sequence[str]) -> bool:
+    """Deal with what comes before any command: help, version, completion. Raises ConfigError for what is unknown."""
+    first, rest = (args[0] if args else "--help"), args[1:]
+    if first in COMMANDS:
+        return False
+    if first in ("-h", "--help", "help") and rest and rest[0] in COMMANDS:
+        from lmkit.arguments import Line
+
+        _run(Line(rest[0], help=True))
+    elif first in ("-h", "--help", "help"):
         from lmkit.help import overview
 
-        print(overview(COMMANDS))
-        return 0
-    if args[0] in ("-V", "--version"):
+        _show(overview(COMMANDS))
+    elif first in ("-V", "--version"):
         from lmkit import __version__
 
-        print(f"lmkit {__version__}")
-        return 0
-    if args[0] in ("--completion", "--complete"):
-        from lmkit.completion import candidates, script
+        _show(f"lmkit {__version__}")
+    elif first == "--completion":
+        from lmkit.completion import script
 
-        print(script(args[1] if len(args) > 1 else "") if args[0] == "--completion" else candidates(args[1:]), end="")
-        return 0
-    if args[0] not in COMMANDS:
+        _show(script(rest[0] if rest else ""), end="")
+    elif first == "--complete":
+        from lmkit.completion import candidates
+
+        _show(candidates(rest), end="")
+    else:
         from lmkit.presets import nearest
 
-        kind = "option" if args[0].startswith("-") else "command"
-        raise ConfigError(f"unknown {kind} {args[0]!r}", nearest(args[0], COMMANDS))
-    line = parse(args[0], args[1:])
-    if line.multirun:
+        if first.startswith("-"):
+            raise ConfigError(f"unknown option {first}", nearest(first, OPTIONS))
+        if "=" in first:
+            raise ConfigError(f"{first} stands before the command", "write lmkit COMMAND KEY=VALUE")
+        raise ConfigError(f"unknown command {first!r}", nearest(first, COMMANDS))
+    return True
+
+
+def _show(text: str, end: str = "\n") -> None:
+    """Print to standard output; a character that its encoding lacks becomes a question mark."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
+
+
+def _run(line: Line) -> int:
+    if line.multirun and not line.help:
         from lmkit.sweep import sweep
 
         return sweep(line)
-    config = compose(line.command, line.groups, line.values, partial=line.help)
+    config = compose(line, partial=line.help)
     if line.help:
         from lmkit.help import command_help
 
-        print(command_help(line.command, COMMANDS[line.command], config))
-        return 0
-    if line.show_config:
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(config), end="")
-        return 0
-    run_command(line, to_dataclass(config))
+        _show(command_help(line.command, COMMANDS[line.command], config, line.groups))
+    elif line.show_config:
+        to_dataclass(config)
+        _show(to_yaml(config), end="")
+    else:
+        run_command(line, to_dataclass(config))
     return 0
 
 
 def run_command(line: Line, config: Any) -> Any:
     """Import the command and run it."""
     module = importlib.import_module(f"lmkit.commands.{line.command.replace('-', '_')}")
-    if line.command == "generate":
-        config.stop += line.stop
-        return module.run(config, [_read_stdin(text) for text in line.prompts] or [""])
-    return module.run(config)
-
-
-def _read_stdin(prompt: str) -> str:
-    if prompt != "-":
-        return prompt
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
-
-
-# Taking the command line apart
-
-
-def parse(command: str, args: Sequence[str]) -> Line:
-    """Take the words after the command apart. Raises ConfigError for options that do not exist."""
-    from lmkit.presets import groups_of, nearest
-
-    line, groups = Line(command), groups_of(command)
-    words = list(args)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            line.help = True
-        elif word in ("-m", "--multirun"):
-            line.multirun = True
-        elif word in ("-c", "--cfg"):
-            what = words.pop(0) if words else ""
-            if what != "job":
-                raise ConfigError(f"--cfg {what or '?'} is unknown", "use --cfg job")
-            line.show_config = True
-        elif command == "generate" and _take_prompt(line, word, words):
-            continue
-        elif word.startswith("-"):
-            name, equals, value = word.partition("=")
-            key = GENERATE_OPTIONS.get(name) if command == "generate" else None
-            key = key or name.lstrip("-").replace("-", "_")
-            if not name.startswith("--") and name not in GENERATE_OPTIONS:
-                raise ConfigError(f"unknown option {name!r}", nearest(name, ["--help", "--cfg", "-m", "-n"]))
-            if not equals:
-                if not words:
-                    raise ConfigError(f"{name} needs a value", f"for example {name} VALUE")
-                value = words.pop(0)
-            _put(line, groups, key, value, word)
-        else:
-            key, equals, value = word.partition("=")
-            if not equals:
-                raise ConfigError(f"{word!r} is neither group=name nor key=value nor an option", "see --help")
-            _put(line, groups, key, value, word)
-    return line
-
-
-def _take_prompt(line: Line, word: str, words: list[str]) -> bool:
-    """Handle the options whose values are texts; True if ``word`` was one of them."""
-    name, equals, value = word.partition("=")
-    if name not in ("--prompt", "-p", "--prompt-file", "--stop"):
-        return False
-    if not equals:
-        if not words:
-            raise ConfigError(f"{name} needs a text", f"for example {name} 'the company said'")
-        value = words.pop(0)
-    if name == "--stop":
-        line.stop.append(value)
-    elif name == "--prompt-file":
-        try:
-            line.prompts.append(Path(value).expanduser().read_text(encoding="utf-8").removesuffix("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(f"--prompt-file {value}: {reason}", "name a text file") from None
-    else:
-        line.prompts.append(value)
-    return True
-
-
-def _put(line: Line, groups: list[str], key: str, value: str, word: str) -> None:
-    if key[:1] in ("+", "~") or key.startswith("hydra"):
-        raise ConfigError(f"{word!r}: keys can be set, not added or removed", "write key=value")
-    key = ALIASES.get(key, key)
-    (line.groups if key in groups else line.values)[key] = value
+    if line.command != "generate":
+        return module.run(config)
+    config.stop += line.stop
+    if "-" in line.prompts:
+        piped = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+        line.prompts = [piped if text == "-" else text for text in line.prompts]
+    return module.run(config, line.prompts or [""])
 
 
 # Composing the configuration
 
 
-def compose(command: str, groups: dict[str, str], values: dict[str, str], *, partial: bool = False) -> DictConfig:
-    """The configuration of a command: root, presets, recipe, then ``values``.
+def compose(line: Line, *, partial: bool = False) -> DictConfig:
+    """The configuration of a command: root, presets, recipe, then the line's values.
 
-    Raises ConfigError that names every wrong group, preset, key and value of the line. ``partial``: values that must
-    be given may be missing (for --help).
+    Raises ConfigError that names everything that is wrong with the line. ``partial``: values that must be given may be
+    missing (for --help).
     """
-    problems = _check_groups(command, groups)
-    if problems:
-        raise ConfigError("; ".join(problems))
-    config = _hydra_compose(command, _with_default_tokenizer(command, groups))
-    problems = [problem for key, value in values.items() if (problem := _set(config, command, key, value)) is not None]
-    if problems:
-        raise ConfigError("; ".join(problems))
-    if not partial:
-        from omegaconf import OmegaConf
+    from lmkit.presets import chosen
 
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
-        if missing:
-            raise ConfigError(f"{' and '.join(missing)} must be given", f"for example {missing[0]}=VALUE")
+    bad_groups = dict(_bad_groups(line))
+    good = {group: name for group, name in line.groups.items() if group not in bad_groups}
+    problems = [*line.problems, *bad_groups.values()]
+    if clashes := list(_clashes(line.command, good)):
+        raise ConfigError("; ".join([*problems, *clashes]))
+    presets = chosen(line.command, good)
+    derived = {group: presets[group] for group in ("tokenizer",) if group in presets}
+    config = _hydra_compose(line.command, tuple({**derived, **good}.items())).copy()
+    problems += [
+        problem
+        for key, value in line.values.items()
+        if key.partition(".")[0] not in bad_groups and (problem := _set(config, line, good, key, value)) is not None
+    ]
+    if not partial and not problems:
+        problems = _missing(config)
+    if problems:
+        raise ConfigError("; ".join(problems))
     return config
 
 
-def _check_groups(command: str, groups: dict[str, str]) -> list[str]:
+def _bad_groups(line: Line) -> Iterator[tuple[str, str]]:
     from lmkit.presets import default_of, names_in, nearest
 
-    problems = []
-    for group, name in groups.items():
-        optional = default_of(command, group) == "null"
+    for group, name in line.groups.items():
+        optional = default_of(line.command, group) == "null"
         if name not in names_in(group) and not (optional and name == "null"):
-            problems.append(f"{group}={name} is unknown: {nearest(name, names_in(group))}")
-    return problems
+            yield group, f"{group}={_brief(name)} is unknown: {nearest(name, names_in(group))}"
 
 
-def _with_default_tokenizer(command: str, groups: dict[str, str]) -> dict[str, str]:
-    from lmkit.presets import WORD_LEVEL, groups_of
+def _clashes(command: str, groups: Mapping[str, str]) -> Iterator[str]:
+    """Keys that the recipe sets and that a preset chosen on the command line does not have."""
+    from omegaconf import DictConfig, OmegaConf
 
-    if "tokenizer" in groups_of(command) and "tokenizer" not in groups and groups.get("dataset") in WORD_LEVEL:
-        return {**groups, "tokenizer": "word"}
-    return groups
+    from lmkit.keys import keys_of
+    from lmkit.presets import config_dir
+
+    if groups.get("recipe", "null") == "null":
+        return
+    known = keys_of(command, groups)
+    recipe = OmegaConf.load(config_dir() / "recipe" / f"{groups['recipe']}.yaml")
+    for group, name in groups.items():
+        values = recipe.get(group) if isinstance(recipe, DictConfig) else None
+        lacking = [f"{group}.{key}" for key in values or {} if f"{group}.{key}" not in known]
+        if lacking:
+            yield (
+                f"recipe={groups['recipe']} sets {', '.join(lacking)}, which {group}={name} does not have: "
+                f"leave out the recipe or {group}={name}"
+            )
 
 
-def _hydra_compose(command: str, groups: dict[str, str]) -> DictConfig:
+@functools.cache
+def _hydra_compose(command: str, groups: tuple[tuple[str, str], ...]) -> DictConfig:
+    """Root, presets and recipe; kept, since the jobs of a multirun often differ in values only."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -270,9 +258,10 @@ def _hydra_compose(command: str, groups: dict[str, str]) -> DictConfig:
     register_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-        return hydra_compose(command, [f"{group}={name}" for group, name in groups.items()])
+        return hydra_compose(command, [f"{group}={name}" for group, name in groups])
 
 
+@functools.cache
 def register_schemas() -> None:
     """Give Hydra the dataclasses, as schema/<group>/<name> and schema/root/<command>."""
     from hydra.core.config_store import ConfigStore
@@ -287,74 +276,112 @@ def register_schemas() -> None:
         store.store(group="schema/root", name=command, node=cls)
 
 
-def _set(config: DictConfig, command: str, key: str, value: str) -> str | None:
+def _set(config: DictConfig, line: Line, groups: Mapping[str, str], key: str, value: str) -> str | None:
     """Set one key; the problem as text if that cannot be done."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from lmkit.presets import groups_of, nearest
+    from lmkit.keys import choices, keys_of, type_text
+    from lmkit.presets import nearest
 
-    known = list(leaves(config))
-    if key not in known:
-        group = key.partition(".")[0]
-        if group in config and "." in key and OmegaConf.is_missing(config, group) | (config.get(group) is None):
-            return f"{key} needs a {group}: add {group}=NAME"
-        inside = [k for k in known if k.startswith(f"{key}.")]
-        if inside:
-            return f"{key}={value} cannot be set as a whole: set {', '.join(inside[:3])} ..."
-        options = ["prompt", "prompt_file", "num_samples", "stop"] if command == "generate" else []
-        return f"unknown key {key!r}: {nearest(key, [*known, *groups_of(command), *options])}"
+    hints = keys_of(line.command, groups)
+    if key not in hints:
+        return _unknown(line.command, groups, key, value)
     if "${" in value:
-        return f"{key}={value}: '${{' is not allowed in a value"
+        return f"{key}={_brief(value)}: nothing is interpolated: '${{' is not allowed in a value"
+    if key in PATH_KEYS and not value:
+        return f"{key}= is empty: give a path, or null"
     try:
-        OmegaConf.update(config, key, _converted(config, key, value))
-    except (OmegaConfBaseException, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        return f"{key}={value}: {reason}"
+        OmegaConf.update(config, key, _converted(key, value, hints[key]))
+    except (OmegaConfBaseException, ValueError):
+        names = choices(hints[key])
+        near = f": {nearest(value, names)}" if len(names) > 2 and not nearest(value, names).startswith("choose") else ""
+        return f"{key}={_brief(value)} must be {type_text(hints[key])}{near}"
     return None
 
 
-def _converted(config: DictConfig, key: str, text: str) -> Any:
-    """What a text means for a key: null, a path with its ``~``, a list, or what the key's type makes of it."""
-    from omegaconf import ListConfig, OmegaConf
+def _unknown(command: str, groups: Mapping[str, str], key: str, value: str) -> str:
+    """What to say about a key that the composed configuration does not have."""
+    from lmkit.keys import keys_of, presets_with
+    from lmkit.presets import chosen, groups_of, nearest
 
-    parent, _, name = key.rpartition(".")
-    node = (OmegaConf.select(config, parent) if parent else config)._get_node(name)
+    group = key.partition(".")[0]
+    presets = chosen(command, groups)
+    if having := presets_with(command, key):
+        if presets[group] == "null":
+            return f"{key} needs a {group}: add {group}=NAME"
+        return f"{key} is not a key of {group}={presets[group]} but of {', '.join(having)}"
+    if key == "run.path":
+        return f"{command} uses no existing run: run.dir=DIR says where the new run is made"
+    if key == "run.dir":
+        return f"{command} makes no run: run=DIR names the run to use"
+    known = keys_of(command, groups)
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    if inside:
+        return f"{key}={_brief(value)} cannot be set as a whole: set {', '.join(inside[:3])}"
+    options = ["prompt", "prompt_file", "temperature", "top_k", "top_p", "min_p"] if command == "generate" else []
+    return f"unknown key {_brief(key)!r}: {nearest(key, [*known, *groups_of(command), *options])}"
+
+
+def _converted(key: str, text: str, hint: Any) -> Any:
+    """What a text means for a key: null, a path with its ``~``, a list, or what the key's type makes of it."""
     if text in ("null", "None"):
         return None
-    if isinstance(node, ListConfig):
-        return [part.strip() for part in text.strip("[]").split(",") if part.strip()]
-    if key in PATH_KEYS:
-        return os.path.expanduser(text)
-    return text
+    if hint == list[str]:
+        if text[:1] == "[" and text[-1:] == "]":
+            return [part.strip() for part in text[1:-1].split(",") if part.strip()]
+        return text.split(",") if text else []
+    return os.path.expanduser(text) if key in PATH_KEYS else text
 
 
-def leaves(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all keys that hold a value (rather than further keys)."""
-    from omegaconf import DictConfig
+def _brief(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
 
-    found = []
-    for name in config:
-        node = config._get_node(name)
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
-            found += leaves(node, f"{prefix}{name}.")
-        else:
-            found.append(f"{prefix}{name}")
-    return found
+
+def _missing(config: DictConfig) -> list[str]:
+    from omegaconf import OmegaConf
+
+    return [f"{key} must be given: for example {key}=VALUE" for key in sorted(map(str, OmegaConf.missing_keys(config)))]
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(config)
 
 
 def to_dataclass(config: DictConfig) -> Any:
-    """The typed configuration; runs the dataclasses' own checks. Raises ConfigError."""
+    """The typed configuration; runs the dataclasses' own checks. Raises ConfigError with everything they find."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
         made = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+    except ConfigError:
+        raise ConfigError("; ".join(_refused(config))) from None
     if not is_dataclass(made):
         raise TypeError(f"the configuration became a {type(made).__name__}")
     return made
 
 
-__all__ = ["COMMANDS", "Line", "compose", "leaves", "main", "parse", "register_schemas", "to_dataclass"]
+def _refused(config: DictConfig) -> list[str]:
+    """What the checks say of every dataclass inside, and of this one with its refused members left at defaults."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    found, rest = [], config.copy()
+    for name in config:
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()) and (inner := _refused(node)):
+            found += inner
+            rest[name] = OmegaConf.structured(OmegaConf.get_type(node))
+    try:
+        OmegaConf.to_object(rest)
+    except ConfigError as error:
+        found.insert(0, str(error))
+    except OmegaConfBaseException:
+        pass  # a default that must be given; what is wrong with the members has been found
+    return found
+
+
+__all__ = ["COMMANDS", "compose", "main", "register_schemas", "report", "run_command", "to_dataclass"]

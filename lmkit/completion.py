@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Iterator, Sequence
-from enum import Enum
+import shlex
+from collections.abc import Sequence
 
 from lmkit.errors import ConfigError
-from lmkit.presets import groups_of, names_in
 
 SCRIPTS = {
+    # bash splits words at the characters of COMP_WORDBREAKS, = among them, and replaces only the last part: the line is
+    # taken apart by lmkit, and what stands before the = is cut off again here.
     "bash": """\
 _lmkit() {
-    local line="${COMP_LINE:0:COMP_POINT}" word
-    word="${line##* }"
-    local IFS=$'\\n'
-    COMPREPLY=($(lmkit --complete $(printf '%s' "$line" | tr ' ' '\\n') ${word:+} ${word:-''} 2>/dev/null))
-    if [[ "$word" == *[=:]* && "$COMP_WORDBREAKS" == *=* ]]; then COMPREPLY=("${COMPREPLY[@]#"${word%[=:]*}"?}"); fi
-    [[ ${#COMPREPLY[@]} == 1 && "${COMPREPLY[0]}" == *= ]] && compopt -o nospace
+    local line="${COMP_LINE:0:COMP_POINT}" word cut="" candidate
+    word="${line##*[[:space:]]}"
+    if [[ "$COMP_WORDBREAKS" == *=* && "$word" == *=* ]]; then cut="${word%%=*}="; fi
+    COMPREPLY=()
+    while IFS= read -r candidate; do
+        COMPREPLY+=("${candidate#"$cut"}")
+    done < <("$1" --complete --line "$line" 2>/dev/null)
+    if [[ ${#COMPREPLY[@]} == 1 && "${COMPREPLY[0]}" == *= ]]; then compopt -o nospace 2>/dev/null; fi
 }
 complete -o default -F _lmkit lmkit
 """,
     "zsh": """\
 #compdef lmkit
 _lmkit() {
-    local -a found
-    found=(${(f)"$(lmkit --complete "${words[@]:0:$CURRENT}" 2>/dev/null)"})
-    compadd -S '' -a found || _files
+    local -a found open
+    found=(${(f)"$(${words[1]} --complete "${(@)words[1,CURRENT-1]}" "$PREFIX" 2>/dev/null)"})
+    open=(${(M)found:#*=})
+    found=(${found:#*=})
+    if (( ${#open} + ${#found} )); then
+        (( ${#open} )) && compadd -S '' -a open
+        (( ${#found} )) && compadd -a found
+    else
+        compset -P '*='
+        _files
+    fi
 }
-compdef _lmkit lmkit
+if [ "$funcstack[1]" = "_lmkit" ]; then _lmkit "$@"; else compdef _lmkit lmkit; fi
 """,
     "fish": """\
 function __lmkit_complete
-    lmkit --complete (commandline -opc) (commandline -ct) 2>/dev/null
+    set -l words (commandline -opc)
+    $words[1] --complete $words (commandline -ct) 2>/dev/null
 end
-complete -c lmkit -f -a '(__lmkit_complete)'
+complete -c lmkit -f -n 'count (__lmkit_complete) >/dev/null' -a '(__lmkit_complete)'
 """,
 }
 
@@ -43,78 +53,82 @@ complete -c lmkit -f -a '(__lmkit_complete)'
 def script(shell: str) -> str:
     """The completion script of a shell. Raises ConfigError if it is not known."""
     if shell not in SCRIPTS:
-        raise ConfigError(f"--completion {shell or '?'} is unknown", f"use {', '.join(SCRIPTS)}")
+        raise ConfigError(
+            f"--completion {shell}".rstrip() + " is unknown", f"write --completion {' or '.join(SCRIPTS)}"
+        )
     return SCRIPTS[shell]
 
 
-def candidates(words: Sequence[str]) -> str:
-    """What may stand for the last of ``words`` (the program's name is the first), one a line."""
-    from lmkit.cli import COMMANDS
+def candidates(args: Sequence[str]) -> str:
+    """What may stand for the last of the words (the program's name is the first), one a line.
 
+    ``args`` are the words, or ``--line`` and the line up to the cursor.
+    """
+    from lmkit.cli import COMMANDS, OPTIONS
+
+    words = _split(args[1] if len(args) > 1 else "") if args[:1] == ["--line"] else list(args)
     last = words[-1] if len(words) > 1 else ""
+    found: list[str] = []
+    if not words:
+        return ""
     if len(words) <= 2:
-        found: list[str] = [*COMMANDS, "--help", "--version"]
+        found = [*COMMANDS, *OPTIONS]
     elif words[1] in COMMANDS:
-        found = list(_arguments(words[1], words[2:-1]))
-        if "=" in last:
-            key = last.partition("=")[0]
-            found = [f"{key}={value}" for value in _values(words[1], words[2:-1], key)]
-    else:
-        found = []
+        found = _arguments(words[1], words[2:-1], last)
+    elif words[1] == "--completion":
+        found = list(SCRIPTS)
+    elif words[1] in ("help", "--help", "-h"):
+        found = list(COMMANDS)
     return "".join(f"{word}\n" for word in found if word.startswith(last))
 
 
-def _arguments(command: str, chosen: Sequence[str]) -> Iterator[str]:
-    yield from ("--help", "--cfg", "-m")
-    if command == "generate":
-        yield from ("--prompt", "--prompt-file", "--max-new-tokens", "--num-samples", "--seed", "--stop")
-    yield from (f"{group}=" for group in groups_of(command))
-    yield "run="
-    yield from (f"{key}=" for key in _keys(command, chosen))
+def _split(line: str) -> list[str]:
+    try:
+        words = shlex.split(line)
+    except ValueError:  # inside quotes: nothing to offer
+        return []
+    return [*words, ""] if line[-1:].isspace() or not words else words
 
 
-def _keys(command: str, chosen: Sequence[str]) -> dict[str, object]:
-    """Dotted keys of a command with their types; of a group, those of the chosen (or any) member."""
-    from lmkit.config import ROOTS, SCHEMAS
+def _arguments(command: str, before: Sequence[str], last: str) -> list[str]:
+    from lmkit.arguments import GENERATE_OPTIONS, OPTIONS, TEXT_OPTIONS
+    from lmkit.keys import keys_of
+    from lmkit.presets import groups_of, names_in
 
-    keys: dict[str, object] = {}
-
-    def walk(cls: type, prefix: str) -> None:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            hint = hints[f.name]
-            inner = [a for a in (*typing.get_args(hint), hint) if dataclasses.is_dataclass(a)]
-            if not inner:
-                keys[f"{prefix}{f.name}"] = hint
-            elif f.name in SCHEMAS and not prefix:
-                for member in _members(f.name, chosen):
-                    walk(member, f"{f.name}.")
-            else:
-                walk(typing.cast(type, inner[0]), f"{prefix}{f.name}.")
-
-    walk(ROOTS[command], "")
-    return keys
-
-
-def _members(group: str, chosen: Sequence[str]) -> list[type]:
-    from lmkit.config import SCHEMAS
-    from lmkit.presets import config_dir
-
-    name = next((word.partition("=")[2] for word in reversed(chosen) if word.startswith(f"{group}=")), None)
-    path = config_dir() / group / f"{name}.yaml"
-    if name is not None and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        return [cls for schema, cls in SCHEMAS[group].items() if f"@_here_: {schema}\n" in text]
-    return list(SCHEMAS[group].values())
+    groups = _chosen(command, before)
+    keys = keys_of(command, groups)
+    previous = before[-1] if before else ""
+    if previous in ("--cfg", "-c"):
+        return ["job"]
+    if command == "generate" and (previous in TEXT_OPTIONS or previous in GENERATE_OPTIONS):
+        return []
+    if previous.startswith("--") and previous not in OPTIONS and "=" not in previous:
+        values = _values(command, keys, _key(previous))
+        return values if values or _key(previous) in keys else []
+    if "=" in last:
+        name, _, text = last.partition("=")
+        listed = text[: text.rfind(",") + 1] if {"-m", "--multirun"} & {*before} else ""
+        return [f"{name}={listed}{value}" for value in _values(command, keys, _key(name))]
+    if last.startswith("-"):
+        texts = [name for name in (*TEXT_OPTIONS, *GENERATE_OPTIONS) if name.startswith("--")]
+        return [*OPTIONS, *(texts if command == "generate" else []), *(f"--{key}" for key in keys)]
+    named = [group for group in groups_of(command) if names_in(group)]
+    return [f"{key}=" for key in (*named, *(["run"] if "run.path" in keys else []), *keys)]
 
 
-def _values(command: str, chosen: Sequence[str], key: str) -> list[str]:
-    if key in groups_of(command):
-        return names_in(key)
-    hint = _keys(command, chosen).get(key)
-    for choice in (*typing.get_args(hint), hint):
-        if isinstance(choice, type) and issubclass(choice, Enum):
-            return list(choice.__members__)
-        if choice is bool:
-            return ["true", "false"]
-    return []
+def _key(word: str) -> str:
+    return word.lstrip("-").replace("-", "_") if word.startswith("--") else word
+
+
+def _chosen(command: str, words: Sequence[str]) -> dict[str, str]:
+    """The presets that are named on the line so far."""
+    from lmkit.arguments import parse
+
+    return parse(command, words).groups
+
+
+def _values(command: str, keys: dict[str, object], key: str) -> list[str]:
+    from lmkit.keys import choices
+    from lmkit.presets import groups_of, names_in
+
+    return names_in(key) if key in groups_of(command) else choices(keys.get(key))

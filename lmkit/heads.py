@@ -82,6 +82,9 @@ def linear_cross_entropy(
 
     own_N: subtracted from the logit of each row's own target.
     """
+    if not torch.is_grad_enabled():
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, own_N)  # type: ignore[no-untyped-call]
     return loss
 
@@ -90,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """See linear_cross_entropy; the gradients are computed in the forward pass.
 
     The gradient of the summed loss is softmax(logits) - onehot(target) per row, so one pass over each chunk of logits,
-    while it is in the cache, gives the loss and both gradients; backward only scales them. Under autocast the
+    while it is in the cache, gives the loss and all gradients; backward only scales them. Under autocast the
     products run in the autocast dtype and the softmax in fp32.
     """
 
@@ -105,48 +108,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        ctx.hidden_dtype = hidden_ND.dtype
         kept = (targets_N != IGNORE).nonzero().squeeze(1)
         everything = len(kept) == len(targets_N)
         hidden = (hidden_ND if everything else hidden_ND[kept]).to(dtype)
         targets = targets_N if everything else targets_N[kept]
         own = own_N if own_N is None or everything else own_N[kept]
-        weight = weight_VD.to(dtype)
-        d_hidden = torch.empty_like(hidden) if needs_grad else None
-        d_weight = torch.zeros_like(weight_VD) if needs_grad else None
-        d_bias = torch.zeros_like(bias_V) if needs_grad and bias_V is not None else None
+        weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight_VD) if needs_weight else None
+        d_bias = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
         total = torch.zeros((), device=hidden.device)
-        size = rows_per_chunk(weight.shape[0], hidden.device)
+        size = max(1, min(rows_per_chunk(len(weight), hidden.device), len(targets)))
+        buffer = torch.empty(size, len(weight), device=hidden.device, dtype=dtype)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets), size):
                 rows = slice(start, start + size)
                 x, y = hidden[rows], targets[rows, None]
-                logits = x @ weight.T if bias_V is None else torch.addmm(bias_V.to(dtype), x, weight.T)
-                logits = logits.float()
-                if own is not None:
-                    logits.scatter_add_(1, y, -own[rows, None])
-                logits -= logits.amax(1, keepdim=True)
-                at_target = logits.gather(1, y)
-                delta = logits.exp_()
-                z = delta.sum(1, keepdim=True)
-                total += (z.log() - at_target).sum()
-                if d_hidden is None or d_weight is None:
-                    continue
-                delta /= z
-                delta.scatter_add_(1, y, torch.full_like(z, -1.0))
+                logits = buffer[: len(x)]
+                if bias is None:
+                    torch.mm(x, weight.T, out=logits)
+                else:
+                    torch.addmm(bias, x, weight.T, out=logits)
+                nats, delta = _softmax_minus_target(logits, y, None if own is None else own[rows, None])
+                total += nats
                 if d_bias is not None:
                     d_bias += delta.sum(0)
                 delta = delta.to(dtype)
-                torch.mm(delta, weight, out=d_hidden[rows])
-                if dtype == d_weight.dtype:
+                if d_hidden is not None:
+                    torch.mm(delta, weight, out=d_hidden[rows])
+                if d_weight is not None and dtype == d_weight.dtype:
                     d_weight.addmm_(delta.T, x)
-                else:
+                elif d_weight is not None:
                     d_weight += (delta.T @ x).to(d_weight.dtype)
         if d_hidden is not None and not everything:
-            full = torch.zeros_like(hidden_ND, dtype=dtype)
-            full[kept] = d_hidden
-            d_hidden = full
+            d_hidden = torch.zeros_like(hidden_ND, dtype=dtype).index_copy_(0, kept, d_hidden)
+        ctx.hidden_dtype = hidden_ND.dtype
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
@@ -154,12 +151,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return (
-            (d_hidden * grad).to(ctx.hidden_dtype) if ctx.needs_input_grad[0] else None,
-            d_weight * grad if ctx.needs_input_grad[1] else None,
-            d_bias * grad if d_bias is not None else None,
+            None if d_hidden is None else (d_hidden * grad).to(ctx.hidden_dtype),
+            None if d_weight is None else d_weight * grad,
+            None if d_bias is None else d_bias * grad,
             None,
             None,
         )
+
+
+def _softmax_minus_target(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Summed nats of a chunk and the gradient of that sum wrt. its logits, both fp32; fp32 logits are overwritten.
+
+    log Z = max(logits) - log(max(softmax)), since the largest probability is 1 / sum(exp(logits - max)): the softmax
+    is one fused pass, and no exponential is taken twice.
+    """
+    logits_CV = logits_CV.float()
+    if own_C1 is not None:
+        logits_CV.scatter_add_(1, targets_C1, -own_C1.to(logits_CV.dtype))
+    at_target_C1, top_C1 = logits_CV.gather(1, targets_C1), logits_CV.amax(1, keepdim=True)
+    torch.softmax(logits_CV, 1, out=logits_CV)
+    nats = (top_C1 - at_target_C1 - logits_CV.amax(1, keepdim=True).log()).sum()
+    return nats, logits_CV.scatter_add_(1, targets_C1, torch.full_like(at_target_C1, -1.0))
 
 
 __all__ = ["SoftmaxHead", "rows_per_chunk"]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
-from lmkit.presets import config_dir, default_of, description, groups_of, names_in
+WIDTH = 110
 
 EXAMPLES = """\
   lmkit prepare dataset=ptb dataset.path=DIR
@@ -22,69 +17,114 @@ EXAMPLES = """\
 
 EXIT_CODES = """\
   0 done                     5 run locked by another process
-  2 usage or configuration   6 resources: disk, memory, device
-  3 data or tokenizer        7 diverged
-  4 run or checkpoint       75 stopped on request and saved; resume=true continues"""
+  1 a bug in lmkit           6 resources: disk, memory, device
+  2 usage or configuration   7 diverged
+  3 data or tokenizer       75 stopped on request and saved; resume=true continues
+  4 run or checkpoint      130 interrupted"""
 
-GENERATE_HELP = """\
-  -p, --prompt TEXT          text to continue; repeatable; - reads standard input; never parsed
+GENERATE_OPTIONS = """\
+  -p, --prompt TEXT          text to continue, taken as it is; repeatable; - reads standard input
   --prompt-file FILE         the same from a file
-  -n, --max-new-tokens N     tokens to generate
-  --num-samples N, --seed N, --stop TEXT, --temperature X, --top-k N, --top-p X, --min-p X, --repetition-penalty X"""
+  -n, --max-new-tokens N     tokens to generate for each sample
+  --num-samples N            samples for each prompt
+  --seed N                   the same seed gives the same text
+  --stop TEXT                end a sample before this text; repeatable
+  --temperature X, --top-k N, --top-p X, --min-p X, --repetition-penalty X
+                             how the next token is drawn; see the sampling keys below"""
+
+OPTIONS = """\
+  -h, --help                 this help{example}
+  --cfg job                  print the composed configuration as YAML, and stop
+  -m, --multirun             run once for each combination of comma-separated values, as in
+                             -m {sweep}"""
+
+SWEEPS = {
+    "prepare": "tokenizer=char,byte",
+    "pretrain": "model=tiny,small seed=1,2 run.dir=DIR (each run in a folder of DIR)",
+    "finetune": "optimizer=adamw,sgd seed=1,2 run.dir=DIR (each run in a folder of DIR)",
+    "eval-ppl": "run=runs/A,runs/B",
+    "generate": "sampling.temperature=0.5,1",
+}
 
 
 def overview(commands: Mapping[str, str]) -> str:
     """Text of ``lmkit --help``."""
     lines = ["Train, evaluate and sample language models.", "", "usage: lmkit COMMAND [GROUP=NAME] [KEY=VALUE] ...", ""]
     lines += [f"  {name:<10} {text}" for name, text in commands.items()]
+    lines += ["", "finetune, eval-ppl and generate use the newest finished run unless run=DIR names another."]
     lines += ["", "examples:", EXAMPLES, "", "options:"]
     lines += [
         "  COMMAND --help             every group and key of a command, with defaults",
         "  COMMAND --cfg job          print the composed configuration and stop",
         "  COMMAND -m KEY=A,B ...     run once for each combination of values",
         "  --version                  print the version",
-        "  --completion SHELL         print the tab completion for bash, zsh or fish",
+        "  --completion SHELL         print the tab completion of bash, zsh or fish; for bash and zsh:",
+        '                             eval "$(lmkit --completion bash)" in .bashrc; for fish:',
+        "                             lmkit --completion fish > ~/.config/fish/completions/lmkit.fish",
     ]
     return "\n".join([*lines, "", "exit codes:", EXIT_CODES])
 
 
-def command_help(command: str, text: str, config: Any) -> str:
+def command_help(command: str, text: str, config: Any, groups: Mapping[str, str]) -> str:
     """Text of ``lmkit COMMAND --help``: what can be chosen, and every key with its type, value and meaning."""
-    lines = [f"lmkit {command}: {text}", "", f"usage: lmkit {command} [GROUP=NAME] [KEY=VALUE] ..."]
-    if command == "generate":
-        lines += ["", GENERATE_HELP]
-    groups = groups_of(command)
-    if groups:
-        lines += ["", "Groups (GROUP=NAME):"]
-    for group in groups:
-        lines.append(f"  {group} (default {default_of(command, group)})")
-        lines += [f"    {name:<16} {description(config_dir() / group / f'{name}.yaml')}" for name in names_in(group)]
-    lines += ["", "Keys (KEY=VALUE or --KEY VALUE), with the type and the value as composed:"]
-    if "run" in config:
+    import textwrap
+
+    from lmkit.keys import keys_of
+    from lmkit.presets import chosen, default_of, description, groups_of, names_in
+
+    usage = "[--prompt TEXT] [KEY=VALUE] ..." if command == "generate" else "[GROUP=NAME] [KEY=VALUE] ..."
+    names = groups_of(command)
+    other = "model=lstm" if "model" in names else "dataset=hub" if "dataset" in names else ""
+    example = f"; {other} --help shows the keys of that choice" if other else ""
+    lines = [f"lmkit {command}: {text}", "", f"usage: lmkit {command} {usage}", "", "options:"]
+    lines += [GENERATE_OPTIONS] if command == "generate" else []
+    lines += [OPTIONS.format(example=example, sweep=SWEEPS[command]), "", "groups (GROUP=NAME):"]
+    for group in names:
+        default = default_of(command, group)
+        lines.append(f"  {group} (default: {'none' if default == 'null' else default})")
+        width = max(16, *(len(name) for name in names_in(group)))
+        for name in names_in(group):
+            indent = " " * (width + 6)
+            lines += textwrap.wrap(f"    {name:<{width}}  {description(group, name)}", WIDTH, subsequent_indent=indent)
+    lines += ["", "keys (KEY=VALUE or --KEY VALUE), with the value they have now and their type:"]
+    if "run" in config and "path" in config.run:
         lines += ["  run=DIR is short for run.path=DIR"]
-    lines += _key_lines(config, "")
+    presets = chosen(command, groups)
+    lines += _key_lines(config, "", keys_of(command, groups), presets)
     return "\n".join(lines)
 
 
-def _key_lines(config: Any, prefix: str) -> Iterator[str]:
+def _key_lines(config: Any, prefix: str, types: Mapping[str, Any], presets: Mapping[str, str]) -> Iterator[str]:
+    import textwrap
+
     from omegaconf import DictConfig, OmegaConf
 
-    cls: Any = OmegaConf.get_type(config)
-    types = {f.name: str(f.type) for f in fields(cls)}
-    docs = field_docs(cls)
+    from lmkit.keys import field_docs, type_text
+    from lmkit.presets import description
+
+    cls = OmegaConf.get_type(config)
+    docs = {} if cls is None else field_docs(cls)
     nested = []
     for name in config:
         node = config._get_node(name)
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
+        if f"{prefix}{name}" not in types:
             nested.append(name)
             continue
         value = "(must be given)" if node._is_missing() else _shown(node)
-        lines = textwrap.wrap(docs.get(name, ""), 100)
-        yield f"  {prefix}{name}={value}   [{types[name]}]"
-        yield from (f"      {line}" for line in lines)
+        yield f"  {prefix}{name}={value}   [{type_text(types[f'{prefix}{name}'])}]"
+        yield from (f"      {line}" for line in textwrap.wrap(docs[name].replace("``", ""), WIDTH - 6))
     for name in nested:
+        node = config._get_node(name)
+        is_open = isinstance(node, DictConfig) and not (node._is_none() or node._is_missing())
+        if is_open and not len(config[name]):
+            continue
+        title = f"{prefix}{name}: {docs[name].replace('``', '')}"
+        if not prefix and presets.get(name, "null") != "null":
+            title = f"{name}={presets[name]}: {description(name, presets[name])}"
         yield ""
-        yield from _key_lines(config[name], f"{prefix}{name}.")
+        yield from textwrap.wrap(f"  {title}", WIDTH, subsequent_indent="      ")
+        if is_open:
+            yield from _key_lines(config[name], f"{prefix}{name}.", types, presets)
 
 
 def _shown(node: Any) -> str:
@@ -94,20 +134,5 @@ def _shown(node: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return "[]" if not value else str([str(v) for v in value])
+        return "[" + ", ".join(str(v) for v in value) + "]"
     return str(getattr(value, "name", value))
-
-
-@functools.cache
-def field_docs(cls: type) -> dict[str, str]:
-    """The line of text under each field of a dataclass, its bases included."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        previous: ast.stmt | None = None
-        for node in body.body if isinstance(body, ast.ClassDef) else []:
-            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if is_text and isinstance(previous, ast.AnnAssign) and isinstance(previous.target, ast.Name):
-                docs[previous.target.id] = " ".join(str(node.value.value).split())  # type: ignore[attr-defined]
-            previous = node
-    return docs

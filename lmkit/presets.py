@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 WORD_LEVEL = ("ptb", "wikitext2", "wikitext103")
@@ -16,41 +18,72 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+@functools.cache
+def _text(name: str) -> str:
+    return (config_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def groups_of(command: str) -> list[str]:
     """Groups that a command's configuration is composed of, in the order of its defaults list."""
-    lines = (config_dir() / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
-    items = [line.strip()[2:] for line in lines if line.startswith("  - ")]
-    return [item.partition(":")[0] for item in items if not item.startswith(("/", "_self_"))]
+    return re.findall(r"^  - (\w+): ", _text(command), re.MULTILINE)
 
 
 def default_of(command: str, group: str) -> str:
     """The preset of a group that a command takes by default; ``null`` for none."""
-    text = (config_dir() / f"{command}.yaml").read_text(encoding="utf-8")
-    return next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(f"  - {group}:"))
+    defaults: dict[str, str] = dict(re.findall(r"^  - (\w+): (\w+)", _text(command), re.MULTILINE))
+    return defaults[group]
 
 
+@functools.cache
 def names_in(group: str) -> list[str]:
     """Preset names of a group."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
-def description(path: Path) -> str:
+def description(group: str, name: str) -> str:
     """The comment at the top of a preset."""
-    comments = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            comments.append(line.lstrip("# "))
-    return comments[0] if comments else ""
+    lines = [line for line in _text(f"{group}/{name}").splitlines() if "@package" not in line]
+    return lines[0].removeprefix("#").strip() if lines[0].startswith("#") else ""
+
+
+def schema_name(group: str, name: str) -> str | None:
+    """Name of the schema that a preset gives values to; None for a recipe, which has none of its own."""
+    found = re.search(rf"^  - /schema/{group}@_here_: (\w+)$", _text(f"{group}/{name}"), re.MULTILINE)
+    return found[1] if found else None
+
+
+def chosen(command: str, groups: Mapping[str, str]) -> dict[str, str]:
+    """The preset of every group of a command: the default, then the recipe's choice, then that of ``groups``.
+
+    Where neither the recipe nor ``groups`` names a tokenizer, the dataset decides.
+    """
+    presets = {group: default_of(command, group) for group in groups_of(command)}
+    recipe = groups.get("recipe", "null")
+    named = {**(recipe_choices(recipe) if recipe in names_in("recipe") else {}), **groups}
+    presets.update(named)
+    if "tokenizer" in presets and "tokenizer" not in named and presets["dataset"] in WORD_LEVEL:
+        presets["tokenizer"] = "word"
+    return presets
+
+
+def recipe_choices(recipe: str) -> dict[str, str]:
+    """Group -> preset that a recipe chooses."""
+    return dict(re.findall(r"^  - override /(\w+): (\w+)", _text(f"recipe/{recipe}"), re.MULTILINE))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``did you mean a, b?``, or the list of what is known where nothing is near and the list is short."""
+    """``did you mean a or b?``, or the list of what is known where nothing is near and the list is short."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    near = [*difflib.get_close_matches(word, known, n=3, cutoff=0.6)]
+    if near:
+        best = _likeness(word, near[0])
+        near = [k for k in near if _likeness(word, k) > best - 0.1]
     last = word.rpartition(".")[2]
     near += [k for k in known if k.rpartition(".")[2] == last and k not in near][: 3 - len(near)]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known)}" if len(known) <= 16 else "see --help"
+    return f"choose from {', '.join(known)}" if len(known) <= 16 else "see --help"
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()

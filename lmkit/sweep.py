@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmkit.errors import ConfigError, LmkitError
+from lmkit.errors import StoppedError
 
 if TYPE_CHECKING:
-    from lmkit.cli import Line
+    from lmkit.arguments import Line
 
 
-def combinations(line: Line) -> list[tuple[dict[str, str], dict[str, str]]]:
-    """(groups, values) of every job; a value with commas stands for several, the last one varies fastest."""
+def combinations(line: Line) -> list[Line]:
+    """One line for every job; a value with commas stands for several, and the last one varies fastest.
+
+    A value in brackets, ``stop=[a,b]``, is one list. Where jobs would share a ``run.dir`` each gets a folder in it, and
+    where they would share an ``output`` each gets a number in its name.
+    """
     choices = {**line.groups, **line.values}
-    lists = [_split(value) for value in choices.values()]
     jobs = []
-    for picked in itertools.product(*lists):
+    for picked in itertools.product(*map(_split, choices.values())):
         chosen = dict(zip(choices, picked, strict=True))
-        groups = {key: value for key, value in chosen.items() if key in line.groups}
-        jobs.append((groups, {key: value for key, value in chosen.items() if key in line.values}))
+        groups = {key: chosen[key] for key in line.groups}
+        values = {key: chosen[key] for key in line.values}
+        jobs.append(dataclasses.replace(line, groups=groups, values=values))
+    for key in ("run.dir", "output"):
+        shared = len(jobs) > 1 and len({job.values.get(key) for job in jobs}) < len(jobs)
+        for number, job in enumerate(jobs if shared else []):
+            if job.values.get(key, "null") not in ("", "null"):
+                job.values[key] = _own(key, job.values[key], number)
     return jobs
+
+
+def _own(key: str, name: str, number: int) -> str:
+    path = Path(name)
+    return str(path / str(number) if key == "run.dir" else path.with_stem(f"{path.stem}-{number}"))
 
 
 def _split(value: str) -> list[str]:
@@ -33,25 +49,32 @@ def _split(value: str) -> list[str]:
 def sweep(line: Line) -> int:
     """Run every job, also after one has failed; returns the worst exit code.
 
-    All jobs are composed before the first one runs, so that a typo costs nothing. A ``run.dir`` gets a subdirectory
-    for each job.
+    All jobs are composed before the first one runs, so that a typo costs nothing. A job that is stopped on request ends
+    the sweep.
     """
-    from lmkit.cli import compose, run_command, to_dataclass
+    from lmkit.cli import compose, report, run_command, to_dataclass, to_yaml
 
     jobs = combinations(line)
-    if "run.dir" in line.values and len(jobs) > 1:
-        for number, (_, values) in enumerate(jobs):
-            values["run.dir"] = f"{values['run.dir']}/{number}"
-    configs = [to_dataclass(compose(line.command, groups, values)) for groups, values in jobs]
-    if not configs:
-        raise ConfigError("-m has nothing to run")
-    worst = 0
-    for number, ((groups, values), config) in enumerate(zip(jobs, configs, strict=True)):
-        words = " ".join(f"{key}={value}" for key, value in {**groups, **values}.items())
-        print(f"job {number + 1} of {len(jobs)}: {words}", file=sys.stderr)
+    composed = [compose(job) for job in jobs]
+    configs = [to_dataclass(config) for config in composed]
+    if line.show_config:
+        for job, config in zip(jobs, composed, strict=True):
+            sys.stdout.write(f"---  # {_words(job)}\n{to_yaml(config)}")
+        return 0
+    worst, failed = 0, 0
+    for number, (job, made) in enumerate(zip(jobs, configs, strict=True), start=1):
+        print(f"job {number} of {len(jobs)}: {_words(job)}", file=sys.stderr)
         try:
-            run_command(line, config)
-        except LmkitError as error:
-            print(f"error: job {number + 1}: {error}", file=sys.stderr)
-            worst = max(worst, error.exit_code)
+            run_command(line, made)
+        except (StoppedError, BrokenPipeError):
+            raise
+        except Exception as error:
+            code = report(error, line.command, debug=getattr(made, "debug", False), where=f"job {number}: ")
+            worst, failed = max(worst, code), failed + 1
+    if failed:
+        print(f"{failed} of {len(jobs)} jobs failed", file=sys.stderr)
     return worst
+
+
+def _words(job: Line) -> str:
+    return " ".join(f"{key}={value}" for key, value in {**job.groups, **job.values}.items())

@@ -17,7 +17,7 @@ LAYERS = [
     {"store", "data", "tokenizers", "console", "device", "signals"},
     {"train", "evaluate", "generate", "loading", "session"},
     {"commands"},
-    {"cli", "help", "completion", "presets", "sweep", "__main__"},
+    {"cli", "arguments", "keys", "help", "completion", "presets", "sweep", "__main__"},
 ]
 
 DOORS = {

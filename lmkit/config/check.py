@@ -20,7 +20,8 @@ class Problems:
     def __call__(self, ok: bool, key: str, value: object, rule: str) -> None:
         """Note that ``key`` with ``value`` breaks ``rule`` unless ``ok``. NaN fails every comparison, as it should."""
         if not ok:
-            self.found.append(f"{key}={value} {rule}")
+            shown = str(value).lower() if isinstance(value, bool) else value
+            self.found.append(f"{key}={shown} {rule}")
 
     def __enter__(self) -> Problems:
         return self

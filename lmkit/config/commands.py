@@ -10,8 +10,10 @@ from lmkit.config.model import ModelConfig
 from lmkit.config.training import (
     DeviceConfig,
     EvalConfig,
+    ExistingRunConfig,
     InitConfig,
     LogConfig,
+    NewRunConfig,
     OptimizerConfig,
     RunConfig,
     SaveConfig,
@@ -26,9 +28,9 @@ class PrepareConfig:
     """lmkit prepare: read, clean and tokenize a corpus once, into the cache."""
 
     dataset: DatasetConfig
-    """Corpus; see the keys below."""
+    """Corpus."""
     tokenizer: TokenizerConfig
-    """Tokenizer; see the keys below."""
+    """Tokenizer."""
     force: bool = False
     """Prepare again even if the result is in the cache."""
     debug: bool = False
@@ -40,31 +42,31 @@ class PretrainConfig:
     """lmkit pretrain: train a model from scratch; prepares what is missing."""
 
     dataset: DatasetConfig
-    """Corpus; see the keys below."""
+    """Corpus."""
     tokenizer: TokenizerConfig
-    """Tokenizer; see the keys below."""
+    """Tokenizer."""
     model: ModelConfig
-    """Model; see the keys below."""
+    """Model."""
     optimizer: OptimizerConfig
-    """Optimizer; see the keys below."""
+    """Optimizer."""
     schedule: ScheduleConfig
-    """Learning-rate schedule; see the keys below."""
+    """Learning-rate schedule."""
     init: InitConfig = field(default_factory=InitConfig)
-    """What the parameters start from; see the keys below."""
+    """What the parameters start from."""
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
-    """Loss over the vocabulary; see the keys below."""
+    """Loss over the vocabulary."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
-    """Device; see the keys below."""
+    """Device."""
     train: TrainConfig
-    """Training loop; see the keys below."""
+    """Training loop."""
     log: LogConfig = field(default_factory=LogConfig)
-    """Logging; see the keys below."""
+    """Logging."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Validation; see the keys below."""
+    """Validation."""
     save: SaveConfig = field(default_factory=SaveConfig)
-    """Checkpoints; see the keys below."""
-    run: RunConfig = field(default_factory=RunConfig)
-    """Run directory; see the keys below."""
+    """Checkpoints."""
+    run: NewRunConfig = field(default_factory=NewRunConfig)
+    """Run directory."""
     resume: bool = False
     """Continue the run in run.dir, or start it when there is nothing yet."""
     seed: int = 1
@@ -88,25 +90,25 @@ class FinetuneConfig:
     """lmkit finetune: continue from the weights of a run on other data, as a new run with the run's tokenizer."""
 
     dataset: DatasetConfig
-    """Corpus to train on; see the keys below."""
+    """Corpus to train on."""
     optimizer: OptimizerConfig
-    """Optimizer; see the keys below."""
+    """Optimizer."""
     schedule: ScheduleConfig
-    """Learning-rate schedule; see the keys below."""
+    """Learning-rate schedule."""
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
-    """Loss over the vocabulary; see the keys below."""
+    """Loss over the vocabulary."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
-    """Device; see the keys below."""
+    """Device."""
     train: TrainConfig
-    """Training loop; see the keys below."""
+    """Training loop."""
     log: LogConfig = field(default_factory=LogConfig)
-    """Logging; see the keys below."""
+    """Logging."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Validation; see the keys below."""
+    """Validation."""
     save: SaveConfig = field(default_factory=SaveConfig)
-    """Checkpoints; see the keys below."""
+    """Checkpoints."""
     run: RunConfig = field(default_factory=RunConfig)
-    """run=DIR: the run to start from; run.dir=DIR: the run to make. See the keys below."""
+    """run=DIR: the run to start from; run.dir=DIR: the run to make."""
     resume: bool = False
     """Continue the run in run.dir, or start it when there is nothing yet."""
     seed: int = 1
@@ -129,8 +131,8 @@ class FinetuneConfig:
 class EvalPplConfig:
     """lmkit eval-ppl: perplexity of a run over every token of a split, with counts and protocol."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    """Run to evaluate; see the keys below."""
+    run: ExistingRunConfig = field(default_factory=ExistingRunConfig)
+    """Run to evaluate."""
     dataset: DatasetConfig | None = None
     """Corpus to evaluate on; null: the corpus the run was trained on."""
     split: str = "test"
@@ -144,7 +146,7 @@ class EvalPplConfig:
     batch_size: int = 16
     """Windows scored at once (>= 1); changes the speed, not the number."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
-    """Device; see the keys below."""
+    """Device."""
     output: str | None = None
     """Write the numbers to this JSON file."""
     debug: bool = False
@@ -203,8 +205,8 @@ class SamplingConfig:
 class GenerateConfig:
     """lmkit generate: continue a prompt. Text goes to stdout, everything else to stderr."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    """Run to generate with; see the keys below."""
+    run: ExistingRunConfig = field(default_factory=ExistingRunConfig)
+    """Run to generate with."""
     max_new_tokens: int = 100
     """Tokens to generate per sample (>= 0); also -n N."""
     num_samples: int = 1
@@ -216,9 +218,9 @@ class GenerateConfig:
     stream: bool = True
     """Print the text as it is generated when there is one sample."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling; see the keys below."""
+    """Sampling."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
-    """Device; see the keys below."""
+    """Device."""
     seed: int = 1
     """Seed of sampling (>= 0); also --seed N."""
     debug: bool = False

@@ -43,7 +43,7 @@ class DatasetConfig:
     path: str | None = None
     """Folder or file to read the corpus from instead of the hub; null: the embedded text, LMKIT_DATA or the hub."""
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
-    """Cleaning steps; see the keys below."""
+    """Cleaning steps."""
 
 
 @dataclass(kw_only=True)

@@ -481,14 +481,31 @@ class SaveConfig:
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """Where runs are made and found. On the command line ``run=DIR`` is short for ``run.path=DIR``."""
+class RunRootConfig:
+    """What every command that has to do with runs needs to know."""
+
+    root: str = "runs"
+    """Folder in which runs are made and looked for."""
+
+
+@dataclass(kw_only=True)
+class NewRunConfig(RunRootConfig):
+    """Where a run is made."""
 
     dir: str | None = None
     """Directory of the run to make; null: a new one in ``run.root``, named after the time, dataset and model."""
+
+
+@dataclass(kw_only=True)
+class ExistingRunConfig(RunRootConfig):
+    """Which run is used. On the command line ``run=DIR`` is short for ``run.path=DIR``."""
+
     path: str | None = None
-    """Existing run to start from or to use; null: the newest finished run in ``run.root``."""
-    root: str = "runs"
-    """Folder in which runs are made and looked for."""
+    """Existing run to use; null: the newest finished run in ``run.root``."""
     checkpoint: str = "best"
-    """Which checkpoint of an existing run to use: best, latest, or a name such as step-000000001000."""
+    """Which checkpoint of the run to use: best, latest, or a name such as step-000000001000."""
+
+
+@dataclass(kw_only=True)
+class RunConfig(NewRunConfig, ExistingRunConfig):
+    """Which run to start from, and where the new one is made."""

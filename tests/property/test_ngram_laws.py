@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
 
 def fitted(text: Sequence[int], order: int, vocab_size: int = MAX_VOCAB) -> KneserNey:
     model = KneserNey(NgramConfig(order=order), vocab_size)
-    model.fit(np.array(text, dtype=np.uint8), eos_id=EOS, line_ends=True)
+    model.fit(np.array(text, dtype=np.uint8), eos_id=EOS)
     return model
 
 
@@ -216,3 +216,20 @@ def test_the_reference_uses_estimated_discounts_too() -> None:
     nats = model.head.score(hidden[0, :50], torch.tensor(text[:50])).nats_N.tolist()
     expected = [-math.log(reference.prob((EOS, *text[:i]), text[i])) for i in range(50)]
     assert nats == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), branches=st.integers(2, 3))
+def test_the_longer_the_ngrams_the_lower_the_perplexity_of_the_training_text(seed: int, branches: int) -> None:
+    """For text in which longer contexts say more: each token is one of few that depend on the two before it."""
+    rng = np.random.default_rng(seed)
+    allowed = rng.integers(1, 12, (12, 12, branches))
+    text = [1, 2]
+    while len(text) < 1500:
+        text.append(int(rng.choice(allowed[text[-2], text[-1]])) if len(text) % 40 else EOS)
+    nats = []
+    for order in range(1, 6):
+        model = fitted(text, order, 12)
+        hidden, _ = model(torch.tensor([[EOS, *text[:-1]]]))
+        nats.append(float(model.head.loss(hidden[0], torch.tensor(text))))
+    assert nats == sorted(nats, reverse=True)

@@ -1,0 +1,133 @@
+"""Taking a command line apart: groups, keys, options and prompts. Nothing is composed and nothing heavy loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmkit.keys import flags_of
+from lmkit.presets import groups_of, names_in, nearest
+
+ALIASES = {"run": "run.path"}
+OPTIONS = ("--help", "--cfg", "--multirun")
+TEXT_OPTIONS = ("--prompt", "-p", "--prompt-file", "--stop")
+GENERATE_OPTIONS = {
+    "-n": "max_new_tokens",
+    "--temperature": "sampling.temperature",
+    "--top-k": "sampling.top_k",
+    "--top-p": "sampling.top_p",
+    "--min-p": "sampling.min_p",
+    "--repetition-penalty": "sampling.repetition_penalty",
+}
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+
+
+@dataclass
+class Line:
+    """A command line taken apart."""
+
+    command: str
+    groups: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    """Texts by dotted key, not yet converted."""
+    prompts: list[str] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with it so far; reported together with what the configuration finds."""
+    help: bool = False
+    show_config: bool = False
+    multirun: bool = False
+
+
+def parse(command: str, args: Sequence[str]) -> Line:
+    """Take the words after the command apart. What is wrong with them is noted in ``problems``."""
+    line, words = Line(command), list(args)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if word in ("-h", "--help"):
+            line.help = True
+        elif word in ("-m", "--multirun"):
+            line.multirun = True
+        elif name in ("-c", "--cfg"):
+            value = value if equals else words.pop(0) if words else ""
+            line.show_config = value == "job"
+            if not line.show_config:
+                line.problems.append(f"--cfg {value} is unknown: write --cfg job".replace("  ", " "))
+        elif command == "generate" and name in TEXT_OPTIONS:
+            _take_text(line, name, value if equals else None, words)
+        elif word.startswith("-"):
+            _take_option(line, name, value if equals else None, words)
+        elif equals:
+            _put(line, name, value)
+        else:
+            line.problems.append(_stray(command, word))
+    return line
+
+
+def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> None:
+    """An option of generate whose value is a text that nobody interprets, or the file that holds it."""
+    if value is None:
+        if not words:
+            line.problems.append(f"{name} needs a value: for example {name} 'the company said'")
+            return
+        value = words.pop(0)
+    text = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if name == "--stop":
+        line.stop.append(text)
+    elif name == "--prompt-file":
+        try:
+            content = Path(value).expanduser().read_bytes().decode("utf-8")
+            line.prompts.append(content.removesuffix("\n").removesuffix("\r"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            line.problems.append(f"--prompt-file {value}: {reason}")
+    else:
+        line.prompts.append(text)
+
+
+def _take_option(line: Line, name: str, value: str | None, words: list[str]) -> None:
+    """``--key value``, ``--key=value``, ``--flag``, or one of the short options of generate."""
+    short = GENERATE_OPTIONS.get(name) if line.command == "generate" else None
+    if short is None and not name.startswith("--"):
+        known = [*OPTIONS, "-m", "-h", *(["-n", "-p"] if line.command == "generate" else [])]
+        line.problems.append(f"unknown option {name}: {nearest(name, known)}")
+        return
+    key = short or name.lstrip("-").replace("-", "_")
+    if value is None:
+        is_flag = key in flags_of(line.command)
+        if is_flag and (not words or words[0].lower() not in BOOLEANS):
+            value = "true"
+        elif words:
+            value = words.pop(0)
+        else:
+            line.problems.append(f"{name} needs a value")
+            return
+    _put(line, key, value)
+
+
+def _put(line: Line, key: str, value: str) -> None:
+    if key[:1] in ("+", "~") or key.partition(".")[0] == "hydra":
+        line.problems.append(f"{key}: keys can be set, not added or removed: write key=value")
+    elif key in groups_of(line.command):
+        plain = value.replace("-", "_")
+        line.groups[key] = plain if plain in names_in(key) else value
+    else:
+        line.values[ALIASES.get(key, key)] = value
+
+
+def _stray(command: str, word: str) -> str:
+    """What may have been meant by a word that is neither an option nor ``key=value``."""
+    if word[:1] in ("+", "~"):
+        return f"{word}: keys can be set, not added or removed: write key=value"
+    if word in flags_of(command):
+        return f"{word} has no value: write {word}=true"
+    groups = [group for group in groups_of(command) if word in names_in(group)]
+    if groups:
+        return f"{word} has no key: did you mean {' or '.join(f'{group}={word}' for group in groups)}?"
+    if word in groups_of(command):
+        return f"{word} has no value: write {word}=NAME"
+    if command == "generate":
+        return f"{word!r} is neither key=value nor an option: write a prompt as --prompt TEXT"
+    return f"{word!r} is neither key=value nor an option: see lmkit {command} --help"

@@ -1,0 +1,145 @@
+"""Help, version, the composed configuration, and multirun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lmkit import __version__, cli, errors, presets
+from lmkit.keys import keys_of
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_every_group_preset_and_key_with_its_type(lmkit: Any, command: str, option: str) -> None:
+    assert lmkit(command, option) == 0, lmkit.err
+    lines = lmkit.out.splitlines()
+    for group in presets.groups_of(command):
+        assert any(line.startswith(f"  {group} (default: ") for line in lines)
+        for name in presets.names_in(group):
+            assert any(line.split()[:1] == [name] for line in lines)
+    for key in keys_of(command, {}):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"  {key}="))
+        assert lines[at].endswith("]")
+        assert lines[at + 1].startswith("      ")
+    assert max(len(line) for line in lines) <= 120
+    assert "keys below." not in lmkit.out
+    assert "\n\n\n" not in lmkit.out
+    assert not lmkit.configs
+
+
+def test_help_shows_the_keys_and_values_of_the_choice_made(lmkit: Any) -> None:
+    assert lmkit("pretrain", "model=lstm", "seed=9", "--help", "dataset=hub") == 0
+    assert "model.cell=lstm   [lstm or gru]" in lmkit.out
+    assert "seed=9   [int]" in lmkit.out
+    assert "dataset.name=(must be given)   [text]" in lmkit.out
+    assert "model.num_heads" not in lmkit.out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_commands_options_and_exit_codes(lmkit: Any, words: list[str]) -> None:
+    assert lmkit(*words) == 0
+    for part in [*cli.COMMANDS, "--cfg job", "-m ", "--completion", "--version", "exit codes"]:
+        assert part in lmkit.out
+    for kind in errors.LmkitError.__subclasses__():
+        assert f"{kind.exit_code} " in lmkit.out
+
+
+def test_help_before_a_command_is_its_help(lmkit: Any) -> None:
+    for word in ("help", "--help", "-h"):
+        assert lmkit(word, "generate") == 0
+        assert lmkit.out.startswith("lmkit generate: ")
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_version(lmkit: Any, word: str) -> None:
+    assert lmkit(word) == 0
+    assert lmkit.out == f"lmkit {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job", "seed=3"], ["seed=3", "--cfg", "job"], ["seed=3", "--cfg=job"]])
+def test_the_composed_configuration_is_yaml_and_nothing_runs(lmkit: Any, words: list[str]) -> None:
+    assert lmkit("pretrain", *words) == 0
+    assert not lmkit.configs
+    shown = yaml.safe_load(lmkit.out)
+    assert shown["seed"] == 3
+    assert shown["model"]["activation"] == "silu"
+
+
+def test_a_configuration_that_would_be_refused_is_not_shown(lmkit: Any) -> None:
+    assert "seed=-1" in lmkit.refused("pretrain", "--cfg", "job", "seed=-1")
+
+
+# Multirun
+
+
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_multirun_runs_every_combination_in_order(lmkit: Any, option: str) -> None:
+    assert lmkit("pretrain", "model=tiny,small", "seed=1, 2", "run.dir=runs/x", option, "save.keep=3") == 0
+    seen = [(config.model.d_model, config.seed, Path(config.run.dir).as_posix()) for config in lmkit.configs]
+    assert seen == [(128, 1, "runs/x/0"), (128, 2, "runs/x/1"), (256, 1, "runs/x/2"), (256, 2, "runs/x/3")]
+    assert "job 3 of 4: model=small seed=1" in lmkit.err
+    assert all(config.save.keep == 3 for config in lmkit.configs)
+
+
+def test_a_failing_job_does_not_stop_the_rest_and_the_worst_code_is_returned(
+    lmkit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def run(line: Any, config: Any) -> None:
+        seen.append(config.seed)
+        if config.seed in failures:
+            raise failures[config.seed]
+
+    failures: dict[int, BaseException] = {1: errors.DivergedError("nan"), 2: errors.DataError("x"), 3: ValueError("y")}
+    monkeypatch.setattr(cli, "run_command", run)
+    assert lmkit("pretrain", "-m", "seed=1,2,3,4") == 7
+    assert seen == [1, 2, 3, 4]
+    lines = lmkit.err.splitlines()
+    assert "error: job 1: nan" in lines
+    assert "error: job 2: x" in lines
+    assert any(line.startswith("error: job 3: ValueError: y (a bug") for line in lines)
+    assert lines[-1] == "3 of 4 jobs failed"
+
+
+@pytest.mark.parametrize(("error", "code"), [(errors.StoppedError("stopped"), 75), (KeyboardInterrupt(), 130)])
+def test_a_stop_ends_the_whole_multirun(lmkit: Any, error: BaseException, code: int) -> None:
+    lmkit.error = error
+    assert lmkit("pretrain", "-m", "seed=1,2") == code
+    assert len(lmkit.configs) == 1
+
+
+def test_a_mistake_in_one_job_stops_the_multirun_before_it_starts(lmkit: Any) -> None:
+    assert "model=tny" in lmkit.refused("pretrain", "-m", "model=tiny,tny")
+    assert "seed=-1" in lmkit.refused("pretrain", "-m", "seed=1,-1")
+
+
+def test_jobs_do_not_overwrite_each_others_output(lmkit: Any) -> None:
+    assert lmkit("eval-ppl", "-m", "run=a,b", "output=out/x.json") == 0
+    assert [Path(config.output).as_posix() for config in lmkit.configs] == ["out/x-0.json", "out/x-1.json"]
+    assert lmkit("eval-ppl", "-m", "run=a,b", "output=x.json,y.json") == 0
+    assert [config.output for config in lmkit.configs] == ["x-0.json", "y-1.json", "x-2.json", "y-3.json"]
+    assert lmkit("finetune", "-m", "run.dir=a,b") == 0
+    assert [config.run.dir for config in lmkit.configs] == ["a", "b"]
+
+
+def test_a_list_in_brackets_is_one_value(lmkit: Any) -> None:
+    assert lmkit("generate", "-m", "stop=[a,b]", "--prompt", "x,y", "seed=1,2") == 0
+    assert [config.stop for config in lmkit.configs] == [["a", "b"]] * 2
+    assert lmkit.prompts == [["x,y"]] * 2
+
+
+def test_multirun_with_help_or_cfg_runs_nothing(lmkit: Any) -> None:
+    assert lmkit("pretrain", "-m", "seed=1,2", "--cfg", "job") == 0
+    assert [shown["seed"] for shown in yaml.safe_load_all(lmkit.out)] == [1, 2]
+    assert lmkit("pretrain", "-m", "--help") == 0
+    assert not lmkit.configs
+
+
+def test_without_multirun_a_comma_is_part_of_the_value(lmkit: Any) -> None:
+    assert "seed=1,2" in lmkit.refused("pretrain", "seed=1,2")
+    assert lmkit.config("pretrain", "run.dir=a,b").run.dir == "a,b"

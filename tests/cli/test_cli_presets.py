@@ -1,0 +1,169 @@
+"""Presets, recipes and the order in which values win."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lmkit import cli, presets
+from lmkit.arguments import Line
+from lmkit.config import ROOTS, SCHEMAS
+from lmkit.keys import field_docs, keys_of, presets_with
+
+GIVEN = {"hub": "dataset.name=a/b", "hf": "tokenizer.path=tokenizer.json"}
+GROUPS = sorted({group for command in cli.COMMANDS for group in presets.groups_of(command)})
+
+
+def choices_covering_all(command: str) -> list[dict[str, str]]:
+    """Choices of presets for a command in which each preset of each group occurs; recipes come alone."""
+    names = {group: presets.names_in(group) for group in presets.groups_of(command) if group != "recipe"}
+    rounds = max(len(known) for known in names.values())
+    choices = [{group: known[i % len(known)] for group, known in names.items()} for i in range(rounds)]
+    recipes = presets.names_in("recipe") if "recipe" in presets.groups_of(command) else []
+    return [*choices, *({"recipe": recipe} for recipe in recipes)]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_preset_composes_and_converts_to_its_dataclass(lmkit: Any, command: str) -> None:
+    for groups in choices_covering_all(command):
+        words = [f"{group}={name}" for group, name in groups.items()]
+        needed = [GIVEN[name] for name in groups.values() if name in GIVEN]
+        config = lmkit.config(command, *words, *needed)
+        assert type(config) is ROOTS[command]
+        for group, name in groups.items():
+            if group != "recipe":
+                schema = presets.schema_name(group, name)
+                assert schema is not None
+                assert type(getattr(config, group)) is SCHEMAS[group][schema]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_keys_that_are_listed_are_those_that_the_configuration_has(command: str) -> None:
+    def leaves(config: Any, prefix: str = "") -> set[str]:
+        found = set()
+        for name in config:
+            node = config._get_node(name)
+            inner = OmegaConf.is_dict(node) and not (node._is_none() or node._is_missing())
+            found |= leaves(node, f"{prefix}{name}.") if inner else {f"{prefix}{name}"}
+        return found
+
+    for groups in choices_covering_all(command)[::4]:
+        config = cli.compose(Line(command, groups=groups), partial=True)
+        assert leaves(config) == set(keys_of(command, groups)) | ({"dataset"} & leaves(config))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_preset_says_in_one_line_what_it_is(group: str) -> None:
+    for name in presets.names_in(group):
+        text = presets.description(group, name)
+        assert text, f"{group}/{name}"
+        assert text[0].isupper()
+        assert len(text) <= 120
+
+
+def test_every_field_of_every_dataclass_has_help() -> None:
+    seen: set[type] = set()
+    todo = [*ROOTS.values(), *(cls for table in SCHEMAS.values() for cls in table.values())]
+    while todo:
+        cls = todo.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        docs = field_docs(cls)
+        for field in dataclasses.fields(cls):
+            assert docs.get(field.name), f"{cls.__name__}.{field.name}"
+            if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
+                todo.append(field.default_factory)
+    assert len(seen) > 30
+
+
+def test_a_root_is_beaten_by_a_preset_that_by_a_recipe_and_that_by_the_command_line(
+    lmkit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "configs"
+    shutil.copytree(presets.config_dir(), folder)
+    root = (folder / "pretrain.yaml").read_text(encoding="utf-8")
+    (folder / "pretrain.yaml").write_text(root + "  patience: 7\nseed: 5\n", encoding="utf-8")
+    (folder / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\n# Mine\ndefaults:\n  - override /model: medium\nmodel:\n  context: 77\n"
+        "train:\n  patience: 8\nseed: 6\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(presets, "config_dir", lambda: folder)
+    clear_caches()
+    try:
+        plain = lmkit.config("pretrain")
+        assert (plain.model.num_layers, plain.train.patience, plain.seed) == (6, 7, 5)
+        mine = lmkit.config("pretrain", "recipe=mine")
+        assert (mine.model.num_layers, mine.model.context, mine.train.patience, mine.seed) == (8, 77, 8, 6)
+        last = lmkit.config("pretrain", "seed=7", "recipe=mine", "model.context=88", "train.patience=9")
+        assert (last.model.context, last.train.patience, last.seed) == (88, 9, 7)
+        other = lmkit.config("pretrain", "model=tiny", "recipe=mine")
+        assert (other.model.d_model, other.model.context) == (128, 77)
+    finally:
+        clear_caches()
+
+
+def clear_caches() -> None:
+    presets._text.cache_clear()
+    presets.names_in.cache_clear()
+    cli._hydra_compose.cache_clear()
+
+
+def test_an_optimizer_for_finetuning_keeps_its_own_rate(lmkit: Any) -> None:
+    assert lmkit.config("finetune").optimizer.lr == 5e-4
+    assert lmkit.config("finetune", "optimizer=sgd").optimizer.lr == 1.0
+
+
+def test_a_recipe_and_a_preset_that_lacks_its_keys_do_not_go_together(lmkit: Any) -> None:
+    message = lmkit.refused("pretrain", "recipe=ptb_cpu_10min", "model=kn5")
+    assert "recipe=ptb_cpu_10min sets model." in message
+    assert "leave out the recipe or model=kn5" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "sentencepiece"),
+        (["dataset=ptb"], "word"),
+        (["dataset=wikitext2"], "word"),
+        (["dataset=wikitext103"], "word"),
+        (["dataset=wikitext2_raw"], "sentencepiece"),
+        (["dataset=text"], "sentencepiece"),
+        (["dataset=ptb", "tokenizer=char"], "char"),
+        (["tokenizer=byte", "dataset=ptb"], "byte"),
+        (["dataset=ptb", "tokenizer.vocab_size=5000"], "word"),
+    ],
+)
+def test_the_tokenizer_follows_the_dataset_unless_named(lmkit: Any, words: list[str], expected: str) -> None:
+    for command in ("prepare", "pretrain"):
+        assert type(lmkit.config(command, *words).tokenizer) is SCHEMAS["tokenizer"][expected]
+
+
+def test_a_recipe_chooses_dataset_and_tokenizer(lmkit: Any) -> None:
+    config = lmkit.config("pretrain", "recipe=ptb_cpu_10min")
+    assert (config.dataset.name.name, type(config.tokenizer)) == ("ptb", SCHEMAS["tokenizer"]["word"])
+    config = lmkit.config("pretrain", "recipe=ptb_cpu_10min", "tokenizer=char")
+    assert type(config.tokenizer) is SCHEMAS["tokenizer"]["char"]
+
+
+def test_names_with_dashes_find_the_preset(lmkit: Any) -> None:
+    assert type(lmkit.config("pretrain", "schedule=inverse-sqrt").schedule) is SCHEMAS["schedule"]["inverse_sqrt"]
+
+
+def test_presets_with_a_key_are_found() -> None:
+    assert presets_with("pretrain", "model.cell") == ["model=gru", "model=lstm"]
+    assert presets_with("eval-ppl", "dataset.text_field") == ["dataset=jsonl"]
+    assert presets_with("pretrain", "seed") == []
+
+
+def test_composing_leaves_nothing_behind(lmkit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lmkit.config("pretrain", "run.dir=somewhere")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,234 @@
+"""Keys and values: what is set, what is refused, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+TEXTS = [
+    "two words",
+    "a,b,c",
+    "a=b=c",
+    "(round) [square] {curly}",
+    'it\'s "quoted"',
+    "-leading dash",
+    "--option",
+    "我喜欢学习",
+    "naïve ∀x",
+    "back\\slash",
+    "#hash: yes",
+    "$HOME",
+    "%s %(x)s",
+    "a\ttab",
+    "line\nbreak",
+    "true",
+    "1.5",
+    "[1,2]",
+    "  edges  ",
+    "x" * 10_000,
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda t: repr(t[:20]))
+def test_a_text_arrives_as_it_was_written(lmkit: Any, text: str) -> None:
+    config = lmkit.config("pretrain", "dataset=jsonl", f"dataset.text_field={text}", "--run.root", text)
+    assert config.dataset.text_field == text
+    assert config.run.root == text
+
+
+def test_a_path_may_begin_with_the_home_folder(lmkit: Any) -> None:
+    config = lmkit.config("pretrain", "dataset.path=~/data", "run.dir=~/a~b", "dataset=jsonl", "dataset.text_field=~/x")
+    assert config.dataset.path == os.path.join(os.path.expanduser("~"), "data")
+    assert config.run.dir == os.path.join(os.path.expanduser("~"), "a~b")
+    assert config.dataset.text_field == "~/x"
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a${seed}", "${"])
+def test_nothing_is_interpolated(lmkit: Any, value: str) -> None:
+    assert "not allowed" in lmkit.refused("pretrain", f"run.root={value}")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("_target_=os.system", "model._target_=os.system", "+x=1", "++seed=1", "~model", "~seed=1", "+x"),
+        *("hydra=1", "hydra.run.dir=x", "=1", "model.=1", ".seed=1", "seed.x=1", "train=3", "model@x=a", "seed[0]=1"),
+    ],
+)
+def test_only_the_keys_of_the_command_can_be_set(lmkit: Any, word: str) -> None:
+    assert word.partition("=")[0] in lmkit.refused("pretrain", word)
+
+
+def test_words_of_all_forms_set_a_key(lmkit: Any) -> None:
+    forms = [["train.max_steps=7"], ["--train.max_steps=7"], ["--train.max_steps", "7"], ["--train.max-steps", "7"]]
+    for form in forms:
+        assert lmkit.config("pretrain", *form).train.max_steps == 7
+    assert lmkit.config("pretrain", "--model", "tiny").model.d_model == 128
+    assert lmkit.config("pretrain", "--model=tiny", "--optimizer", "sgd").optimizer.lr == 1.0
+
+
+def test_a_run_is_named_by_its_directory(lmkit: Any) -> None:
+    for words in (["run=runs/a b"], ["run.path=runs/a b"], ["--run", "runs/a b"], ["--run=runs/a b"]):
+        assert lmkit.config("eval-ppl", *words).run.path == "runs/a b"
+    assert lmkit.config("finetune", "run=old", "run.dir=new").run.dir == "new"
+
+
+def test_a_run_to_make_and_a_run_to_use_are_not_confused(lmkit: Any) -> None:
+    assert "run.dir=DIR" in lmkit.refused("pretrain", "run=x")
+    for command in ("eval-ppl", "generate"):
+        assert "run=DIR" in lmkit.refused(command, "run.dir=x")
+
+
+def test_the_last_of_several_values_wins(lmkit: Any) -> None:
+    config = lmkit.config("pretrain", "seed=1", "model=tiny", "seed=3", "--seed", "2", "model=medium")
+    assert (config.seed, config.model.d_model) == (2, 512)
+
+
+@pytest.mark.parametrize("word", ["true", "True", "yes", "on", "1"])
+def test_true_has_several_spellings(lmkit: Any, word: str) -> None:
+    assert lmkit.config("prepare", f"force={word}").force is True
+    assert lmkit.config("prepare", "--force", word).force is True
+
+
+@pytest.mark.parametrize("word", ["false", "No", "off", "0"])
+def test_false_has_several_spellings(lmkit: Any, word: str) -> None:
+    assert lmkit.config("prepare", f"force={word}").force is False
+    assert lmkit.config("prepare", "--force", word).force is False
+
+
+def test_a_flag_needs_no_value(lmkit: Any) -> None:
+    config = lmkit.config("pretrain", "--resume", "model=tiny", "run.dir=x", "--model.tie-embeddings", "no")
+    assert config.resume is True
+    assert config.model.d_model == 128
+    assert config.model.tie_embeddings is False
+    assert lmkit.config("prepare", "--force").force is True
+
+
+def test_null_and_lists(lmkit: Any) -> None:
+    assert lmkit.config("pretrain", "optimizer.clip_norm=null").optimizer.clip_norm is None
+    assert lmkit.config("generate", "stop=a,b c").stop == ["a", "b c"]
+    assert lmkit.config("generate", "stop=[a, b]").stop == ["a", "b"]
+    assert lmkit.config("generate", "stop=\n").stop == ["\n"]
+    assert lmkit.config("generate", "stop=").stop == []
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["seed=3.5"], ["seed=3.5", "int"]),
+        (["seed=1e3"], ["seed=1e3", "int"]),
+        (["seed="], ["seed= ", "int"]),
+        (["seed=null"], ["seed=null", "int"]),
+        (["--seed", "-1"], ["seed=-1", ">= 0"]),
+        (["train.max_steps=x"], ["train.max_steps=x", "int or null"]),
+        (["model.dropout=lots"], ["model.dropout=lots", "float"]),
+        (["train.max_epochs=nan"], ["train.max_epochs=nan", "> 0"]),
+        (["optimizer.lr=inf"], ["optimizer.lr=inf", "finite"]),
+        (["resume=maybe"], ["resume=maybe", "true or false"]),
+        (["model.activation=rleu"], ["model.activation=rleu", "relu, gelu", "did you mean relu?"]),
+        (["run.root=null"], ["run.root=null", "text"]),
+        (["run.dir="], ["run.dir=", "empty"]),
+        (["dataset.path="], ["dataset.path=", "empty"]),
+        (["train.budget=soon"], ["train.budget=soon", "10m"]),
+        (["resume=true"], ["resume=true", "run.dir=DIR"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(
+    lmkit: Any, words: list[str], parts: list[str]
+) -> None:
+    message = lmkit.refused("pretrain", *words)
+    for part in parts:
+        assert part in message
+
+
+def test_negative_and_scientific_numbers(lmkit: Any) -> None:
+    assert lmkit.config("pretrain", "--optimizer.lr", "1e-3").optimizer.lr == 1e-3
+    assert "-0.5" in lmkit.refused("pretrain", "--model.dropout", "-0.5")
+
+
+def test_a_long_value_is_cut_in_the_message(lmkit: Any) -> None:
+    message = lmkit.refused("pretrain", "seed=" + "9a" * 5000)
+    assert "(10000 characters)" in message
+    assert len(message) < 400
+
+
+def test_a_message_is_one_printable_line(lmkit: Any) -> None:
+    message = lmkit.refused("pretrain", "seed=a\nb\x1b[31m", "model=\x07")
+    assert "\x1b" not in message
+    assert "\x07" not in message
+
+
+def test_bytes_that_are_not_utf8_do_not_stop_a_message(lmkit: Any) -> None:
+    assert lmkit.refused("pretrain", "seed=\udcff")
+    assert lmkit.refused("pr\udcfe")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["dataset=hub"], ["dataset.name must be given", "dataset.name=VALUE"]),
+        (["tokenizer=hf"], ["tokenizer.path must be given"]),
+        (["dataset=hub", "tokenizer=hf"], ["dataset.name must", "tokenizer.path must"]),
+    ],
+)
+def test_what_must_be_given_is_asked_for(lmkit: Any, words: list[str], parts: list[str]) -> None:
+    message = lmkit.refused("pretrain", *words)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["pretrian"], "did you mean pretrain?"),
+        (["eval_ppl"], "did you mean eval-ppl?"),
+        (["--hlep"], "did you mean --help?"),
+        (["model=tiny", "pretrain"], "lmkit COMMAND KEY=VALUE"),
+        (["pretrain", "modle=tiny"], "did you mean model?"),
+        (["pretrain", "model=tny"], "did you mean tiny?"),
+        (["pretrain", "model="], "choose from gpt2, gru"),
+        (["pretrain", "dataset=wikitext-2"], "did you mean wikitext2"),
+        (["pretrain", "train.max_step=3"], "did you mean train.max_steps?"),
+        (["pretrain", "--max-steps", "3"], "did you mean train.max_steps?"),
+        (["pretrain", "--train.max-stepz=3"], "did you mean train.max_steps?"),
+        (["pretrain", "model.cell=gru"], "not a key of model=small but of model=gru, model=lstm"),
+        (["eval-ppl", "dataset.path=x"], "add dataset=NAME"),
+        (["pretrain", "tiny"], "did you mean model=tiny?"),
+        (["pretrain", "resume"], "write resume=true"),
+        (["pretrain", "model"], "write model=NAME"),
+        (["pretrain", "nonsense"], "lmkit pretrain --help"),
+        (["pretrain", "-x"], "unknown option -x"),
+        (["pretrain", "-n", "3"], "unknown option -n"),
+        (["pretrain", "--seed"], "--seed needs a value"),
+        (["generate", "--promt", "hello"], "did you mean prompt?"),
+        (["generate", "the company"], "--prompt TEXT"),
+        (["generate", "--prompt"], "--prompt needs a value"),
+        (["generate", "dataset=ptb"], "unknown key 'dataset'"),
+        (["pretrain", "--cfg"], "--cfg job"),
+        (["pretrain", "--cfg", "hydra"], "--cfg job"),
+        (["--completion"], "bash or zsh or fish"),
+        (["--completion", "tcsh"], "bash or zsh or fish"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_typo_gets_the_nearest_names(lmkit: Any, words: list[str], part: str) -> None:
+    assert part in lmkit.refused(*words)
+
+
+def test_all_mistakes_are_reported_at_once(lmkit: Any) -> None:
+    message = lmkit.refused(
+        "pretrain", "-x", "model=tny", "optimiser=adam", "model.d_model=7", "seed=x", "train.max_stepz=1", "foo"
+    )
+    for part in ("-x", "model=tny", "optimiser", "seed=x", "train.max_stepz", "'foo'"):
+        assert part in message
+    assert "model.d_model" not in message  # which model it is about is not known
+
+
+def test_all_values_out_of_range_are_reported_at_once(lmkit: Any) -> None:
+    message = lmkit.refused(
+        "pretrain", "seed=-1", "train.batch_size=0", "model.d_model=7", "dataset.cleaning.min_chars=-1"
+    )
+    for part in ("seed=-1", "train.batch_size=0", "model.d_model=7", "dataset.cleaning.min_chars=-1"):
+        assert message.count(part + " must") == 1

@@ -1,0 +1,192 @@
+"""The softmax head is plain cross-entropy, in value and gradient, however it is cut into chunks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lmkit.heads
+from lmkit.heads import SoftmaxHead, linear_cross_entropy, rows_per_chunk
+from lmkit.models.base import IGNORE
+
+VOCAB, WIDTH, N = 97, 12, 50
+
+
+@pytest.fixture(params=[1, 16, 10_000], ids=["chunks of 1", "chunks of 16", "one chunk"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows scored at a time: does not divide N, or is more than N."""
+    rows: int = request.param
+    monkeypatch.setattr(lmkit.heads, "rows_per_chunk", lambda vocab_size, device: rows)
+    return rows
+
+
+def case(*, bias: bool = True, ignored: tuple[int, ...] = ()) -> tuple[SoftmaxHead, Tensor, Tensor]:
+    """A head with random parameters, hidden vectors that want a gradient, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    head = SoftmaxHead(nn.Parameter(torch.randn(VOCAB, WIDTH, generator=generator)), bias=bias)
+    if head.bias is not None:
+        with torch.no_grad():
+            head.bias.normal_(generator=generator)
+    hidden_ND = torch.randn(N, WIDTH, generator=generator).requires_grad_()
+    targets_N = torch.randint(0, VOCAB, (N,), generator=generator)
+    targets_N[list(ignored)] = IGNORE
+    return head, hidden_ND, targets_N
+
+
+def reference(head: SoftmaxHead, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden_ND, head.weight, head.bias), targets_N, reduction="sum", ignore_index=IGNORE)
+
+
+def gradients(head: SoftmaxHead, hidden_ND: Tensor, loss: Tensor) -> tuple[Tensor, ...]:
+    wanted = [hidden_ND, head.weight] + ([] if head.bias is None else [head.bias])
+    return torch.autograd.grad(loss, wanted)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("ignored", [(), (0, 7, 8, 49), tuple(range(N))], ids=["none", "some", "all ignored"])
+def test_loss_and_gradients_equal_those_of_cross_entropy(bias: bool, ignored: tuple[int, ...]) -> None:
+    head, hidden_ND, targets_N = case(bias=bias, ignored=ignored)
+    ours, theirs = head.loss(hidden_ND, targets_N), reference(head, hidden_ND, targets_N)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours_grad, theirs_grad in zip(
+        gradients(head, hidden_ND, 3.0 * ours), gradients(head, hidden_ND, 3.0 * theirs), strict=True
+    ):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_scores_are_the_loss_of_each_target_and_whether_it_is_the_argmax() -> None:
+    head, hidden_ND, targets_N = case(ignored=(3, 4))
+    logits_NV = F.linear(hidden_ND, head.weight, head.bias)
+    targets_N[5] = logits_NV[5].argmax()
+    scores = head.score(hidden_ND, targets_N)
+    nats_N = F.cross_entropy(logits_NV, targets_N, reduction="none", ignore_index=IGNORE)
+    torch.testing.assert_close(scores.nats_N, nats_N.detach(), rtol=1e-5, atol=1e-5)
+    assert scores.nats_N.dtype == torch.float32
+    assert not scores.nats_N.requires_grad
+    torch.testing.assert_close(scores.correct_N, logits_NV.argmax(1) == targets_N)
+    assert scores.correct_N[5]
+    assert not scores.correct_N[3]
+
+
+@pytest.mark.usefixtures("chunk")
+def test_ignored_targets_contribute_nothing_whatever_their_hidden_vector_holds() -> None:
+    head, hidden_ND, targets_N = case(ignored=(1, 2))
+    kept = targets_N != IGNORE
+    with torch.no_grad():
+        hidden_ND[1:3] = float("nan")
+    loss = head.loss(hidden_ND, targets_N)
+    alone = head.loss(hidden_ND[kept], targets_N[kept])
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+    d_hidden, d_weight, d_bias = gradients(head, hidden_ND, loss)
+    assert (d_hidden[1:3] == 0).all()
+    assert d_weight.isfinite().all()
+    assert d_bias.isfinite().all()
+
+
+def test_equal_logits_give_a_perplexity_of_the_vocabulary_size() -> None:
+    head = SoftmaxHead(nn.Parameter(torch.zeros(VOCAB, WIDTH)))
+    hidden_ND, targets_N = torch.randn(N, WIDTH), torch.arange(N)
+    assert math.exp(float(head.loss(hidden_ND, targets_N).detach()) / N) == pytest.approx(VOCAB, rel=1e-5)
+    assert math.exp(float(head.score(hidden_ND, targets_N).nats_N.mean())) == pytest.approx(VOCAB, rel=1e-5)
+
+
+def test_extreme_logits_neither_overflow_nor_lose_the_loss() -> None:
+    head = SoftmaxHead(nn.Parameter(torch.tensor([[500.0], [-500.0], [0.0]])))
+    hidden_ND = torch.ones(3, 1, requires_grad=True)
+    targets_N = torch.tensor([0, 1, 2])
+    loss = head.loss(hidden_ND, targets_N)
+    assert float(loss.detach()) == pytest.approx(1500.0, rel=1e-6)
+    d_hidden, d_weight = gradients(head, hidden_ND, loss)
+    torch.testing.assert_close(d_hidden, torch.tensor([[0.0], [1000.0], [500.0]]))
+    torch.testing.assert_close(d_weight, torch.tensor([[2.0], [-1.0], [-1.0]]))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "hidden+weight"])
+def test_what_is_frozen_gets_no_gradient_and_the_others_the_same_as_ever(frozen: str) -> None:
+    head, hidden_ND, targets_N = case(ignored=(9,))
+    tensors = {"hidden": hidden_ND, "weight": head.weight, "bias": head.bias}
+    full = dict(zip(tensors, gradients(head, hidden_ND, head.loss(hidden_ND, targets_N)), strict=True))
+    for name in frozen.split("+"):
+        tensor = tensors[name]
+        assert tensor is not None
+        tensor.requires_grad_(False)
+    head.loss(hidden_ND, targets_N).backward()
+    for name, tensor in tensors.items():
+        assert tensor is not None
+        if name in frozen.split("+"):
+            assert tensor.grad is None
+        else:
+            assert tensor.grad is not None
+            torch.testing.assert_close(tensor.grad, full[name], rtol=1e-5, atol=1e-6)
+
+
+def test_without_gradients_the_loss_is_the_same_and_has_no_graph() -> None:
+    head, hidden_ND, targets_N = case()
+    with torch.no_grad():
+        loss = head.loss(hidden_ND, targets_N)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, head.loss(hidden_ND, targets_N).detach(), rtol=1e-6, atol=0)
+
+
+def test_a_tied_weight_gets_the_gradient_of_both_uses() -> None:
+    table = nn.Embedding(VOCAB, WIDTH)
+    head = SoftmaxHead(table.weight)
+    tokens_N, targets_N = torch.arange(20), torch.arange(1, 21)
+    head.loss(table(tokens_N), targets_N).backward()
+    ours = table.weight.grad
+    table.weight.grad = None
+    reference(head, table(tokens_N), targets_N).backward()
+    assert ours is not None
+    assert table.weight.grad is not None
+    torch.testing.assert_close(ours, table.weight.grad, rtol=1e-5, atol=1e-5)
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
+
+
+def test_the_gradient_survives_being_asked_for_twice() -> None:
+    head, hidden_ND, targets_N = case()
+    loss = head.loss(hidden_ND, targets_N)
+    first = torch.autograd.grad(loss, head.weight, retain_graph=True)[0].clone()
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, head.weight)[0], 2 * first)
+
+
+def test_the_own_logit_of_each_target_is_lowered_by_what_is_given() -> None:
+    head, hidden_ND, targets_N = case(ignored=(0, 11))
+    own_N = torch.rand(N)
+    ours = linear_cross_entropy(hidden_ND, head.weight, head.bias, targets_N, own_N)
+    safe_N = targets_N.where(targets_N != IGNORE, 0)
+    shift_NV = F.one_hot(safe_N, VOCAB) * own_N[:, None]
+    logits_NV = F.linear(hidden_ND, head.weight, head.bias) - shift_NV
+    theirs = F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=IGNORE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours_grad, theirs_grad in zip(
+        gradients(head, hidden_ND, ours), gradients(head, hidden_ND, theirs), strict=True
+    ):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_products_are_rounded_but_the_sum_and_the_gradients_stay_in_fp32() -> None:
+    head, hidden_ND, targets_N = case(ignored=(5,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head.loss(hidden_ND, targets_N)
+        scores = head.score(hidden_ND, targets_N)
+    exact = reference(head, hidden_ND, targets_N)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
+    torch.testing.assert_close(scores.nats_N.sum(), exact.detach(), rtol=1e-2, atol=0)
+    for ours_grad, theirs_grad in zip(gradients(head, hidden_ND, loss), gradients(head, hidden_ND, exact), strict=True):
+        assert ours_grad.dtype == torch.float32
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 10_000, 50_257, 10_000_000])
+def test_a_chunk_has_at_least_one_row_and_never_more_logits_than_the_limit_or_sixteen_rows(vocab_size: int) -> None:
+    for device, limit in (("cpu", lmkit.heads.CHUNK_ELEMENTS_CPU), ("cuda", lmkit.heads.CHUNK_ELEMENTS_GPU)):
+        rows = rows_per_chunk(vocab_size, torch.device(device))
+        assert rows >= 1
+        assert rows <= 16 or rows * vocab_size <= limit
