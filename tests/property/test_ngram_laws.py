@@ -220,16 +220,16 @@ def test_the_reference_uses_estimated_discounts_too() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), branches=st.integers(2, 3))
-def test_the_longer_the_ngrams_the_lower_the_perplexity_of_the_training_text(seed: int, branches: int) -> None:
-    """For text in which longer contexts say more: each token is one of few that depend on the two before it."""
+def test_the_training_text_gets_likelier_with_each_token_of_context_that_matters(seed: int, branches: int) -> None:
+    """Each token is one of few that depend on the two before it, so that three is the last order that must help."""
     rng = np.random.default_rng(seed)
     allowed = rng.integers(1, 12, (12, 12, branches))
     text = [1, 2]
     while len(text) < 1500:
         text.append(int(rng.choice(allowed[text[-2], text[-1]])) if len(text) % 40 else EOS)
     nats = []
-    for order in range(1, 6):
+    for order in (1, 2, 3):
         model = fitted(text, order, 12)
         hidden, _ = model(torch.tensor([[EOS, *text[:-1]]]))
         nats.append(float(model.head.loss(hidden[0], torch.tensor(text))))
-    assert nats == sorted(nats, reverse=True)
+    assert nats[0] > nats[1] > nats[2]

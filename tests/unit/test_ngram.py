@@ -202,8 +202,20 @@ def read_words(paths: list[Path]) -> tuple[dict[str, int], list[np.ndarray]]:
     return ids, texts
 
 
+needs_corpora = pytest.mark.skipif(
+    "LMKIT_DATA" not in os.environ, reason="LMKIT_DATA does not name a folder with the corpora"
+)
+
+
+def perplexity_and_accuracy(model: KneserNey, text: np.ndarray, eos_id: int) -> tuple[float, float]:
+    targets = torch.from_numpy(text.astype(np.int64))
+    hidden, _ = model(torch.cat([torch.tensor([eos_id]), targets[:-1]])[None])
+    scores = model.head.score(hidden[0], targets)
+    return math.exp(float(scores.nats_N.double().mean())), float(scores.correct_N.double().mean())
+
+
 @pytest.mark.corpora
-@pytest.mark.skipif("LMKIT_DATA" not in os.environ, reason="LMKIT_DATA does not name a folder with the corpora")
+@needs_corpora
 @pytest.mark.parametrize(
     ("folder", "names", "published"),
     [
@@ -219,8 +231,18 @@ def test_perplexities_are_within_one_percent_of_the_published(
     model = KneserNey(NgramConfig(), len(ids))
     model.fit(train, eos_id=ids["<eos>"])
     for text, expected in zip(others, published, strict=True):
-        targets = torch.from_numpy(text.astype(np.int64))
-        hidden, _ = model(torch.cat([torch.tensor([ids["<eos>"]]), targets[:-1]])[None])
-        scores = model.head.score(hidden[0], targets)
-        assert math.exp(float(scores.nats_N.double().mean())) == pytest.approx(expected, rel=0.01)
-        assert 0.2 < float(scores.correct_N.double().mean()) < 0.25
+        perplexity, accuracy = perplexity_and_accuracy(model, text, ids["<eos>"])
+        assert perplexity == pytest.approx(expected, rel=0.01)
+        assert 0.2 < accuracy < 0.25
+
+
+@pytest.mark.corpora
+@needs_corpora
+def test_the_perplexity_of_the_training_text_falls_with_every_order() -> None:
+    ids, (train,) = read_words([Path(os.environ["LMKIT_DATA"]) / "ptb" / "ptb.train.txt"])
+    perplexities = []
+    for order in range(1, 6):
+        model = KneserNey(NgramConfig(order=order), len(ids))
+        model.fit(train, eos_id=ids["<eos>"])
+        perplexities.append(perplexity_and_accuracy(model, train, ids["<eos>"])[0])
+    assert perplexities == sorted(perplexities, reverse=True)
