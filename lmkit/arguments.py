@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmkit.keys import flags_of
+from lmkit.keys import every_key, flags_of
 from lmkit.presets import groups_of, names_in, nearest
 
 ALIASES = {"run": "run.path"}
@@ -31,7 +31,8 @@ class Line:
     groups: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     """Texts by dotted key, not yet converted."""
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str | None] = field(default_factory=list)
+    """Texts to continue; None stands for standard input, which is read when the command runs."""
     stop: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """What is wrong with it so far; reported together with what the configuration finds."""
@@ -84,27 +85,38 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             line.problems.append(f"--prompt-file {value}: {reason}")
     else:
-        line.prompts.append(text)
+        line.prompts.append(None if text == "-" else text)
 
 
 def _take_option(line: Line, name: str, value: str | None, words: list[str]) -> None:
     """``--key value``, ``--key=value``, ``--flag``, or one of the short options of generate."""
+    if line.command == "generate" and value is None and name.startswith("-n") and name[2:].isdecimal():
+        name, value = "-n", name[2:]
     short = GENERATE_OPTIONS.get(name) if line.command == "generate" else None
     if short is None and not name.startswith("--"):
         known = [*OPTIONS, "-m", "-h", *(["-n", "-p"] if line.command == "generate" else [])]
         line.problems.append(f"unknown option {name}: {nearest(name, known)}")
         return
-    key = short or name.lstrip("-").replace("-", "_")
+    key = short or name.removeprefix("--").replace("-", "_")
     if value is None:
-        is_flag = key in flags_of(line.command)
-        if is_flag and (not words or words[0].lower() not in BOOLEANS):
+        known = [*every_key(line.command), *groups_of(line.command), *ALIASES]
+        if key in flags_of(line.command) and (not words or words[0].lower() not in BOOLEANS):
             value = "true"
-        elif words:
+        elif words and (key in known or not (words[0].startswith("-") or "=" in words[0])):
             value = words.pop(0)
-        else:
+        elif key in known:
             line.problems.append(f"{name} needs a value")
             return
+        else:
+            line.problems.append(f"unknown option {name}: {nearest(key, [*known, *option_names(line.command)])}")
+            return
     _put(line, key, value)
+
+
+def option_names(command: str) -> list[str]:
+    """What may have been meant by an option that is not a key."""
+    texts = [name.removeprefix("--").replace("-", "_") for name in (*TEXT_OPTIONS, *GENERATE_OPTIONS) if name[1] == "-"]
+    return [*OPTIONS, *(texts if command == "generate" else [])]
 
 
 def _put(line: Line, key: str, value: str) -> None:

@@ -45,6 +45,7 @@ LONGEST_SHOWN = 200
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises for the user's mistakes."""
+    _open_missing_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     command, debug = args[0] if args else "", False
     try:
@@ -62,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         nobody_reads = isinstance(error, BrokenPipeError) and _reader_is_gone()
         _discard_stdout()
         return 0 if nobody_reads else report(error, command, debug=debug)
+
+
+def _open_missing_streams() -> None:
+    """Where a standard stream was closed by the caller, read nothing from it and write to nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open to the end, as they are
 
 
 def _reader_is_gone() -> bool:
@@ -86,14 +94,13 @@ def _discard_stdout() -> None:
 def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:
     """Print an error as one line, with a traceback before it if ``debug``; returns its exit code."""
     message, code = _described(error, command)
-    if sys.stderr is not None:
-        if debug and not isinstance(error, KeyboardInterrupt):
-            import traceback
+    if debug and not isinstance(error, KeyboardInterrupt):
+        import traceback
 
-            traceback.print_exception(error, file=sys.stderr)
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
-        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        print(f"error: {where}{line}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
+        traceback.print_exception(error, file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    print(f"error: {where}{line}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
     return code
 
 
@@ -125,19 +132,21 @@ def _answered(args: Sequence[str]) -> bool:
     elif first in ("-h", "--help", "help"):
         from lmkit.help import overview
 
-        _show(overview(COMMANDS))
+        if rest and not rest[0].startswith("-"):
+            raise _unknown_command(rest[0])
+        show(overview(COMMANDS))
     elif first in ("-V", "--version"):
         from lmkit import __version__
 
-        _show(f"lmkit {__version__}")
+        show(f"lmkit {__version__}")
     elif first == "--completion":
         from lmkit.completion import script
 
-        _show(script(rest[0] if rest else ""), end="")
+        show(script(rest[0] if rest else ""), end="")
     elif first == "--complete":
         from lmkit.completion import candidates
 
-        _show(candidates(rest), end="")
+        show(candidates(rest), end="")
     else:
         from lmkit.presets import nearest
 
@@ -145,11 +154,17 @@ def _answered(args: Sequence[str]) -> bool:
             raise ConfigError(f"unknown option {first}", nearest(first, OPTIONS))
         if "=" in first:
             raise ConfigError(f"{first} stands before the command", "write lmkit COMMAND KEY=VALUE")
-        raise ConfigError(f"unknown command {first!r}", nearest(first, COMMANDS))
+        raise _unknown_command(first)
     return True
 
 
-def _show(text: str, end: str = "\n") -> None:
+def _unknown_command(word: str) -> ConfigError:
+    from lmkit.presets import nearest
+
+    return ConfigError(f"unknown command {word!r}", nearest(word, COMMANDS))
+
+
+def show(text: str, end: str = "\n") -> None:
     """Print to standard output; a character that its encoding lacks becomes a question mark."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
@@ -164,10 +179,10 @@ def _run(line: Line) -> int:
     if line.help:
         from lmkit.help import command_help
 
-        _show(command_help(line.command, COMMANDS[line.command], config, line.groups))
+        show(command_help(line.command, COMMANDS[line.command], config, line.groups))
     elif line.show_config:
         to_dataclass(config)
-        _show(to_yaml(config), end="")
+        show(to_yaml(config), end="")
     else:
         run_command(line, to_dataclass(config))
     return 0
@@ -179,9 +194,9 @@ def run_command(line: Line, config: Any) -> Any:
     if line.command != "generate":
         return module.run(config)
     config.stop += line.stop
-    if "-" in line.prompts:
+    if None in line.prompts:  # kept in the line for the other jobs of a multirun
         piped = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
-        line.prompts = [piped if text == "-" else text for text in line.prompts]
+        line.prompts = [piped if text is None else text for text in line.prompts]
     return module.run(config, line.prompts or [""])
 
 
@@ -203,7 +218,8 @@ def compose(line: Line, *, partial: bool = False) -> DictConfig:
         raise ConfigError("; ".join([*problems, *clashes]))
     presets = chosen(line.command, good)
     derived = {group: presets[group] for group in ("tokenizer",) if group in presets}
-    config = _hydra_compose(line.command, tuple({**derived, **good}.items())).copy()
+    named = {group: name for group, name in {**derived, **good}.items() if name != "null"}
+    config = _hydra_compose(line.command, tuple(named.items())).copy()
     problems += [
         problem
         for key, value in line.values.items()
@@ -302,25 +318,32 @@ def _set(config: DictConfig, line: Line, groups: Mapping[str, str], key: str, va
 
 def _unknown(command: str, groups: Mapping[str, str], key: str, value: str) -> str:
     """What to say about a key that the composed configuration does not have."""
+    from lmkit.arguments import option_names
+    from lmkit.config import SCHEMAS
     from lmkit.keys import keys_of, presets_with
     from lmkit.presets import chosen, groups_of, nearest
 
     group = key.partition(".")[0]
+    if group not in groups_of(command) and group in (*SCHEMAS, "recipe"):
+        from_run = group in ("model", "tokenizer") and command != "prepare"
+        why = f"{command} takes the {group} from the run" if from_run else f"{command} takes no {group}"
+        return f"unknown key {_brief(key)!r}: {why}"
     presets = chosen(command, groups)
     if having := presets_with(command, key):
         if presets[group] == "null":
             return f"{key} needs a {group}: add {group}=NAME"
         return f"{key} is not a key of {group}={presets[group]} but of {', '.join(having)}"
-    if key == "run.path":
-        return f"{command} uses no existing run: run.dir=DIR says where the new run is made"
-    if key == "run.dir":
-        return f"{command} makes no run: run=DIR names the run to use"
     known = keys_of(command, groups)
+    if key == "run.path" and "run.dir" in known:
+        return f"{command} uses no existing run: run.dir=DIR says where the new run is made"
+    if key == "run.dir" and "run.path" in known:
+        return f"{command} makes no run: run=DIR names the run to use"
+    if key in ("run.path", "run.dir"):
+        return f"{command} neither uses nor makes a run: leave out {'run' if key == 'run.path' else key}"
     inside = [k for k in known if k.startswith(f"{key}.")]
     if inside:
         return f"{key}={_brief(value)} cannot be set as a whole: set {', '.join(inside[:3])}"
-    options = ["prompt", "prompt_file", "temperature", "top_k", "top_p", "min_p"] if command == "generate" else []
-    return f"unknown key {_brief(key)!r}: {nearest(key, [*known, *groups_of(command), *options])}"
+    return f"unknown key {_brief(key)!r}: {nearest(key, [*known, *groups_of(command), *option_names(command)])}"
 
 
 def _converted(key: str, text: str, hint: Any) -> Any:
@@ -384,4 +407,4 @@ def _refused(config: DictConfig) -> list[str]:
     return found
 
 
-__all__ = ["COMMANDS", "compose", "main", "register_schemas", "report", "run_command", "to_dataclass"]
+__all__ = ["COMMANDS", "compose", "main", "register_schemas", "report", "run_command", "show", "to_dataclass"]

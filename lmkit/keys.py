@@ -19,10 +19,14 @@ def keys_of(command: str, groups: Mapping[str, str]) -> dict[str, Any]:
     return dict(_walk(ROOTS[command], "", lambda group: _schemas(group, [presets[group]])))
 
 
+def every_key(command: str) -> dict[str, Any]:
+    """Dotted key -> type, with whatever presets."""
+    return dict(_walk(ROOTS[command], "", lambda group: _schemas(group, names_in(group))))
+
+
 def flags_of(command: str) -> set[str]:
     """Keys that are true or false, with whatever presets."""
-    keys = _walk(ROOTS[command], "", lambda group: _schemas(group, names_in(group)))
-    return {key for key, hint in keys if hint is bool}
+    return {key for key, hint in every_key(command).items() if hint is bool}
 
 
 def presets_with(command: str, key: str) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lmkit.errors import StoppedError
+from lmkit.errors import ConfigError, StoppedError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from lmkit.arguments import Line
 
 
@@ -52,14 +55,13 @@ def sweep(line: Line) -> int:
     All jobs are composed before the first one runs, so that a typo costs nothing. A job that is stopped on request ends
     the sweep.
     """
-    from lmkit.cli import compose, report, run_command, to_dataclass, to_yaml
+    from lmkit.cli import report, run_command, show, to_yaml
 
     jobs = combinations(line)
-    composed = [compose(job) for job in jobs]
-    configs = [to_dataclass(config) for config in composed]
+    composed, configs = _compose_all(jobs)
     if line.show_config:
         for job, config in zip(jobs, composed, strict=True):
-            sys.stdout.write(f"---  # {_words(job)}\n{to_yaml(config)}")
+            show(f"---  # {' '.join(_words(job).split())}\n{to_yaml(config)}", end="")
         return 0
     worst, failed = 0, 0
     for number, (job, made) in enumerate(zip(jobs, configs, strict=True), start=1):
@@ -74,6 +76,23 @@ def sweep(line: Line) -> int:
     if failed:
         print(f"{failed} of {len(jobs)} jobs failed", file=sys.stderr)
     return worst
+
+
+def _compose_all(jobs: Sequence[Line]) -> tuple[list[DictConfig], list[Any]]:
+    """The configuration of every job and its dataclass; raises ConfigError with what is wrong with any of them."""
+    from lmkit.cli import compose, to_dataclass
+
+    composed, made = [], []
+    problems: dict[str, None] = {}  # many jobs share a mistake: say it once
+    for job in jobs:
+        try:
+            composed.append(compose(job))
+            made.append(to_dataclass(composed[-1]))
+        except ConfigError as error:
+            problems |= dict.fromkeys(str(error).split("; "))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return composed, made
 
 
 def _words(job: Line) -> str:

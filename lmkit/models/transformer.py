@@ -6,16 +6,22 @@ attention).
 
 Parameter names map one to one to Hugging Face's Llama, except that q, k and v are the rows of one matrix ``qkv`` (in
 this order) and gate and up those of ``gate_up``, so that each is one product.
+
+Training on CPUs in one precision takes three hand-written functions, at the end of the file, that keep less for the
+backward pass and read memory less often than the plain operations; everything else takes the plain operations. Both
+compute the same up to rounding.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.heads import SoftmaxHead
@@ -182,10 +188,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). New keys and values are written into ``cached`` from slot ``start`` on."""
         batch, length, width = x_BTD.shape
-        heads = self.qkv(x_BTD).view(batch, length, -1, self.channels).transpose(1, 2)
-        q_BHTC, k_BKTC, v_BKTC = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if rotary is not None:
-            q_BHTC, k_BKTC = rotate(q_BHTC, *rotary), rotate(k_BKTC, *rotary)
+        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, rotary, trains=cached is None)
         mask_TS: Tensor | None = None
         if cached is not None:
             end = start + length
@@ -206,6 +209,22 @@ class Attention(nn.Module):
         y_BTD: Tensor = self.out(y_BHTC.transpose(1, 2).reshape(batch, length, width))
         return y_BTD
 
+    def _project(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, *, trains: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, rotated. A cache needs the plain order of channels, so trains=False with one."""
+        if trains and rotary is not None and type(self.qkv) is nn.Linear and trains_on_cpu(x_BTD):
+            turns_TP = unit_turns(*rotary, self.num_heads + self.num_kv_heads)
+            heads: tuple[Tensor, Tensor, Tensor] = _RotaryProjection.apply(  # type: ignore[no-untyped-call]
+                x_BTD, self.qkv.weight, self.qkv.bias, turns_TP, self.num_heads, self.num_kv_heads
+            )
+            return heads
+        heads_BTC = self.qkv(x_BTD).view(*x_BTD.shape[:-1], -1, self.channels).transpose(1, 2)
+        q_BHTC, k_BKTC, v_BKTC = heads_BTC.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if rotary is not None:
+            q_BHTC, k_BKTC = rotate(q_BHTC, *rotary), rotate(k_BKTC, *rotary)
+        return q_BHTC, k_BKTC, v_BKTC
+
 
 class FeedForward(nn.Module):
     """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)) (Shazeer 2020, "GLU variants")."""
@@ -223,6 +242,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        swiglu = self.gated and self.activation is Activation.silu
+        if swiglu and type(self.down) is nn.Linear and trains_on_cpu(x_BTD):
+            gated_BTD: Tensor = _SwigluDown.apply(self.gate_up(x_BTD), self.down.weight, self.down.bias)  # type: ignore[no-untyped-call]
+            return gated_BTD
         if self.gated:
             gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
             inner_BTF = activate(self.activation, gate_BTF) * up_BTF
@@ -253,7 +276,7 @@ def activate(kind: Activation, x: Tensor) -> Tensor:
 def build_norm(config: TransformerConfig) -> nn.Module:
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the model width."""
     if config.norm is Norm.rmsnorm:
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        return RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
@@ -278,6 +301,157 @@ def sinusoidal_table(context: int, d_model: int) -> Tensor:
     table_TD[:, 0::2] = angles.sin()
     table_TD[:, 1::2] = angles.cos()[:, : d_model // 2]
     return table_TD.float()
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, by the hand-written function where trains_on_cpu."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not trains_on_cpu(x):
+            plain: Tensor = super().forward(x)
+            return plain
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether the hand-written functions below apply."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = (mean(x^2) + eps)^(-1/2); keeps x and r.
+
+    dx = r (dy w) - x r^3 mean(dy w x), dw = sum(dy x r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        squares_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_()
+        rate_BT1 = squares_BT1.div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_BTD, weight_D, rate_BT1)
+        y_BTD: Tensor = (x_BTD * rate_BT1).mul_(weight_D)
+        return y_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTD, weight_D, rate_BT1 = ctx.saved_tensors
+        dx_BTD = d_weight_D = None
+        if ctx.needs_input_grad[0]:
+            dx_BTD = dy_BTD * weight_D
+            along_BT1 = torch.linalg.vecdot(dx_BTD, x_BTD).unsqueeze_(-1)
+            along_BT1.mul_(rate_BT1.pow(3)).div_(-x_BTD.shape[-1])
+            dx_BTD.mul_(rate_BT1).addcmul_(x_BTD, along_BT1)
+        if ctx.needs_input_grad[1]:
+            d_weight_D = (x_BTD * rate_BT1).mul_(dy_BTD).flatten(0, -2).sum(0)
+        return dx_BTD, d_weight_D, None
+
+
+class _SwigluDown(torch.autograd.Function):
+    """y = (silu(gate) * up) W^T + b; keeps gate and up, and makes their product again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_BTF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up_BTF, weight_DF)
+        gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
+        return F.linear(F.silu(gate_BTF).mul_(up_BTF), weight_DF, bias_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        gate_up_BTF, weight_DF = ctx.saved_tensors
+        gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
+        active_BTF = F.silu(gate_BTF)
+        d_gate_up_BTF = d_weight_DF = d_bias_D = None
+        if ctx.needs_input_grad[0]:
+            d_inner_BTF = dy_BTD @ weight_DF
+            d_gate_up_BTF = torch.empty_like(gate_up_BTF)
+            d_gate_BTF, d_up_BTF = d_gate_up_BTF.chunk(2, dim=-1)
+            torch.mul(d_inner_BTF, active_BTF, out=d_up_BTF)
+            torch.ops.aten.silu_backward.grad_input(d_inner_BTF.mul_(up_BTF), gate_BTF, grad_input=d_gate_BTF)
+        if ctx.needs_input_grad[1]:
+            inner_NF = active_BTF.mul_(up_BTF).flatten(0, -2)
+            d_weight_DF = dy_BTD.flatten(0, -2).T @ inner_NF
+        if ctx.needs_input_grad[2]:
+            d_bias_D = dy_BTD.flatten(0, -2).sum(0)
+        return d_gate_up_BTF, d_weight_DF, d_bias_D
+
+
+class _RotaryProjection(torch.autograd.Function):
+    """x W^T + b cut into queries, keys and values, the first two rotated; keeps x and the result.
+
+    The rows of W are put in the order in which the two channels of a rotated pair are neighbours, so that a pair is one
+    complex number and the rotation one product. Products of queries with keys do not depend on the order.
+    M = (H + 2 K) C rows of W; P = (H + K) C / 2 pairs of a position.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTD: Tensor,
+        weight_MD: Tensor,
+        bias_M: Tensor | None,
+        turns_TP: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels = len(weight_MD) // (num_heads + 2 * num_kv_heads)
+        rotated = 2 * turns_TP.shape[1]
+        weight_MD = reordered(weight_MD, rotated, (-1, 2, channels // 2))
+        bias_M = None if bias_M is None else reordered(bias_M, rotated, (-1, 2, channels // 2))
+        rows_BTM = F.linear(x_BTD, weight_MD, bias_M)
+        as_complex(rows_BTM[..., :rotated]).mul_(turns_TP)
+        ctx.save_for_backward(x_BTD, weight_MD, turns_TP)
+        ctx.channels = channels
+        heads_BTC = rows_BTM.view(*x_BTD.shape[:-1], -1, channels).transpose(1, 2)
+        q_BHTC, k_BKTC, v_BKTC = torch.split(heads_BTC, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        return q_BHTC, k_BKTC, v_BKTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_BHTC: Tensor, dk_BKTC: Tensor, dv_BKTC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTD, weight_MD, turns_TP = ctx.saved_tensors
+        rotated, pair = 2 * turns_TP.shape[1], (-1, ctx.channels // 2, 2)
+        back_TP = turns_TP.conj().resolve_conj()
+        d_rows_BTM = x_BTD.new_empty(*x_BTD.shape[:-1], len(weight_MD))
+        start = 0
+        for grad in (dq_BHTC, dk_BKTC):
+            width = grad.shape[1] * ctx.channels
+            rows = d_rows_BTM[..., start : start + width]
+            turned = as_complex(grad.transpose(1, 2).flatten(2))
+            torch.mul(turned, back_TP[:, start // 2 : (start + width) // 2], out=as_complex(rows))
+            start += width
+        d_rows_BTM[..., start:] = dv_BKTC.transpose(1, 2).flatten(2)
+        dx_BTD = d_weight_MD = d_bias_M = None
+        if ctx.needs_input_grad[0]:
+            dx_BTD = d_rows_BTM @ weight_MD
+        if ctx.needs_input_grad[1]:
+            d_weight_MD = reordered(d_rows_BTM.flatten(0, -2).T @ x_BTD.flatten(0, -2), rotated, pair)
+        if ctx.needs_input_grad[2]:
+            d_bias_M = reordered(d_rows_BTM.flatten(0, -2).sum(0), rotated, pair)
+        return dx_BTD, d_weight_MD, d_bias_M, None, None, None
+
+
+def unit_turns(cos_TC: Tensor, sin_TC: Tensor, num_heads: int) -> Tensor:
+    """(T, num_heads C/2) complex: exp(i angle) of each pair of channels, the same for every head."""
+    half = cos_TC.shape[1] // 2
+    return torch.complex(cos_TC[:, :half].contiguous(), sin_TC[:, :half].contiguous()).repeat(1, num_heads)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """A view: channels 2i and 2i + 1 as real and imaginary part."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+def reordered(rows: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
+    """A copy whose first ``count`` rows, seen as ``shape``, have their last two axes of it exchanged."""
+    return torch.cat([rows[:count].view(*shape, *rows.shape[1:]).transpose(1, 2).flatten(0, 2), rows[count:]])
 
 
 __all__ = ["KVCache", "Transformer"]

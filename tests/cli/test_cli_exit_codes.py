@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmkit import errors
+from lmkit import cli, errors
 
 CODES = {
     errors.ConfigError: 2,
@@ -105,11 +105,23 @@ def test_a_full_disk_behind_standard_output_is_an_error() -> None:
     assert done.stderr == "error: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--cfg", "job"], ["pretrain", "-x"], ["generate", "-p", "-"]]
+)
+def test_closed_standard_streams_are_no_error(lmkit: Any, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    assert cli.main(words) == (2 if "-x" in words else 0)
+    assert lmkit.prompts == ([[""]] if "generate" in words else [])
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
 def test_a_terminal_without_unicode_gets_question_marks() -> None:
-    code = (
-        "from lmkit.cli import main; main(['pretrain', '--cfg', 'job', 'run.root=我']); main(['pretrain', 'seed=我'])"
-    )
+    words = [["pretrain", "--cfg", "job", "run.root=我"], ["pretrain", "-m", "--cfg", "job", "run.root=我"]]
+    code = f"from lmkit.cli import main; print([main(w) for w in {[*words, ['pretrain', 'seed=我']]}])"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
-    assert b"root: ?" in done.stdout
+    assert done.stdout.count(b"root: ?") == 2
+    assert b"[0, 0, 2]" in done.stdout
     assert b"seed=?" in done.stderr

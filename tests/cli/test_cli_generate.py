@@ -50,6 +50,22 @@ def test_a_dash_reads_standard_input(lmkit: Any, monkeypatch: pytest.MonkeyPatch
     assert lmkit.prompts == [["a", "${x}, {y}\n我喜欢\n\ufffd"]]
 
 
+def test_standard_input_is_read_once_and_its_text_is_not_interpreted(
+    lmkit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("-", "other"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert lmkit("generate", "-m", "--prompt", "-", "--prompt", "-", "seed=1,2") == 0
+        assert lmkit.prompts == [[text, text]] * 2
+
+
+def test_a_prompt_file_that_holds_a_dash_is_a_dash(lmkit: Any, tmp_path: Path) -> None:
+    path = tmp_path / "dash.txt"
+    path.write_bytes(b"-\n")
+    assert lmkit("generate", "--prompt-file", str(path)) == 0
+    assert lmkit.prompts == [["-"]]
+
+
 def test_a_prompt_can_come_from_a_file(lmkit: Any, tmp_path: Path) -> None:
     path = tmp_path / "a, b=c.txt"
     path.write_bytes("line one\n我喜欢 ${x}\n".encode())
@@ -78,7 +94,8 @@ def test_the_usual_options_set_the_sampling_keys(lmkit: Any) -> None:
     assert (config.max_new_tokens, config.num_samples, config.seed) == (7, 2, 5)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.5, 9, 0.9, 0.1)
     assert sampling.repetition_penalty == 1.2
-    assert lmkit.config("generate", "--max-new-tokens", "8").max_new_tokens == 8
+    for words in (["--max-new-tokens", "8"], ["-n", "8"], ["-n8"], ["-n=8"]):
+        assert lmkit.config("generate", *words).max_new_tokens == 8
 
 
 def test_a_prompt_is_not_an_option_of_other_commands(lmkit: Any) -> None:

@@ -157,6 +157,12 @@ def test_names_with_dashes_find_the_preset(lmkit: Any) -> None:
     assert type(lmkit.config("pretrain", "schedule=inverse-sqrt").schedule) is SCHEMAS["schedule"]["inverse_sqrt"]
 
 
+def test_a_group_that_may_be_left_out_can_be_null(lmkit: Any) -> None:
+    assert lmkit.config("pretrain", "recipe=null") == lmkit.config("pretrain")
+    assert lmkit.config("eval-ppl", "dataset=null").dataset is None
+    assert "model=null is unknown" in lmkit.refused("pretrain", "model=null")
+
+
 def test_presets_with_a_key_are_found() -> None:
     assert presets_with("pretrain", "model.cell") == ["model=gru", "model=lstm"]
     assert presets_with("eval-ppl", "dataset.text_field") == ["dataset=jsonl"]

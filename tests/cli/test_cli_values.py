@@ -185,6 +185,20 @@ def test_what_must_be_given_is_asked_for(lmkit: Any, words: list[str], parts: li
         (["pretrian"], "did you mean pretrain?"),
         (["eval_ppl"], "did you mean eval-ppl?"),
         (["--hlep"], "did you mean --help?"),
+        (["help", "pretrian"], "did you mean pretrain?"),
+        (["--help", "pretrian"], "did you mean pretrain?"),
+        (["pretrain", "--hlep"], "unknown option --hlep: did you mean --help?"),
+        (["pretrain", "--resum"], "did you mean resume?"),
+        (["pretrain", "--mulitrun", "model=tiny"], "unknown option --mulitrun: did you mean --multirun?"),
+        (["pretrain", "--mulitrun", "--seed", "1"], "did you mean --multirun?"),
+        (["pretrain", "--confg", "job"], "did you mean --cfg?"),
+        (["generate", "--num-sample"], "did you mean num_samples"),
+        (["finetune", "model=small"], "finetune takes the model from the run"),
+        (["finetune", "tokenizer.path=x"], "finetune takes the tokenizer from the run"),
+        (["eval-ppl", "optimizer=sgd"], "eval-ppl takes no optimizer"),
+        (["prepare", "model=tiny"], "prepare takes no model"),
+        (["prepare", "run=x"], "neither uses nor makes a run: leave out run"),
+        (["prepare", "run.dir=x"], "neither uses nor makes a run: leave out run.dir"),
         (["model=tiny", "pretrain"], "lmkit COMMAND KEY=VALUE"),
         (["pretrain", "modle=tiny"], "did you mean model?"),
         (["pretrain", "model=tny"], "did you mean tiny?"),
@@ -224,6 +238,12 @@ def test_all_mistakes_are_reported_at_once(lmkit: Any) -> None:
     for part in ("-x", "model=tny", "optimiser", "seed=x", "train.max_stepz", "'foo'"):
         assert part in message
     assert "model.d_model" not in message  # which model it is about is not known
+
+
+def test_all_mistakes_of_a_multirun_are_reported_at_once_and_each_only_once(lmkit: Any) -> None:
+    message = lmkit.refused("pretrain", "-m", "model=tiny,tny", "seed=1,x", "train.batch_size=4,0")
+    for part in ("model=tny is unknown", "seed=x must be int", "train.batch_size=0 must be"):
+        assert message.count(part) == 1
 
 
 def test_all_values_out_of_range_are_reported_at_once(lmkit: Any) -> None:

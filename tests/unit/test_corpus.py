@@ -335,7 +335,7 @@ def test_the_splits_of_a_folder_are_used(tmp_path: Path) -> None:
 def test_split_folders_are_read_sorted_and_recursively_through_compression(tmp_path: Path) -> None:
     write(tmp_path / "train/b.txt", "b\n")
     write(tmp_path / "train/a/z.txt", "z\n")
-    (tmp_path / "train/c.txt.gz").write_bytes(gzip.compress(b"c1\n") + gzip.compress(b"c2\n"))
+    (tmp_path / "train/c.txt.gz").write_bytes(gzip.compress(b"c1\n", mtime=0) + gzip.compress(b"c2\n"))
     (tmp_path / "train/d.txt.zst").write_bytes(zstandard.compress(b"d1\n") + zstandard.compress(b"d2\n"))
     write(tmp_path / "train/.hidden.txt", "no\n")
     write(tmp_path / "train/notes.md", "no\n")
@@ -367,7 +367,7 @@ def test_each_part_of_a_small_file_has_a_line(tmp_path: Path, compress) -> None:
 def test_a_text_without_line_ends_is_cut_at_blanks(tmp_path: Path, ending: str) -> None:
     text = " ".join(f"word{i}" for i in range(2000))
     path = tmp_path / f"a{ending}"
-    path.write_bytes(gzip.compress(text.encode()) if ending == ".txt.gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if ending == ".txt.gz" else text.encode())
     source = open_corpus(TextConfig(path=str(path)))
     parts = [text_of(source, split) for split in ("train", "valid", "test")]
     assert "".join(part.removesuffix("\n") for part in parts) == text
@@ -424,8 +424,8 @@ def test_text_is_the_same_however_the_file_is_blocked(tmp_path: Path, monkeypatc
     [
         ("a.txt", b"fine\nbad \xff byte\n", ["a.txt is not UTF-8", "0xff", "line 2", "byte offset 9"]),
         ("a.txt", b"cut \xe6\x88", ["not UTF-8", "line 1", "byte offset 4"]),
-        ("a.txt.gz", gzip.compress(b"ok\nbad \xff\n"), ["line 2", "byte offset (decompressed) 7"]),
-        ("a.txt", gzip.compress(b"text\n"), ["is gzip data", "rename it to a.txt.gz"]),
+        ("a.txt.gz", gzip.compress(b"ok\nbad \xff\n", mtime=0), ["line 2", "byte offset (decompressed) 7"]),
+        ("a.txt", gzip.compress(b"text\n", mtime=0), ["is gzip data", "rename it to a.txt.gz"]),
         ("a.txt", zstandard.compress(b"text\n"), ["is zstd data", "rename it to a.txt.zst"]),
         ("a.txt.gz", b"plain\n", ["is not gzip data"]),
         ("a.txt.zst", b"plain\n", ["is not zstd data"]),
@@ -487,7 +487,7 @@ def test_jsonl_is_one_document_a_line_and_copies_stay_in_one_split(tmp_path: Pat
 def test_jsonl_splits_are_found_by_name(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", '{"text": "a\\u2028b"}\n')
     (tmp_path / "dev.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "v"}'))
-    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"text": "t"}\n'))
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"text": "t"}\n', mtime=0))
     source = open_corpus(JsonlConfig(path=str(tmp_path)))
     assert {split: documents_of(source, split) for split in source.splits} == {
         "train": ["a\u2028b\n"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lmkit.models.transformer
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.models.transformer import KVCache, Transformer
 
@@ -190,6 +191,48 @@ def test_gradients_are_those_of_the_function_by_finite_differences(config: Trans
             p.add_(direction, alpha=step)
         slope = (above - below) / (2 * step)
         assert float((p.grad * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-5), name
+
+
+def hidden_and_gradients(model: Transformer, text: Tensor) -> dict[str, Tensor]:
+    """Of a fixed weighting of the hidden vectors, with dropout drawn from seed 0."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    hidden_BTD = model(text)[0]
+    (hidden_BTD * torch.linspace(-1, 1, hidden_BTD.numel()).view(hidden_BTD.shape)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"hidden": hidden_BTD.detach(), **gradients}
+
+
+WITH_BIASES = llama(bias=True)
+HAND_WRITTEN = [llama(), llama(num_kv_heads=None), WITH_BIASES, llama(dropout=0.3, attention_dropout=0.3)]
+
+
+@pytest.mark.parametrize("config", HAND_WRITTEN, ids=["grouped", "multi-head", "biases", "dropout"])
+@pytest.mark.parametrize("frozen", ["", "qkv", "down", "norm", "embedding", "weight"])
+def test_the_hand_written_functions_equal_the_plain_operations(
+    config: TransformerConfig, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomised(config).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or frozen not in name)
+    if not any(p.requires_grad for p in model.parameters()):
+        model.final_norm.requires_grad_(True)
+    ours = hidden_and_gradients(model, tokens())
+    monkeypatch.setattr(lmkit.models.transformer, "trains_on_cpu", lambda x: False)
+    plain = hidden_and_gradients(model, tokens())
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_the_hand_written_functions_are_for_training_on_cpus_in_one_precision_only() -> None:
+    x = torch.zeros(1)
+    assert lmkit.models.transformer.trains_on_cpu(x)
+    assert not lmkit.models.transformer.trains_on_cpu(x.to("meta"))
+    with torch.no_grad():
+        assert not lmkit.models.transformer.trains_on_cpu(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not lmkit.models.transformer.trains_on_cpu(x)
 
 
 def test_as_many_key_value_heads_as_query_heads_is_multi_head_attention() -> None:
