@@ -38,7 +38,7 @@ def fresh_directory() -> Path:
 def main() -> None:
     start = time.monotonic()
     run = fresh_directory()
-    lmkit("prepare", "recipe=pydocs_demo")
+    lmkit("prepare")
     lmkit("pretrain", "recipe=pydocs_demo", f"run.dir={run}")
     lmkit("eval-ppl", f"run={run}", f"output={run / 'test.json'}")
     text = lmkit("generate", f"run={run}", "--prompt", PROMPT, "-n", "120", "--temperature", "0.7", capture=True)
