@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 RUN = Path("runs") / "demo"
-PROMPT = "The statement"
+PROMPT = "When a class"
 
 
 def lmkit(*args: str, capture: bool = False) -> str:
@@ -38,7 +38,7 @@ def fresh_directory() -> Path:
 def main() -> None:
     start = time.monotonic()
     run = fresh_directory()
-    lmkit("prepare")
+    lmkit("prepare", "tokenizer.vocab_size=1500")
     lmkit("pretrain", "recipe=pydocs_demo", f"run.dir={run}")
     lmkit("eval-ppl", f"run={run}", f"output={run / 'test.json'}")
     text = lmkit("generate", f"run={run}", "--prompt", PROMPT, "-n", "120", "--temperature", "0.7", capture=True)
