@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lmkit.data.corpus import open_corpus
     from lmkit.data.prepared import prepare
     from lmkit.errors import LmkitError
-    from lmkit.evaluate import perplexity
+    from lmkit.evaluation import perplexity
     from lmkit.generate import generate
     from lmkit.loading import load_run
     from lmkit.models.base import LanguageModel

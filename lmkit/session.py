@@ -17,7 +17,7 @@ from lmkit.console import Console, Progress, format_duration, format_number, plo
 from lmkit.data.batches import Lanes, Windows
 from lmkit.data.prepared import PreparedData
 from lmkit.errors import ConfigError, StoppedError
-from lmkit.evaluate import Tally, perplexity
+from lmkit.evaluation import Tally, perplexity
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "rng", "config"},
     {"models", "heads", "objectives", "initialise", "optim", "schedules", "averaging", "sampling"},
     {"store", "data", "tokenizers", "console", "device", "signals"},
-    {"train", "evaluate", "generate", "loading", "session"},
+    {"train", "evaluation", "generate", "loading", "session"},
     {"commands"},
     {"cli", "arguments", "keys", "help", "completion", "presets", "sweep", "__main__"},
 ]

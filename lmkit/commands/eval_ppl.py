@@ -11,7 +11,8 @@ from lmkit.console import Console, format_duration, format_number, table_lines
 from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import Device, resolve_device
 from lmkit.errors import ConfigError, DataError
-from lmkit.evaluate import check_window, perplexity, summarize
+from lmkit.evaluation.plan import check_window
+from lmkit.evaluation.scoring import perplexity, summarize
 from lmkit.loading import LoadedRun, load_run
 
 COUNTING_SEQ_LEN = 4096

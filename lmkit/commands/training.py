@@ -13,7 +13,7 @@ from lmkit.console import Console, format_count, format_duration, format_number
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError, DivergedError
-from lmkit.evaluate import Tally, perplexity, summarize
+from lmkit.evaluation.scoring import Tally, perplexity, summarize
 from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel
 from lmkit.objectives import build_objective

@@ -17,7 +17,7 @@ from torch import Tensor
 from lmkit.config.commands import SamplingConfig
 from lmkit.config.training import Precision
 from lmkit.device import Device
-from lmkit.evaluate import TokenScores, perplexity, score_carried, score_windows
+from lmkit.evaluation import TokenScores, perplexity, score_stream
 from lmkit.models.base import Head, LanguageModel, Scores, State
 from lmkit.sampling import filtered, keep_min_p, keep_top_k, keep_top_p, penalise, sample, uniforms
 
@@ -109,7 +109,23 @@ def text(num_tokens: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint16]]
 
 
 def windows(model: LanguageModel, tokens: Any, context: int, stride: int, batch_size: int) -> TokenScores:
-    return score_windows(model, tokens, EOS, context=context, stride=stride, batch_size=batch_size, device=CPU)
+    return score_stream(
+        model,
+        tokens,
+        EOS,
+        carries_state=False,
+        context=context,
+        stride=stride,
+        seq_len=1,
+        batch_size=batch_size,
+        device=CPU,
+    )
+
+
+def carried(model: LanguageModel, tokens: Any, seq_len: int) -> TokenScores:
+    return score_stream(
+        model, tokens, EOS, carries_state=True, context=1, stride=1, seq_len=seq_len, batch_size=1, device=CPU
+    )
 
 
 @st.composite
@@ -153,7 +169,7 @@ def test_sliding_windows_equal_a_loop_over_tokens_for_any_batch_size(case: tuple
 def test_with_carried_state_the_segment_length_does_not_matter(num_tokens: int, seq_len: int) -> None:
     model, tokens = Mean(), text(num_tokens)
     whole = windows(model, tokens, num_tokens, num_tokens, 1)
-    pieces = score_carried(model, tokens, EOS, seq_len=seq_len, device=CPU)
+    pieces = carried(model, tokens, seq_len)
     np.testing.assert_allclose(pieces.nats_N, whole.nats_N, rtol=1e-6)
     assert np.array_equal(pieces.correct_N, whole.correct_N)
 
@@ -190,7 +206,7 @@ def test_changing_a_token_does_not_move_the_scores_before_it(num_tokens: int) ->
     changed[at] = (changed[at] + 1) % VOCAB
     for score in (
         lambda t: windows(Mean(), t, 8, 3, 4),
-        lambda t: score_carried(Mean(), t, EOS, seq_len=7, device=CPU),
+        lambda t: carried(Mean(), t, 7),
     ):
         assert np.array_equal(score(tokens).nats_N[:at], score(changed).nats_N[:at])
 

@@ -15,7 +15,7 @@ from lmkit.config.training import Precision
 from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
-from lmkit.evaluate import Tally, perplexity, score_carried, score_windows, summarize
+from lmkit.evaluation.scoring import Tally, perplexity, score_stream, summarize
 from lmkit.models.base import LanguageModel
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
@@ -53,7 +53,23 @@ def split(**counts: int) -> Split:
 
 
 def windows(model: LanguageModel, tokens: Any, *, context: int = 16, stride: int = 8, batch_size: int = 3) -> Any:
-    return score_windows(model, tokens, EOS, context=context, stride=stride, batch_size=batch_size, device=CPU)
+    return score_stream(
+        model,
+        tokens,
+        EOS,
+        carries_state=False,
+        context=context,
+        stride=stride,
+        seq_len=1,
+        batch_size=batch_size,
+        device=CPU,
+    )
+
+
+def carried(model: LanguageModel, tokens: Any, seq_len: int) -> Any:
+    return score_stream(
+        model, tokens, EOS, carries_state=True, context=1, stride=1, seq_len=seq_len, batch_size=1, device=CPU
+    )
 
 
 def test_a_transformer_scored_in_windows_equals_plain_cross_entropy_of_each_window() -> None:
@@ -84,8 +100,8 @@ def test_the_number_does_not_depend_on_the_batch_size(batch_size: int) -> None:
 @pytest.mark.parametrize("seq_len", [1, 7, 64])
 def test_carried_state_gives_the_number_of_one_pass_over_the_whole_text(cell: Cell, seq_len: int) -> None:
     model, tokens = recurrent(cell), text(123)
-    whole = score_carried(model, tokens, EOS, seq_len=1000, device=CPU)
-    pieces = score_carried(model, tokens, EOS, seq_len=seq_len, device=CPU)
+    whole = carried(model, tokens, 1000)
+    pieces = carried(model, tokens, seq_len)
     assert pieces.nats_N.sum(dtype=np.float64) == pytest.approx(whole.nats_N.sum(dtype=np.float64), rel=1e-6)
 
 
@@ -165,7 +181,7 @@ def test_correct_counts_the_tokens_that_were_the_most_probable() -> None:
     with torch.no_grad():
         model.head.bias[3] = 100.0  # type: ignore[index, union-attr]
     tokens = np.array([3, 3, 5, 3], dtype=np.uint8)
-    scores = score_carried(model, tokens, EOS, seq_len=2, device=CPU)
+    scores = carried(model, tokens, 2)
     assert scores.correct_N.tolist() == [True, True, False, True]
     assert scores.nats_N[2] > 50 > 1 > scores.nats_N[0]
 
