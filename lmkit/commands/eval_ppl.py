@@ -1,139 +1,283 @@
-"""lmkit eval-ppl: perplexity of a run over every token of a split, with all counts and how it was taken."""
+"""lmkit eval-ppl: perplexity of a run over a split, with every number, how it was taken, and proof that it is right."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from lmkit.commands.output import output_path, write_json, write_text
+import numpy as np
+from numpy.typing import NDArray
+
+from lmkit.commands.eval_table import table
+from lmkit.commands.output import output_path, write_file, write_json, write_text
 from lmkit.config.commands import EvalPplConfig
-from lmkit.console import Console, format_duration, format_number, table_lines
-from lmkit.data.prepared import PreparedData, prepare
-from lmkit.device import Device, resolve_device
+from lmkit.config.data import BenchmarkConfig
+from lmkit.console import Console
+from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError
-from lmkit.evaluation.plan import check_window
-from lmkit.evaluation.scoring import perplexity, summarize
-from lmkit.loading import LoadedRun, load_run
+from lmkit.evaluation import checks
+from lmkit.evaluation.baselines import compressed_bits_per_byte
+from lmkit.evaluation.evaluator import Evaluator, Outcome, Passage, as_json
+from lmkit.evaluation.numbers import bootstrap, summary, units_of
+from lmkit.evaluation.protocols import describe, line_enders
+from lmkit.evaluation.published import standing
+from lmkit.evaluation.scoring import TokenScores, exp
+from lmkit.evaluation.wordprobs import (
+    aligned,
+    best_mixture,
+    compare_units,
+    read_word_probs,
+    word_probs_text,
+)
+from lmkit.loading import load_run
 
-COUNTING_SEQ_LEN = 4096
-"""Tokens per forward pass of a model that counts: its history is short, so that nothing speaks for fewer."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a text is scored."""
-
-    carries_state: bool
-    memory: str
-    """What a model with carried state looks back on."""
-    context: int | None
-    """None with carried state, as is stride."""
-    stride: int | None
-    seq_len: int
-    batch_size: int
-
-    def describe(self) -> str:
-        if self.carries_state:
-            return self.memory
-        return f"windows of {self.context} tokens, stride {self.stride}"
+MAX_BASELINE_TOKENS = 5_000_000
+"""Larger training texts are not counted for kn5 on the spot."""
+MAX_COMPRESSED_BYTES = 20_000_000
 
 
 def run(cfg: EvalPplConfig) -> dict[str, Any]:
     """Score the split; the table goes to standard output, the numbers to ``output`` and back to the caller."""
     console = Console()
     output = None if cfg.output is None else output_path(cfg.output)
+    word_probs = None if cfg.word_probs is None else output_path(cfg.word_probs, "word_probs")
+    report = None if cfg.report is None else output_path(cfg.report, "report")
     device = resolve_device(cfg.device)
     loaded = load_run(cfg.run, device=device, console=console)
-    protocol = choose_protocol(cfg, loaded)
-    dataset = loaded.dataset if cfg.dataset is None else cfg.dataset
-    prepared = prepare(dataset, loaded.tokenizer, console)
-    if cfg.split not in prepared.splits:
-        raise DataError(f"{prepared.name} has no {cfg.split} split", f"it has {', '.join(prepared.splits)}")
-    result = score(loaded, prepared, cfg.split, protocol, device, console)
-    result["trained_on_this_dataset"] = dataset == loaded.dataset
+    evaluator = Evaluator(cfg, loaded, device, console)
+    passage = evaluator.passage(cfg.split)
+    checks.check_vocabulary(loaded.model, passage.material.tokens, f"{passage.source.name} {cfg.split}")
+    start = time.monotonic()
+    outcome = evaluator.evaluate(cfg.split)
+    seconds = time.monotonic() - start
+    result = _numbers(evaluator, passage, outcome)
+    result |= {"eval_seconds": seconds, "protocol": _protocol(evaluator, passage, outcome, result)}
+    result["protocol_line"] = protocol_line(result["protocol"])
+    if cfg.checks:
+        result["checks"] = _checks(evaluator, passage, outcome)
+    if cfg.baselines:
+        result["baselines"] = _baselines(evaluator, passage, outcome)
+    result["comparisons"] = [_compared(evaluator, passage, outcome, name, result) for name in cfg.compare]
     write_text("\n".join(table(result)) + "\n")
+    if word_probs is not None:
+        write_file(word_probs, word_probs_text(outcome.scores.nats_N).encode(), "word_probs")
+    if report is not None:
+        from lmkit.commands.eval_report import page
+
+        write_file(report, page(evaluator, passage, outcome, result).encode(), "report")
     if output is not None:
         write_json(output, result)
     return result
 
 
-def choose_protocol(cfg: EvalPplConfig, loaded: LoadedRun) -> Protocol:
-    """What the configuration and the model's family make of it. Raises ConfigError."""
-    if loaded.model_config.carries_state:
-        if cfg.context is not None or cfg.stride is not None:
-            raise ConfigError(
-                f"context and stride do not apply to run={loaded.path}, whose state carries the whole past",
-                "leave them out",
-            )
-        seq_len = COUNTING_SEQ_LEN if loaded.model_config.trains_by_counting else cfg.seq_len
-        return Protocol(True, loaded.model_config.memory, None, None, seq_len, 1)
-    context = cfg.context or loaded.context
-    if context is None:
-        raise ConfigError("the model's context is unbounded", "choose one with context=TOKENS")
-    stride = cfg.stride or max(1, context // 2)
-    check_window(context, stride, loaded.model.context)
-    return Protocol(False, "", context, stride, cfg.seq_len, cfg.batch_size)
-
-
-def score(
-    loaded: LoadedRun, prepared: PreparedData, split_name: str, protocol: Protocol, device: Device, console: Console
-) -> dict[str, Any]:
-    """All numbers of one split and how they were taken, as JSON data."""
-    split, tokenizer = prepared.splits[split_name], loaded.tokenizer
-    with console.progress(split.num_tokens, f"scoring {prepared.name} {split_name}") as bar:
-        tally = perplexity(
-            loaded.model,
-            split.tokens,
-            tokenizer.eos_id,
-            carries_state=protocol.carries_state,
-            context=protocol.context or 1,
-            stride=protocol.stride or 1,
-            seq_len=protocol.seq_len,
-            batch_size=protocol.batch_size,
-            device=device,
-            progress=lambda done: bar.update(done),
-        )
-    line = (
-        f"{prepared.name}/{split_name}; {tokenizer.kind} tokens, {tokenizer.vocab_size:,} types;"
-        f" {protocol.describe()}; first token given eos; eos and <unk> scored; static; temperature 1;"
-        f" {device.precision.name}"
+def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[str, Any]:
+    cfg, loaded, protocol = evaluator.cfg, evaluator.loaded, evaluator.protocol
+    result = summary(
+        outcome.scores,
+        passage.material,
+        passage.source,
+        protocol,
+        outcome.windows,
+        has_accuracy=outcome.has_accuracy,
     )
-    return {
-        **summarize(tally, split),
-        "dataset": prepared.name,
-        "source": prepared.report["source"],
-        "split": split_name,
-        "protocol": line,
-        "context": protocol.context,
-        "stride": protocol.stride,
+    head = protocol.headline(outcome.scores.nats_N, outcome.windows, passage.material)
+    count = result["nats"] * head.count / head.nats if head.nats else head.count
+    interval = bootstrap(units_of(outcome.scores, passage.material, passage.source, count), cfg.bootstrap, cfg.seed)
+    result["interval"] = None if interval is None else asdict(interval)
+    result["kind"] = evaluator.kind()
+    result["chosen"] = as_json(outcome.choice, outcome.members)
+    rank = None
+    if isinstance(evaluator.dataset, BenchmarkConfig) and result["ppl"] is not None:
+        rank = standing(evaluator.dataset.name.value, protocol.name, result["kind"], cfg.split, result["ppl"])
+    result["standing"] = [] if rank is None else rank.lines()
+    return result | {
+        "dataset": evaluator.prepared.name,
+        "source": evaluator.prepared.report["source"],
+        "split": cfg.split,
         "run": str(loaded.path),
         "checkpoint": loaded.checkpoint.name,
         "step": loaded.step,
         "checkpoint_digest": loaded.checkpoint_digest,
-        "text_digest": split.text_digest,
-        "tokenizer": tokenizer.kind,
-        "tokenizer_digest": tokenizer.digest,
-        "device": device.description,
-        "precision": device.precision.name,
+        "text_digest": passage.source.split.text_digest,
+        "tokenizer": loaded.tokenizer.kind,
+        "tokenizer_digest": loaded.tokenizer.digest,
+        "device": evaluator.device.description,
+        "precision": evaluator.device.precision.name,
+        "trained_on_this_dataset": evaluator.dataset == loaded.dataset,
     }
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """The result for people. Each perplexity says per what."""
-    speed = result["num_tokens"] / max(result["eval_seconds"], 1e-9)
-    rows = [
-        ("perplexity per word (ends of line counted)", format_number(result["word_ppl"])),
-        (f"perplexity per token ({result['tokenizer']})", format_number(result["token_ppl"])),
-        ("bits per byte", f"{result['bits_per_byte']:.4f}"),
-        ("bits per character", f"{result['bits_per_char']:.4f}"),
-        ("accuracy, next token", f"{100 * result['accuracy']:.2f} %"),
-        ("negative log-likelihood, nats", f"{result['nats']:,.2f}"),
-        ("words and ends of line", f"{result['num_words']:,}"),
-        ("tokens, all scored", f"{result['num_tokens']:,}"),
-        ("<unk> among them", f"{result['num_unk']:,}"),
-        ("bytes", f"{result['num_bytes']:,}"),
-        ("characters", f"{result['num_chars']:,}"),
-        ("time", f"{format_duration(result['eval_seconds'])}, {format_number(speed)} tokens/s"),
+def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that is needed to repeat the number."""
+    cfg, loaded = evaluator.cfg, evaluator.loaded
+    return {
+        **describe(evaluator.protocol, evaluator.reach, loaded.model_config.memory),
+        "text": f"{evaluator.prepared.name}/{passage.name}",
+        "text_changes": passage.material.changes or "none",
+        "text_sha256": passage.source.split.text_digest,
+        "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} types",
+        "tokenizer_sha256": loaded.tokenizer.digest,
+        "model_sha256": loaded.checkpoint_digest,
+        "eos": "scored and counted" if result["eos"]["count"] else "none in the text",
+        "unk": "scored and counted" if loaded.tokenizer.unk_id is not None else "none in the vocabulary",
+        "per": result["ppl_per"],
+        "kind": result["kind"],
+        "temperature": outcome.choice.temperature,
+        "mc_samples": cfg.mc_samples,
+        "dynamic": None if cfg.dynamic is None else {"rule": type(cfg.dynamic).__name__} | asdict(cfg.dynamic),
+        "cache": None
+        if cfg.cache is None
+        else {"rule": type(cfg.cache).__name__} | asdict(cfg.cache) | {"theta": outcome.choice.theta},
+        "members": result["chosen"]["weights"],
+        "ensemble": list(cfg.ensemble),
+        "fitted_on_valid": outcome.choice.on_valid,
+        "precision": evaluator.device.precision.name,
+    }
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """The protocol on one line, for people."""
+    parts = [
+        f"{protocol['name']}: {protocol['text']}"
+        + ("" if protocol["text_changes"] == "none" else f" ({protocol['text_changes']})"),
+        f"tokens {protocol['tokenizer']}",
+        f"{protocol['memory']}, begun {protocol['memory_starts']}",
+        f"first token {protocol['first_token']}",
+        f"eos {protocol['eos']}",
+        f"<unk> {protocol['unk']}",
+        f"{protocol['kind']}",
+        f"temperature {protocol['temperature']:.4g}",
+        f"{protocol['precision']}",
+        f"text {protocol['text_sha256'][:8]}, model {protocol['model_sha256'][:8]}",
     ]
-    title = f"{result['dataset']} {result['split']} ({result['source']}), {result['checkpoint']}"
-    return [*table_lines(title, rows), f"protocol: {result['protocol']}"]
+    return "; ".join(parts)
+
+
+NOT_COMPARED = ("model_sha256", "memory", "precision", "members", "tokenizer", "tokenizer_sha256", "context", "stride")
+"""What belongs to a model and not to the way of counting; context and stride count where both have windows."""
+
+
+def protocol_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """In what two protocols differ so that their numbers must not be compared; empty: they may be."""
+    names = [name for name in (*ours, *theirs) if name not in NOT_COMPARED]
+    if ours.get("context") and theirs.get("context"):
+        names += ["context", "stride"]
+    return [
+        f"{name}: {_short(ours.get(name))} here, {_short(theirs.get(name))} there"
+        for name in dict.fromkeys(names)
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _checks(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[str, Any]:
+    cfg, start = evaluator.cfg, time.monotonic()
+    proved = checks.prove(
+        evaluator.loaded.model,
+        passage.material.tokens,
+        outcome.windows,
+        seq_len=evaluator.seq_len(evaluator.loaded, evaluator.reach),
+        batch_size=cfg.batch_size,
+        device=evaluator.device,
+        seed=cfg.seed,
+    )
+    seen = None
+    if cfg.split != "train" and "train" in evaluator.prepared.splits:
+        seen = checks.overlap(
+            evaluator.prepared.splits["train"].tokens,
+            passage.source.split.tokens,
+            line_enders(evaluator.loaded.tokenizer),
+        ).as_dict()
+    seconds = time.monotonic() - start
+    return {**proved.as_dict(), "overlap_with_train": seen, "seconds": seconds, "each_token_once": True}
+
+
+def _baselines(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[str, Any]:
+    """Perplexities of simple models by the same protocol, and how far compressors get."""
+    found: dict[str, Any] = {"uniform": float(evaluator.loaded.tokenizer.vocab_size)}
+    train = evaluator.prepared.splits.get("train")
+    own_kn = evaluator.loaded.model_config.trains_by_counting
+    if train is not None and not passage.material.changes:
+        for name in ("unigram", "kn5"):
+            if name == "kn5" and (own_kn or train.num_tokens > MAX_BASELINE_TOKENS):
+                continue
+            nats_N = evaluator.counted_nats(name, passage)
+            head = evaluator.protocol.headline(nats_N, outcome.windows, passage.material)
+            found[name] = exp(head.nats / head.count)
+    if passage.source.split.num_bytes <= MAX_COMPRESSED_BYTES:
+        found |= {f"{name}_bits_per_byte": bits for name, bits in _compressors(passage).items()}
+    return found
+
+
+def _compressors(passage: Passage) -> dict[str, float]:
+    return compressed_bits_per_byte(passage.source.read().encode())
+
+
+def _compared(
+    evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One model or file against this one, or why they cannot be compared."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _compared_with_run(evaluator, passage, outcome, name)
+    if not path.exists():
+        raise ConfigError(f"compare={name} does not exist", "name a run, a file of probabilities or a result in JSON")
+    if path.suffix == ".json":
+        return _compared_with_result(path, result)
+    scores = outcome.scores
+    theirs_N = aligned(read_word_probs(path), scores.scored_N, path)
+    both_N = ~np.isnan(theirs_N)
+    ours = TokenScores(np.where(both_N, scores.nats_N, np.nan).astype(np.float32), scores.correct_N)
+    return _paired(evaluator, passage, outcome, name, ours, theirs_N.astype(np.float32), int(both_N.sum()))
+
+
+def _compared_with_run(evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str) -> dict[str, Any]:
+    other, scores = evaluator.other(name), outcome.scores
+    if other.tokenizer.digest == evaluator.loaded.tokenizer.digest:
+        theirs_N = evaluator.run_nats(name, passage)
+        return _paired(evaluator, passage, outcome, name, scores, theirs_N, int(scores.scored_N.sum()))
+    raise ConfigError(
+        f"compare={name} has other tokens than {evaluator.loaded.path}, which single words cannot be paired with",
+        "compare their results in JSON by bits_per_byte: compare=RESULT.json",
+    )
+
+
+def _compared_with_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        theirs, ppl = dict(other["protocol"]), float(other["ppl"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"compare={path} is not a result of eval-ppl ({error})", "write one with output=FILE") from None
+    differences = protocol_differences(result["protocol"], theirs)
+    comparable = {"ppl": result["ppl"], "other_ppl": ppl} if not differences else {}
+    return {"name": str(path), "not_comparable": differences, **comparable}
+
+
+def _paired(
+    evaluator: Evaluator,
+    passage: Passage,
+    outcome: Outcome,
+    name: str,
+    ours: TokenScores,
+    theirs_N: NDArray[np.float32],
+    num_tokens: int,
+) -> dict[str, Any]:
+    cfg = evaluator.cfg
+    head = evaluator.protocol.headline(ours.nats_N, outcome.windows, passage.material)
+    count = head.count * num_tokens / int(outcome.scores.scored_N.sum())
+    theirs = TokenScores(np.where(ours.scored_N, theirs_N, np.nan).astype(np.float32), ours.correct_N)
+    units = [units_of(one, passage.material, passage.source, count) for one in (ours, theirs)]
+    compared = compare_units(name, units[0], units[1], cfg.bootstrap, cfg.seed)
+    weight, mixture_ppl = best_mixture(ours.nats_N, theirs.nats_N, count)
+    return compared.as_dict() | {"weight": weight, "mixture_ppl": mixture_ppl, "not_comparable": []}
+
+
+__all__ = ["protocol_differences", "protocol_line", "run"]

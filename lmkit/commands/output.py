@@ -24,21 +24,26 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def output_path(name: str) -> Path:
-    """The resolved path of ``output``; ConfigError before any work if no file can be made there."""
+def output_path(name: str, key: str = "output") -> Path:
+    """The resolved path of a file to write; ConfigError, naming the key, before any work if none can be made there."""
     path = Path(name).expanduser().resolve()
     if path.exists() and not path.is_file():
-        raise ConfigError(f"output={path} is not a regular file", "name a file")
+        raise ConfigError(f"{key}={path} is not a regular file", "name a file")
     if not path.parent.is_dir():
-        raise ConfigError(f"output={path}: the directory {path.parent} does not exist", "make it, or name another file")
+        raise ConfigError(f"{key}={path}: the directory {path.parent} does not exist", "make it, or name another file")
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output={path}: {path.parent} is not writable", "name a file elsewhere")
+        raise ConfigError(f"{key}={path}: {path.parent} is not writable", "name a file elsewhere")
     return path
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write an object whole or not at all; infinity and NaN become texts. Raises ResourceError."""
+    write_file(path, to_json(data), "output")
+
+
+def write_file(path: Path, data: bytes, key: str) -> None:
+    """Write a file whole or not at all. Raises ResourceError that names the key."""
     try:
-        storage.replace_file(path, to_json(data))
+        storage.replace_file(path, data)
     except OSError as error:
-        raise ResourceError(f"cannot write output={path}: {error.strerror or error}", "name another file") from error
+        raise ResourceError(f"cannot write {key}={path}: {error.strerror or error}", "name another file") from error

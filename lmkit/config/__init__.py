@@ -6,7 +6,7 @@ torch; ``build`` methods import the code when it is needed. The line of text und
 
 from __future__ import annotations
 
-from lmkit.config import commands, data, model, training
+from lmkit.config import commands, data, evaluation, model, training
 
 ROOTS: dict[str, type] = {
     "prepare": commands.PrepareConfig,
@@ -57,6 +57,24 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "softmax": {
         "exact": training.SoftmaxConfig,
         "sampled": training.SampledSoftmaxConfig,
+    },
+    "protocol": {
+        "stream": evaluation.StreamProtocolConfig,
+        "mikolov": evaluation.MikolovProtocolConfig,
+        "sentence": evaluation.SentenceProtocolConfig,
+        "awd_lstm": evaluation.AwdLstmProtocolConfig,
+        "transformer_xl": evaluation.TransformerXlProtocolConfig,
+        "hf_strided": evaluation.HfStridedProtocolConfig,
+        "lm_eval_wikitext": evaluation.LmEvalWikitextProtocolConfig,
+        "gpt2_paper": evaluation.Gpt2PaperProtocolConfig,
+    },
+    "dynamic": {
+        "sgd": evaluation.DynamicSgdConfig,
+        "rms": evaluation.DynamicRmsConfig,
+    },
+    "cache": {
+        "unigram": evaluation.UnigramCacheConfig,
+        "neural": evaluation.NeuralCacheConfig,
     },
     "device": {"device": training.DeviceConfig},
 }

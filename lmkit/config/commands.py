@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lmkit.config.check import Problems
 from lmkit.config.data import DatasetConfig, TokenizerConfig
+from lmkit.config.evaluation import CacheConfig, DynamicConfig, ProtocolConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.training import (
     DeviceConfig,
@@ -137,6 +138,8 @@ class EvalPplConfig:
     """Corpus to evaluate on; null: the corpus the run was trained on."""
     split: str = "test"
     """Split to score: train, valid or test."""
+    protocol: ProtocolConfig | None = None
+    """How the text is read and counted; null: mikolov for word-level benchmark sets, else stream."""
     context: int | None = None
     """Tokens per window of a Transformer, so that it sees at most so many before each (>= 1); null: as in training."""
     stride: int | None = None
@@ -145,10 +148,40 @@ class EvalPplConfig:
     """Tokens per forward pass of a model with carried state (>= 1); changes the speed, not the number."""
     batch_size: int = 16
     """Windows scored at once (>= 1); changes the speed, not the number."""
+    temperature: str = "1"
+    """Divide the logits by this number (> 0); ``valid``: by the one that is best on valid."""
+    mc_samples: int = 0
+    """Average the probabilities of this many passes with dropout (MC dropout; Gal & Ghahramani 2016); 0: none."""
+    dynamic: DynamicConfig | None = None
+    """Dynamic evaluation."""
+    cache: CacheConfig | None = None
+    """Cache model."""
+    ensemble: list[str] = field(default_factory=list)
+    """Further runs whose probabilities are averaged with this one's."""
+    mix: list[str] = field(default_factory=list)
+    """Models to interpolate with: ``kn5``, ``unigram`` or runs."""
+    weights: str = "valid"
+    """Mixture weights: ``valid`` finds the best on valid, ``equal``, or numbers, the run's own first."""
+    compare: list[str] = field(default_factory=list)
+    """Runs, or files of per-word probabilities of the same text, to compare with by a paired bootstrap."""
+    word_probs: str | None = None
+    """Write the probability of each token to this file, one a line."""
+    baselines: bool = True
+    """Show what unigrams, kn5, xz and gzip make of the same text."""
+    checks: bool = True
+    """Prove the number: causality, sums, batch size, train and test overlap; about 2 % of the time."""
+    bootstrap: int = 1000
+    """Resamples behind confidence intervals (>= 0; 0: none)."""
+    report: str | None = None
+    """Write a page with charts and the text coloured by surprisal to this HTML file."""
+    report_tokens: int = 4000
+    """Tokens of the text that the page shows (>= 0)."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device."""
     output: str | None = None
     """Write the numbers to this JSON file."""
+    seed: int = 1
+    """Seed of resampling and of MC dropout (>= 0)."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -157,8 +190,44 @@ class EvalPplConfig:
             check(self.split in ("train", "valid", "test"), "split", self.split, "must be train, valid or test")
             check(self.context is None or self.context >= 1, "context", self.context, "must be >= 1 or null")
             check(self.stride is None or self.stride >= 1, "stride", self.stride, "must be >= 1 or null")
-            check(self.seq_len >= 1, "seq_len", self.seq_len, "must be >= 1")
-            check(self.batch_size >= 1, "batch_size", self.batch_size, "must be >= 1")
+            for name in ("seq_len", "batch_size"):
+                check(getattr(self, name) >= 1, name, getattr(self, name), "must be >= 1")
+            for name in ("mc_samples", "bootstrap", "report_tokens", "seed"):
+                check(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
+            check(
+                self.temperature == "valid" or _positive(self.temperature),
+                "temperature",
+                self.temperature,
+                "must be a number > 0, or valid",
+            )
+            texts = self.weights.split(",")
+            check(
+                self.weights in ("valid", "equal")
+                or (all(map(_fraction, texts)) and abs(sum(map(float, texts)) - 1) < 1e-6),
+                "weights",
+                self.weights,
+                "must be valid, equal, or numbers that sum to 1, as in 0.9,0.1",
+            )
+            check(
+                not (self.mc_samples and self.dynamic),
+                "mc_samples",
+                self.mc_samples,
+                "cannot be combined with dynamic evaluation",
+            )
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def _fraction(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 @dataclass(kw_only=True)

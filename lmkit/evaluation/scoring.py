@@ -136,9 +136,9 @@ def score(
     ``dropout``, and is put back into the mode it was in. ``progress`` is told how many tokens are done. Raises
     ConfigError for an empty text or a foreign token, DivergedError for scores that are not finite.
     """
-    text = _Text(tokens, model.vocab_size)
-    out = _Scores(len(tokens), windows)
-    scorer = scorer or _own_scores(model)
+    text = Text(tokens, model.vocab_size)
+    out = ScoreSheet(len(tokens), windows)
+    scorer = scorer or own_scores(model)
     with mode(model, training=dropout):
         for batch in batches(windows, batch_size):
             state: Any = None
@@ -171,7 +171,7 @@ def batches(windows: Windows, batch_size: int) -> Iterator[Windows]:
         yield windows.take(np.arange(first, min(first + batch_size, len(lengths_W))))
 
 
-def _own_scores(model: LanguageModel) -> Scorer:
+def own_scores(model: LanguageModel) -> Scorer:
     def scorer(hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
         return model.head.score(hidden_ND, targets_N)
 
@@ -189,7 +189,7 @@ def mode(model: LanguageModel, *, training: bool) -> Iterator[None]:
         model.train(was_training)
 
 
-class _Text:
+class Text:
     """Inputs and targets by position."""
 
     def __init__(self, tokens: Tokens, vocab_size: int) -> None:
@@ -213,7 +213,7 @@ class _Text:
         return torch.from_numpy(self.tokens[positions_N].astype(np.int64))
 
 
-class _Scores:
+class ScoreSheet:
     """Collects the scores of a text and proves that each token was scored exactly once, by a finite number."""
 
     def __init__(self, num_tokens: int, windows: Windows) -> None:

@@ -1,0 +1,395 @@
+"""One run on one text, by one protocol and with whatever goes beyond static scoring.
+
+Everything is a member of a mixture: a member gives the nats of each token, on its own; the members are then averaged
+with weights. So temperature, dynamic evaluation and MC dropout change how the run itself is scored, caches, n-grams and
+other runs are further members, and anything that must be chosen is chosen on valid, by the same scoring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmkit.config.commands import EvalPplConfig
+from lmkit.config.data import BenchmarkConfig, DatasetConfig
+from lmkit.config.evaluation import NeuralCacheConfig, UnigramCacheConfig
+from lmkit.config.training import ExistingRunConfig
+from lmkit.console import Console
+from lmkit.data.benchmarks import BENCHMARKS
+from lmkit.data.corpus import open_corpus
+from lmkit.data.prepared import PreparedData, prepare
+from lmkit.device import Device
+from lmkit.errors import ConfigError, DataError
+from lmkit.evaluation.baselines import kn5_nats, unigram_nats
+from lmkit.evaluation.caches import NeuralCache, filled, theta_grid, unigram_cache
+from lmkit.evaluation.dynamic import Steps, score_dynamic, steps_for
+from lmkit.evaluation.mixture import averaged, best_weights, mixed
+from lmkit.evaluation.plan import Indices, Windows
+from lmkit.evaluation.protocols import Material, Protocol, Reach, Source, build_protocol
+from lmkit.evaluation.scoring import Scorer, TokenScores, own_scores, score
+from lmkit.evaluation.temperature import TemperatureSearch, tempered
+from lmkit.loading import LoadedRun, load_run
+from lmkit.models.base import Scores
+from lmkit.rng import derive_key
+
+Nats = NDArray[np.float32]
+
+COUNTING_SEQ_LEN = 4096
+"""Tokens per forward pass of a model that counts: its history is short, so that nothing speaks for fewer."""
+COUNTED = ("kn5", "unigram")
+"""Members that are estimated from train on the spot."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A split as the protocol reads it."""
+
+    source: Source
+    material: Material
+    name: str
+    """valid, test or train."""
+
+
+@dataclass
+class Choice:
+    """What was chosen, and how."""
+
+    temperature: float = 1.0
+    theta: float | None = None
+    weights: list[float] = field(default_factory=list)
+    on_valid: list[str] = field(default_factory=list)
+    """Names of what was fitted on valid."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A scored text."""
+
+    scores: TokenScores
+    """Of the whole mixture."""
+    windows: Windows
+    members: list[str]
+    """Names of the members, the run's own first."""
+    choice: Choice
+    has_accuracy: bool
+    """Whether scores.correct_N means anything: a mixture's most probable token is not computed."""
+    member_nats: list[float]
+    """Total nats of each member alone; infinite for a cache."""
+
+
+class Evaluator:
+    """Scores splits of a prepared corpus with a run as the configuration says."""
+
+    def __init__(self, cfg: EvalPplConfig, loaded: LoadedRun, device: Device, console: Console) -> None:
+        self.cfg, self.loaded, self.device, self.console = cfg, loaded, device, console
+        self.dataset: DatasetConfig = loaded.dataset if cfg.dataset is None else cfg.dataset
+        self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
+        word_level = isinstance(self.dataset, BenchmarkConfig) and BENCHMARKS[self.dataset.name].word_level
+        self.protocol: Protocol = build_protocol(cfg.protocol, word_level=word_level)
+        self.reach = self._reach(loaded, cfg.context, cfg.stride)
+        self._passages: dict[str, Passage] = {}
+        self._others: dict[str, LoadedRun] = {}
+        self._steps: Steps | None = None
+
+    def passage(self, split_name: str) -> Passage:
+        """A split, read as the protocol reads it."""
+        if split_name not in self._passages:
+            splits = self.prepared.splits
+            if split_name not in splits:
+                raise DataError(f"{self.prepared.name} has no {split_name} split", f"it has {', '.join(splits)}")
+            source = Source(
+                self.prepared.name,
+                split_name,
+                splits[split_name],
+                self.loaded.tokenizer,
+                lambda: "".join(piece.text for piece in open_corpus(self.dataset).pieces(split_name)),
+            )
+            self._passages[split_name] = Passage(source, self.protocol.material(source), split_name)
+        return self._passages[split_name]
+
+    def windows(self, passage: Passage, reach: Reach | None = None) -> Windows:
+        """What is scored of a split."""
+        return self.protocol.windows(passage.material, passage.source, reach or self.reach)
+
+    def seq_len(self, run: LoadedRun, reach: Reach) -> int:
+        """Tokens per forward pass: whole windows, or pieces with carried state."""
+        if run.model_config.trains_by_counting:
+            return COUNTING_SEQ_LEN
+        return reach.context or self.cfg.seq_len
+
+    def evaluate(self, split_name: str) -> Outcome:
+        """Choose on valid what must be chosen, then score the split."""
+        names = self.member_names()
+        choice = self._choose(names, split_name)
+        passage = self.passage(split_name)
+        nats, own = self._members(passage, choice)
+        scores = own if len(nats) == 1 else TokenScores(mixed(nats, choice.weights), own.correct_N)
+        has_accuracy = len(nats) == 1 and not self.cfg.mc_samples and not self.cfg.ensemble
+        totals = [float(np.nansum(member, dtype=np.float64)) for member in nats]
+        return Outcome(scores, self.windows(passage), names, choice, has_accuracy, totals)
+
+    def member_names(self) -> list[str]:
+        """The run (or ensemble), the cache, and what it is interpolated with. Raises ConfigError for bad weights."""
+        names = ["ensemble" if self.cfg.ensemble else "run"]
+        if self.cfg.cache is not None:
+            names.append("neural cache" if isinstance(self.cfg.cache, NeuralCacheConfig) else "unigram cache")
+        names += self.cfg.mix
+        given = self.cfg.weights.split(",")
+        if self.cfg.weights not in ("valid", "equal") and len(given) != len(names):
+            raise ConfigError(f"weights={self.cfg.weights} are {len(given)}, for {', '.join(names)}", "give one each")
+        return names
+
+    def kind(self) -> str:
+        """What was done beyond static scoring, in the words of the published results; ``static`` if nothing."""
+        cfg = self.cfg
+        parts = {
+            "temperature": cfg.temperature == "valid" or float(cfg.temperature) != 1.0,
+            "mc-dropout": cfg.mc_samples > 0,
+            "cache": cfg.cache is not None,
+            "dynamic": cfg.dynamic is not None,
+            "ensemble": bool(cfg.ensemble),
+            "mixture": bool(cfg.mix),
+        }
+        return " + ".join(name for name, used in parts.items() if used) or "static"
+
+    def _reach(self, run: LoadedRun, context: int | None, stride: int | None) -> Reach:
+        return self.protocol.reach(context, stride, run.context, carries_state=run.model_config.carries_state)
+
+    # What is chosen on valid
+
+    def _choose(self, names: list[str], split_name: str) -> Choice:
+        cfg, choice = self.cfg, Choice()
+        wants_theta = isinstance(cfg.cache, NeuralCacheConfig) and cfg.cache.theta is None
+        fits_weights = len(names) > 1 and cfg.weights == "valid"
+        if cfg.temperature == "valid":
+            choice.temperature = self._best_temperature()
+            choice.on_valid.append("temperature")
+        else:
+            choice.temperature = float(cfg.temperature)
+        if isinstance(cfg.cache, NeuralCacheConfig):
+            choice.theta = cfg.cache.theta
+        if wants_theta:
+            choice.on_valid.append("theta")
+        if fits_weights:
+            choice.on_valid.append("weights")
+        if wants_theta or fits_weights:
+            self._fit(choice, fits_weights)
+        if not fits_weights:
+            equal = [1 / len(names)] * len(names)
+            choice.weights = equal if cfg.weights in ("valid", "equal") else list(map(float, cfg.weights.split(",")))
+        return choice
+
+    def _fit(self, choice: Choice, fits_weights: bool) -> None:
+        """Theta and weights: of each theta the best weights, of these the best."""
+        passage = self.passage("valid")
+        own, caches = self._own(passage, choice.temperature, self._thetas(choice, passage))
+        others = self._other_members(passage)
+        base = [self._with_ensemble(passage, own.nats_N)]
+        best = np.inf
+        for theta, cache in caches:
+            members = base + ([filled(cache, base[0])] if cache is not None else []) + others
+            weights = best_weights(members) if fits_weights else [1 / len(members)] * len(members)
+            nats = float(np.nansum(mixed(members, weights), dtype=np.float64))
+            if nats < best:
+                best, choice.theta, choice.weights = nats, theta, weights
+
+    def _best_temperature(self) -> float:
+        passage = self.passage("valid")
+        search = TemperatureSearch(self.loaded.model)
+        self._score(passage, self.windows(passage), search.scorer, "finding the temperature on valid")
+        return search.best()
+
+    def _thetas(self, choice: Choice, passage: Passage) -> list[float] | None:
+        """Values of theta to try: that given, a grid, or None without a neural cache."""
+        if not isinstance(self.cfg.cache, NeuralCacheConfig):
+            return None
+        return [choice.theta] if choice.theta is not None else theta_grid(self.loaded.model, self._hidden(passage))
+
+    def _hidden(self, passage: Passage) -> Tensor:
+        """Hidden vectors of the first window, at most 256 of them."""
+        windows = self.windows(passage).take(np.arange(1))
+        windows = Windows(
+            windows.begins_W, windows.begins_W, np.minimum(windows.ends_W, windows.begins_W + 256), windows.prefix_W
+        )
+        found: list[Tensor] = []
+
+        def scorer(hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
+            found.append(hidden_ND)
+            return own_scores(self.loaded.model)(hidden_ND, targets_N, positions_N)
+
+        self._score(passage, windows, scorer, "", batch_size=1)
+        return torch.cat(found)
+
+    # Members
+
+    def _members(self, passage: Passage, choice: Choice) -> tuple[list[Nats], TokenScores]:
+        thetas = None if choice.theta is None else [choice.theta]
+        own, caches = self._own(passage, choice.temperature, thetas)
+        members = [self._with_ensemble(passage, own.nats_N)]
+        if caches[0][1] is not None:
+            members.append(filled(caches[0][1], members[0]))
+        return members + self._other_members(passage), own
+
+    def _own(
+        self, passage: Passage, temperature: float, thetas: list[float] | None
+    ) -> tuple[TokenScores, list[tuple[float | None, Nats | None]]]:
+        """The run's scores, and (theta, nats under the cache alone) for each theta; one pair if there is none."""
+        cfg, model = self.cfg, self.loaded.model
+        scorer: Scorer = own_scores(model) if temperature == 1.0 else tempered(model, temperature)
+        windows, cache = self.windows(passage), None
+        if thetas is not None and cfg.cache is not None:
+            cache = NeuralCache(model, len(passage.material.tokens), cfg.cache.window, thetas)
+            scorer = cache.wrap(scorer)
+        batch_size = 1 if cache is not None else cfg.batch_size
+        if cfg.dynamic is not None:
+            own = self._dynamic(passage, windows, scorer)
+        elif cfg.mc_samples:
+            own = self._mc_dropout(passage, windows, scorer)
+        else:
+            own = self._score(passage, windows, scorer, "", batch_size=batch_size)
+        if cache is not None:
+            return own, list(zip(cache.thetas, cache.nats_KN, strict=True))
+        if isinstance(cfg.cache, UnigramCacheConfig):
+            counted = unigram_cache(passage.material.tokens, cfg.cache.window)
+            return own, [(None, np.where(own.scored_N, counted, np.nan).astype(np.float32))]
+        return own, [(None, None)]
+
+    def _mc_dropout(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
+        """Probabilities averaged over passes with dropout (Gal & Ghahramani 2016)."""
+        if self.cfg.cache is not None and isinstance(self.cfg.cache, NeuralCacheConfig):
+            raise ConfigError("a neural cache cannot be combined with mc_samples", "leave one of them out")
+        passes = []
+        with torch.random.fork_rng():
+            for sample in range(self.cfg.mc_samples):
+                torch.manual_seed(derive_key(self.cfg.seed, "mc-dropout", str(sample)))
+                label = f"pass {sample + 1} of {self.cfg.mc_samples}"
+                passes.append(self._score(passage, windows, scorer, label, dropout=True))
+        return TokenScores(averaged([one.nats_N for one in passes]), passes[0].correct_N)
+
+    def _dynamic(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
+        config, model = self.cfg.dynamic, self.loaded.model
+        assert config is not None
+        context = self.reach.context
+        if self._steps is None:
+            train = self.prepared.splits["train"].tokens if "train" in self.prepared.splits else None
+            if train is None:
+                raise DataError(f"{self.prepared.name} has no train split for the statistics", "use dynamic=sgd")
+            with self.console.progress(None, "statistics of gradients on train") as bar:
+                self._steps = steps_for(
+                    model,
+                    config,
+                    train,
+                    self.loaded.tokenizer.eos_id,
+                    context=context,
+                    device=self.device,
+                    progress=lambda done: bar.update(done),
+                )
+        with self.console.progress(windows.num_scored, f"dynamic evaluation on {passage.name}") as bar:
+            return score_dynamic(
+                model,
+                passage.material.tokens,
+                windows,
+                config,
+                self._steps,
+                device=self.device,
+                scorer=scorer,
+                progress=lambda done: bar.update(done),
+            )
+
+    def _score(
+        self,
+        passage: Passage,
+        windows: Windows,
+        scorer: Scorer | None,
+        label: str,
+        *,
+        batch_size: int | None = None,
+        dropout: bool = False,
+    ) -> TokenScores:
+        label = label or f"scoring {self.prepared.name} {passage.name}"
+        with self.console.progress(windows.num_scored, label) as bar:
+            return score(
+                self.loaded.model,
+                passage.material.tokens,
+                windows,
+                seq_len=self.seq_len(self.loaded, self.reach),
+                batch_size=batch_size or self.cfg.batch_size,
+                device=self.device,
+                scorer=scorer,
+                dropout=dropout,
+                progress=lambda done: bar.update(done),
+            )
+
+    def _with_ensemble(self, passage: Passage, own_nats_N: Nats) -> Nats:
+        """The average of the run's probabilities with those of the runs in ``ensemble``."""
+        if not self.cfg.ensemble:
+            return own_nats_N
+        return averaged([own_nats_N, *(self.run_nats(name, passage) for name in self.cfg.ensemble)])
+
+    def _other_members(self, passage: Passage) -> list[Nats]:
+        return [
+            self.counted_nats(name, passage) if name in COUNTED else self.run_nats(name, passage)
+            for name in self.cfg.mix
+        ]
+
+    def counted_nats(self, name: str, passage: Passage) -> Nats:
+        """Nats under kn5 or unigrams of train, at the tokens that the protocol scores."""
+        if passage.material.changes:
+            raise ConfigError(
+                f"{name} is counted on the text as prepared, protocol={self.protocol.name} changes it",
+                "leave it out, or use protocol=stream",
+            )
+        tokenizer, train = self.loaded.tokenizer, self.prepared.splits["train"].tokens
+        tokens, vocab_size = passage.material.tokens, tokenizer.vocab_size
+        if name == "kn5":
+            nats_N = kn5_nats(train, tokens, tokenizer.eos_id, vocab_size)
+        else:
+            nats_N = unigram_nats(train, tokens, vocab_size)
+        scored_N = self.windows(passage).positions_in_context(len(tokens)) >= 0
+        return np.where(scored_N, nats_N, np.nan).astype(np.float32)
+
+    def run_nats(self, name: str, passage: Passage) -> Nats:
+        """Static nats of another run on the same tokens, by the same protocol. Raises ConfigError for other tokens."""
+        other = self.other(name)
+        if other.tokenizer.digest != self.loaded.tokenizer.digest:
+            raise ConfigError(
+                f"run {other.path} has another tokenizer than {self.loaded.path}", "mix runs with the same tokenizer"
+            )
+        return self.other_scores(other, passage).nats_N
+
+    def other(self, name: str) -> LoadedRun:
+        """Another run by its path, loaded once."""
+        if name not in self._others:
+            config = ExistingRunConfig(root=self.cfg.run.root, path=name, checkpoint=self.cfg.run.checkpoint)
+            self._others[name] = load_run(config, device=self.device, console=self.console)
+        return self._others[name]
+
+    def other_scores(self, other: LoadedRun, passage: Passage) -> TokenScores:
+        """Static scores of another run on a passage of its own tokens."""
+        reach = self._reach(other, None, None)
+        windows = self.protocol.windows(passage.material, passage.source, reach)
+        with self.console.progress(windows.num_scored, f"scoring {passage.name} with {other.path.name}") as bar:
+            return score(
+                other.model,
+                passage.material.tokens,
+                windows,
+                seq_len=self.seq_len(other, reach),
+                batch_size=self.cfg.batch_size,
+                device=self.device,
+                progress=lambda done: bar.update(done),
+            )
+
+
+def as_json(choice: Choice, members: list[str]) -> dict[str, Any]:
+    """What was chosen, as JSON data."""
+    return {
+        "temperature": choice.temperature,
+        "theta": choice.theta,
+        "weights": dict(zip(members, choice.weights, strict=True)) if len(members) > 1 else None,
+        "fitted_on_valid": choice.on_valid,
+    }

@@ -1,0 +1,396 @@
+"""How others read and count a text: each protocol as windows over tokens, and one number made of the scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmkit.config.evaluation import (
+    AwdLstmProtocolConfig,
+    Gpt2PaperProtocolConfig,
+    HfStridedProtocolConfig,
+    LmEvalWikitextProtocolConfig,
+    MikolovProtocolConfig,
+    ProtocolConfig,
+    SentenceProtocolConfig,
+    StreamProtocolConfig,
+    StripesProtocolConfig,
+    TransformerXlProtocolConfig,
+)
+from lmkit.data.tokenfiles import Split
+from lmkit.errors import ConfigError
+from lmkit.evaluation.detokenize import count_words_lm_eval, gpt2_detokenize, wikitext_detokenize, wikitext_pages
+from lmkit.evaluation.plan import (
+    NO_PREFIX,
+    Indices,
+    Segments,
+    Tokens,
+    Windows,
+    check_window,
+    rolling,
+    sliding,
+    strided,
+    unbroken,
+)
+from lmkit.tokenizers import Tokenizer
+from lmkit.tokenizers.base import BytesTokenizer
+
+ALL_SCORED = "given the end token"
+FIRST_LEFT_OUT = "not scored"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split, and a way to its text."""
+
+    name: str
+    """Short name of the corpus."""
+    split_name: str
+    split: Split
+    tokenizer: Tokenizer
+    read: Callable[[], str]
+    """Reads the text of the split as it was before tokenization."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A text as a protocol reads it. Counts are those of the original text."""
+
+    tokens: Tokens
+    document_ends: Indices
+    """Offset in ``tokens`` after each document."""
+    num_words: int
+    """White-space separated words."""
+    num_lines: int
+    num_bytes: int
+    num_chars: int
+    changes: str
+    """What was done to the text before tokenization, for people; empty: nothing."""
+    words_of_documents: tuple[int, ...] = ()
+    """Words of each document where the protocol counts them by document."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back a model looks: windows of ``context`` tokens, ``stride`` apart; None: a state carries the past."""
+
+    context: int | None
+    stride: int | None
+
+    def windows(self, segments: Segments) -> Windows:
+        """Sliding windows in each segment, or one window each."""
+        if self.context is None or self.stride is None:
+            return unbroken(segments)
+        return sliding(segments, self.context, self.stride)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """exp(nats / count), and per what that is."""
+
+    per: str
+    nats: float
+    count: float
+
+
+class Protocol(ABC):
+    """One convention. ``first_token`` and ``reset`` say for people what its windows mean."""
+
+    name: ClassVar[str]
+    first_token: ClassVar[str] = ALL_SCORED
+    reset: ClassVar[str] = "at the start of the text"
+    """Where the model's memory begins anew."""
+
+    def material(self, source: Source) -> Material:
+        """The text to score; as it was prepared unless a protocol says otherwise."""
+        split = source.split
+        return Material(
+            tokens=split.tokens,
+            document_ends=np.asarray(split.document_ends, dtype=np.int64),
+            num_words=split.num_words - split.num_lines,
+            num_lines=split.num_lines,
+            num_bytes=split.num_bytes,
+            num_chars=split.num_chars,
+            changes="",
+        )
+
+    def reach(self, context: int | None, stride: int | None, limit: int | None, *, carries_state: bool) -> Reach:
+        """From the keys ``context`` and ``stride`` and the longest sequence the run was made for (None: any)."""
+        if carries_state:
+            if context is not None or stride is not None:
+                raise ConfigError("context and stride do not apply to a run whose state carries the past", "omit them")
+            return Reach(None, None)
+        context = context or limit
+        if context is None:
+            raise ConfigError("the model's context is unbounded", "choose one with context=TOKENS")
+        stride = stride or self.default_stride(context)
+        check_window(context, stride, limit)
+        return Reach(context, stride)
+
+    def default_stride(self, context: int) -> int:
+        """Half the context."""
+        return max(1, context // 2)
+
+    @abstractmethod
+    def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
+        """What is scored and from what."""
+
+    def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
+        """The protocol's own number; per word, ends of line counted, unless it says otherwise."""
+        return Headline("word, ends of line counted", _total(nats_N), float(material.num_words + material.num_lines))
+
+
+class Stream(Protocol):
+    """The text as one stream, every token scored once."""
+
+    name = "stream"
+
+    def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
+        return reach.windows(Segments.whole(len(material.tokens), source.tokenizer.eos_id))
+
+
+class Mikolov(Stream):
+    """Stream over word-level text (Mikolov et al. 2010): ends of line are scored and counted, so is <unk>."""
+
+    name = "mikolov"
+
+
+class Sentence(Protocol):
+    """Each line on its own; tokens that end a document without being text are left out."""
+
+    name = "sentence"
+    reset = "at the start of each line"
+
+    def material(self, source: Source) -> Material:
+        material = super().material(source)
+        if source.tokenizer.ends_lines:
+            return material
+        is_text_N = material.tokens != source.tokenizer.eos_id
+        ends_D = np.append(0, np.cumsum(is_text_N))[material.document_ends]
+        return replace(material, tokens=material.tokens[is_text_N], document_ends=ends_D)
+
+    def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
+        is_end_N = line_enders(source.tokenizer)[material.tokens]
+        return reach.windows(Segments.ending_with(is_end_N, source.tokenizer.eos_id))
+
+
+class Stripes(Protocol):
+    """Equal stripes, the rest of the text left out, each stripe's first token only an input."""
+
+    first_token = FIRST_LEFT_OUT
+    reset = "at the start of each stripe"
+
+    def __init__(self, config: StripesProtocolConfig) -> None:
+        self.config = config
+
+    def num_stripes(self, source: Source) -> int:
+        """How many stripes the split is cut into."""
+        return self.config.valid_stripes if source.split_name == "valid" else self.config.test_stripes
+
+    def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
+        return reach.windows(Segments.stripes(len(material.tokens), self.num_stripes(source)))
+
+    def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
+        return Headline("token scored", _total(nats_N), float(windows.num_scored))
+
+
+class TransformerXl(Stripes):
+    """Transformer-XL's eval.py: the mean over the tokens that are scored."""
+
+    name = "transformer-xl"
+
+
+class AwdLstm(Stripes):
+    """AWD-LSTM's main.py: sums over the length - 1 targets of a stripe and divides by its length."""
+
+    name = "awd-lstm"
+
+    def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
+        in_stripes = int(windows.ends_W.max())
+        return Headline("token, each stripe's unscored first one counted", _total(nats_N), float(in_stripes))
+
+
+class HfStrided(Protocol):
+    """The loop of Hugging Face's page on perplexity of fixed-length models: per token of the tokenizer.
+
+    The mean of each window is weighted by its targets less one, whether or not the first of them was scored, as there.
+    Rows are joined by two newlines before tokenization, as there, unless lines end in a token.
+    """
+
+    name = "hf-strided"
+    first_token = FIRST_LEFT_OUT
+    reset = "at the start of each window"
+
+    def __init__(self, config: HfStridedProtocolConfig) -> None:
+        self.config = config
+
+    def material(self, source: Source) -> Material:
+        material = super().material(source)
+        if source.tokenizer.ends_lines:
+            return material
+        is_wikitext = source.name.startswith("wikitext")
+        rows = [_hub_row(line, is_wikitext) for line in source.read().splitlines(keepends=True)]
+        tokens = source.tokenizer.encode("\n\n".join(rows))
+        changes = "rows joined by two newlines"
+        return replace(material, tokens=tokens, document_ends=np.array([len(tokens)]), changes=changes)
+
+    def reach(self, context: int | None, stride: int | None, limit: int | None, *, carries_state: bool) -> Reach:
+        context = context or min(self.config.max_length, limit or self.config.max_length)
+        stride = stride or max(1, context * self.config.stride // self.config.max_length)
+        check_window(context, stride, limit)
+        return Reach(context, stride)
+
+    def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
+        context = reach.context or self.config.max_length
+        return strided(len(material.tokens), context, reach.stride or context)
+
+    def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
+        nats = count = 0.0
+        previous_end = 0
+        for scored, end in zip(windows.scored_W, windows.ends_W, strict=True):
+            num_labels = int(end) - previous_end
+            previous_end = int(end)
+            if end > scored and num_labels > 1:
+                nats += float(nats_N[scored:end].mean(dtype=np.float64)) * (num_labels - 1)
+                count += num_labels - 1
+        return Headline("token, windows weighted as in that loop", nats, count)
+
+
+class LmEvalWikitext(Protocol):
+    """Pages of WikiText, detokenised and scored one by one in windows side by side; per word of the original page."""
+
+    name = "lm-eval-wikitext"
+    reset = "at the start of each page"
+
+    def material(self, source: Source) -> Material:
+        _require_open_vocabulary(self.name, source.tokenizer)
+        text = source.read()
+        pages = wikitext_pages(text)
+        encoded = [source.tokenizer.encode(wikitext_detokenize(page)) for page in pages]
+        return replace(
+            super().material(source),
+            tokens=np.concatenate(encoded),
+            document_ends=np.cumsum([len(ids) for ids in encoded]),
+            num_bytes=sum(len(page.encode()) for page in pages),
+            num_chars=sum(map(len, pages)),
+            changes="cut into pages and detokenised as by lm-evaluation-harness",
+            words_of_documents=tuple(map(count_words_lm_eval, pages)),
+        )
+
+    def default_stride(self, context: int) -> int:
+        """Windows side by side."""
+        return context
+
+    def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
+        ends_S = material.document_ends
+        segments = Segments(np.append(0, ends_S)[:-1], ends_S, source.tokenizer.eos_id)
+        return unbroken(segments) if reach.context is None else rolling(segments, reach.context)
+
+    def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
+        return Headline(
+            "word as counted by lm-evaluation-harness", _total(nats_N), float(sum(material.words_of_documents))
+        )
+
+
+class Gpt2Paper(Stream):
+    """Detokenised text as one stream, per word of the original text, ends of line counted (Radford et al. 2019)."""
+
+    name = "gpt2-paper"
+
+    def __init__(self, config: Gpt2PaperProtocolConfig) -> None:
+        self.config = config
+
+    def material(self, source: Source) -> Material:
+        _require_open_vocabulary(self.name, source.tokenizer)
+        text = gpt2_detokenize(source.read(), "ptb" if source.name == "ptb" else "wikitext")
+        tokens = source.tokenizer.encode(text)
+        return replace(
+            super().material(source),
+            tokens=tokens,
+            document_ends=np.array([len(tokens)]),
+            changes="detokenised as for GPT-2",
+        )
+
+    def default_stride(self, context: int) -> int:
+        """That of the protocol, at most the context."""
+        return min(self.config.stride, context)
+
+
+def build_protocol(config: ProtocolConfig | None, *, word_level: bool) -> Protocol:
+    """The protocol of a configuration; None: mikolov for word-level benchmark sets, else stream."""
+    if config is None:
+        return Mikolov() if word_level else Stream()
+    if isinstance(config, AwdLstmProtocolConfig):
+        return AwdLstm(config)
+    if isinstance(config, TransformerXlProtocolConfig):
+        return TransformerXl(config)
+    if isinstance(config, HfStridedProtocolConfig):
+        return HfStrided(config)
+    if isinstance(config, LmEvalWikitextProtocolConfig):
+        return LmEvalWikitext()
+    if isinstance(config, Gpt2PaperProtocolConfig):
+        return Gpt2Paper(config)
+    plain: dict[type, type[Protocol]] = {
+        StreamProtocolConfig: Stream,
+        MikolovProtocolConfig: Mikolov,
+        SentenceProtocolConfig: Sentence,
+    }
+    return plain[type(config)]()
+
+
+def line_enders(tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """(V,) whether a token ends a line: the end token of a word-level tokenizer, else any with a newline in it."""
+    if tokenizer.ends_lines:
+        return np.isin(np.arange(tokenizer.vocab_size), [tokenizer.eos_id])
+    if isinstance(tokenizer, BytesTokenizer):
+        return np.array([b"\n" in tokenizer.bytes_of[i] for i in range(tokenizer.vocab_size)])
+    return np.array(["\n" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
+
+
+def _hub_row(line: str, is_wikitext: bool) -> str:
+    """A line as the row of the hub's table: WikiText keeps the newline but of blank lines, others have none."""
+    if not is_wikitext:
+        return line.removesuffix("\n")
+    return line if line.strip() else ""
+
+
+def _total(nats_N: NDArray[np.float32]) -> float:
+    return float(np.nansum(nats_N, dtype=np.float64))
+
+
+def _require_open_vocabulary(name: str, tokenizer: Tokenizer) -> None:
+    if tokenizer.ends_lines:
+        raise ConfigError(
+            f"protocol={name} changes the text, which the closed vocabulary of tokenizer={tokenizer.kind} cannot read",
+            "use protocol=mikolov, or a run with subwords or bytes",
+        )
+
+
+def describe(protocol: Protocol, reach: Reach, memory: str) -> dict[str, Any]:
+    """The part of the protocol block that windows and reach decide; ``memory``: what a carried state holds."""
+    return {
+        "name": protocol.name,
+        "first_token": protocol.first_token,
+        "memory_starts": protocol.reset,
+        "memory": memory if reach.context is None else f"windows of {reach.context} tokens, stride {reach.stride}",
+        "context": reach.context,
+        "stride": reach.stride,
+    }
+
+
+__all__ = [
+    "NO_PREFIX",
+    "Headline",
+    "Material",
+    "Protocol",
+    "Reach",
+    "Source",
+    "build_protocol",
+    "describe",
+    "line_enders",
+]
