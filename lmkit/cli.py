@@ -7,17 +7,16 @@ never parsed as Hydra's override grammar, and nothing in it is interpolated.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
-import select
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmkit.errors import ConfigError, LmkitError, ResourceError
+from lmkit.errors import ConfigError
+from lmkit.reporting import discard_stdout, open_missing_streams, reader_is_gone, report, show
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,25 +30,29 @@ COMMANDS = {
     "eval-ppl": "perplexity of a run over every token of a split",
     "generate": "continue a prompt",
 }
+RUNS = "runs"
+"""The command that has no presets: it looks at what the others have left."""
+RUNS_TEXT = "list, show, compare, verify, pin and remove runs"
 OPTIONS = ("--help", "--version", "--completion")
-PATH_KEYS = ("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path", "output")
-LESS_MEMORY = {
-    "pretrain": "lower train.batch_size, train.micro_batch_size or train.seq_len",
-    "finetune": "lower train.batch_size, train.micro_batch_size or train.seq_len",
-    "eval-ppl": "lower batch_size or seq_len",
-    "generate": "lower num_samples or max_new_tokens",
-}
+PATH_KEYS = ("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path", "output", "report", "word_probs")
 LONGEST_SHOWN = 200
 """Characters of a value that a message shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises for the user's mistakes."""
-    _open_missing_streams()
+    open_missing_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     command, debug = args[0] if args else "", False
     try:
         if _answered(args):
+            code = 0
+        elif command == RUNS:
+            from lmkit.runs_line import execute, parse_runs
+
+            config = parse_runs(args[1:])
+            debug = config.debug
+            execute(config)
             code = 0
         else:
             from lmkit.arguments import parse
@@ -60,81 +63,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt) as error:
-        nobody_reads = isinstance(error, BrokenPipeError) and _reader_is_gone()
-        _discard_stdout()
+        nobody_reads = isinstance(error, BrokenPipeError) and reader_is_gone()
+        discard_stdout()
         return 0 if nobody_reads else report(error, command, debug=debug)
-
-
-def _open_missing_streams() -> None:
-    """Where a standard stream was closed by the caller, read nothing from it and write to nowhere."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open to the end, as they are
-
-
-def _reader_is_gone() -> bool:
-    """True if standard output is a pipe that nobody reads any more."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), select.POLLOUT)
-        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor in a test
-        return True
-
-
-def _discard_stdout() -> None:
-    """Throw away what standard output still holds if it cannot be written, so that Python does not try at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:
-    """Print an error as one line, with a traceback before it if ``debug``; returns its exit code."""
-    message, code = _described(error, command)
-    if debug and not isinstance(error, KeyboardInterrupt):
-        import traceback
-
-        traceback.print_exception(error, file=sys.stderr)
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(f"error: {where}{line}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
-    return code
-
-
-def _described(error: BaseException, command: str) -> tuple[str, int]:
-    text = " ".join(str(error).splitlines())
-    name = type(error).__name__
-    if isinstance(error, LmkitError):
-        return text, error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
-    if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or text or name}{where}", ResourceError.exit_code
-    hint = "a bug in lmkit; debug=true shows where"
-    return f"{name}: {text} ({hint})" if text else f"{name} ({hint})", 1
 
 
 def _answered(args: Sequence[str]) -> bool:
     """Deal with what comes before any command: help, version, completion. Raises ConfigError for what is unknown."""
     first, rest = (args[0] if args else "--help"), args[1:]
-    if first in COMMANDS:
+    if first in (*COMMANDS, RUNS):
         return False
     if first in ("-h", "--help", "help") and rest and rest[0] in COMMANDS:
         from lmkit.arguments import Line
 
         _run(Line(rest[0], help=True))
+    elif first in ("-h", "--help", "help") and rest[:1] == [RUNS]:
+        from lmkit.runs_line import execute, parse_runs
+
+        execute(parse_runs([*rest[1:2], "--help"]))
     elif first in ("-h", "--help", "help"):
         from lmkit.help import overview
 
         if rest and not rest[0].startswith("-"):
             raise _unknown_command(rest[0])
-        show(overview(COMMANDS))
+        show(overview({**COMMANDS, RUNS: RUNS_TEXT}))
     elif first in ("-V", "--version"):
         from lmkit import __version__
 
@@ -161,13 +113,7 @@ def _answered(args: Sequence[str]) -> bool:
 def _unknown_command(word: str) -> ConfigError:
     from lmkit.presets import nearest
 
-    return ConfigError(f"unknown command {word!r}", nearest(word, COMMANDS))
-
-
-def show(text: str, end: str = "\n") -> None:
-    """Print to standard output; a character that its encoding lacks becomes a question mark."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
+    return ConfigError(f"unknown command {word!r}", nearest(word, [*COMMANDS, RUNS]))
 
 
 def _run(line: Line) -> int:
@@ -407,4 +353,4 @@ def _refused(config: DictConfig) -> list[str]:
     return found
 
 
-__all__ = ["COMMANDS", "compose", "main", "register_schemas", "report", "run_command", "show", "to_dataclass"]
+__all__ = ["COMMANDS", "compose", "main", "register_schemas", "run_command", "to_dataclass"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from lmkit.errors import ConfigError
 
@@ -64,7 +65,7 @@ def candidates(args: Sequence[str]) -> str:
 
     ``args`` are the words, or ``--line`` and the line up to the cursor.
     """
-    from lmkit.cli import COMMANDS, OPTIONS
+    from lmkit.cli import COMMANDS, OPTIONS, RUNS
 
     words = _split(args[1] if len(args) > 1 else "") if args[:1] == ["--line"] else list(args)
     last = words[-1] if len(words) > 1 else ""
@@ -72,13 +73,15 @@ def candidates(args: Sequence[str]) -> str:
     if not words:
         return ""
     if len(words) <= 2:
-        found = [*COMMANDS, *OPTIONS]
+        found = [*COMMANDS, RUNS, *OPTIONS]
     elif words[1] in COMMANDS:
         found = _arguments(words[1], words[2:-1], last)
+    elif words[1] == RUNS:
+        found = _runs_words(words[2:-1], last)
     elif words[1] == "--completion":
         found = list(SCRIPTS)
     elif words[1] in ("help", "--help", "-h"):
-        found = list(COMMANDS)
+        found = [*COMMANDS, RUNS]
     return "".join(f"{word}\n" for word in found if word.startswith(last))
 
 
@@ -114,6 +117,50 @@ def _arguments(command: str, before: Sequence[str], last: str) -> list[str]:
         return [*OPTIONS, *(texts if command == "generate" else []), *(f"--{key}" for key in keys)]
     named = [group for group in groups_of(command) if names_in(group)]
     return [f"{key}=" for key in (*named, *(["run"] if "run.path" in keys else []), *keys)]
+
+
+def _runs_words(before: Sequence[str], last: str) -> list[str]:
+    """What may follow ``lmkit runs``: an action, its options, the runs in runs/, the steps of a checkpoint."""
+    from lmkit.config.runs import ACTIONS
+
+    if not before:
+        return [*ACTIONS, "--help"]
+    name, *words = before
+    if name not in ACTIONS or "--steps" in words[-1:]:
+        return []
+    options = [option.partition(" ")[0] for option in ACTIONS[name].options]
+    if name == "verify-resume":
+        return [*(options if last.startswith("-") else []), *_arguments("pretrain", words, last)]
+    if last.startswith("-"):
+        return [*options, "--help"]
+    given = [word for word in words if not word.startswith("-")]
+    most = ACTIONS[name].most
+    if name == "ls" or (most is not None and len(given) >= most):
+        return []
+    return _steps_of(given[0]) if name in ("pin", "unpin") and given else _run_names()
+
+
+def _run_names() -> list[str]:
+    from lmkit.config.runs import DEFAULT_ROOT
+    from lmkit.errors import CheckpointError
+    from lmkit.store.browse import find_runs
+
+    try:
+        return [path.relative_to(DEFAULT_ROOT).as_posix() for path in find_runs(Path(DEFAULT_ROOT))]
+    except CheckpointError:
+        return []
+
+
+def _steps_of(run: str) -> list[str]:
+    from lmkit.errors import CheckpointError
+    from lmkit.store.browse import named_run
+    from lmkit.store.listing import list_checkpoints
+    from lmkit.store.manifest import step_of
+
+    try:
+        return [f"step={step_of(path.name)}" for path in list_checkpoints(named_run(run))]
+    except CheckpointError:
+        return []
 
 
 def _key(word: str) -> str:

@@ -13,7 +13,8 @@ EXAMPLES = """\
   lmkit pretrain dataset=ptb model=lstm optimizer=sgd device=cpu train.budget=10m
   lmkit finetune run=runs/NAME dataset=text dataset.path=DIR
   lmkit eval-ppl split=test output=numbers.json
-  lmkit generate --prompt "the company said" -n 50"""
+  lmkit generate --prompt "the company said" -n 50
+  lmkit runs ls"""
 
 EXIT_CODES = """\
   0 done                     5 run locked by another process

@@ -55,7 +55,8 @@ def sweep(line: Line) -> int:
     All jobs are composed before the first one runs, so that a typo costs nothing. A job that is stopped on request ends
     the sweep.
     """
-    from lmkit.cli import report, run_command, show, to_yaml
+    from lmkit.cli import run_command, to_yaml
+    from lmkit.reporting import report, show
 
     jobs = combinations(line)
     composed, configs = _compose_all(jobs)

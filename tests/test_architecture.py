@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "lmkit"
 LAYERS = [
     {"errors", "rng", "config"},
     {"models", "heads", "objectives", "initialise", "optim", "schedules", "averaging", "sampling"},
-    {"store", "data", "tokenizers", "console", "device", "signals"},
+    {"store", "data", "tokenizers", "console", "device", "signals", "reporting"},
     {"train", "evaluation", "generate", "loading", "session"},
     {"commands"},
-    {"cli", "arguments", "keys", "help", "completion", "presets", "sweep", "__main__"},
+    {"cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "__main__"},
 ]
 
 DOORS = {

@@ -347,6 +347,21 @@ class Order(Enum):
     windows = "windows"
 
 
+class NonFinite(Enum):
+    """What to do when the loss or the gradient of a batch is not finite; in all cases that update is not made."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
+
+
+class OnUsr1(Enum):
+    """What SIGUSR1 asks for."""
+
+    stop = "stop"
+    save = "save"
+
+
 DEFAULT_MAX_EPOCHS = 3.0
 
 
@@ -372,6 +387,18 @@ class TrainConfig:
     """Stop early after this many evaluations without a better validation loss (>= 1); null: never."""
     ema_decay: float | None = None
     """Decay per step of an exponential average of the weights (0 < d < 1) that is evaluated and saved; null: none."""
+    nonfinite: NonFinite = NonFinite.stop
+    """A loss or gradient that is not finite: stop; skip the batch; rollback to the last checkpoint, without the batch."""
+    max_skips: int = 10
+    """With nonfinite=skip or rollback, stop when more batches than this were left out (>= 0)."""
+    spike_nats: float | None = None
+    """Treat a loss this far above the running mean (> 0, nats per token) like one that is not finite; null: never."""
+    time_limit: str | None = None
+    """Stop and save shortly before this wall-clock time of the command, e.g. 3d; null: before a SLURM job's end."""
+    on_usr1: OnUsr1 = OnUsr1.stop
+    """What the signal SIGUSR1 asks for: stop (save and exit with 75), or save and go on."""
+    workers: int = 0
+    """Threads that put batches together ahead of the training (>= 0); changes the speed only."""
 
     def __post_init__(self) -> None:
         micro = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
@@ -406,6 +433,20 @@ class TrainConfig:
                 self.budget,
                 "must be a duration such as 90s, 10m or 1h30m",
             )
+            check(
+                self.time_limit is None or parse_duration(self.time_limit) is not None,
+                "train.time_limit",
+                self.time_limit,
+                "must be a duration such as 90m, 12h or 3d",
+            )
+            check(
+                self.spike_nats is None or 0 < self.spike_nats < float("inf"),
+                "train.spike_nats",
+                self.spike_nats,
+                "must be > 0 or null",
+            )
+            check(self.max_skips >= 0, "train.max_skips", self.max_skips, "must be >= 0")
+            check(self.workers >= 0, "train.workers", self.workers, "must be >= 0")
 
     @property
     def epochs_limit(self) -> float | None:
@@ -417,6 +458,11 @@ class TrainConfig:
     def budget_s(self) -> float | None:
         """The budget in seconds."""
         return None if self.budget is None else parse_duration(self.budget)
+
+    @property
+    def time_limit_s(self) -> float | None:
+        """The time limit in seconds."""
+        return None if self.time_limit is None else parse_duration(self.time_limit)
 
 
 def parse_duration(text: str) -> float | None:
@@ -460,14 +506,22 @@ class EvalConfig:
             )
 
 
+OnSaveError = Enum("OnSaveError", ["continue", "stop"])
+"""What to do when a checkpoint cannot be saved; by name, since ``continue`` is a keyword."""
+
+
 @dataclass(kw_only=True)
 class SaveConfig:
-    """Checkpoints. The newest ones and the best one by validation loss are kept."""
+    """Checkpoints. The newest ones, the best one by validation loss and pinned ones (``lmkit runs pin``) are kept."""
 
     every_steps: int | None = None
     """Save every so many steps (>= 1); null: after each evaluation, and at the end in any case."""
     keep: int = 2
     """Keep this many of the newest checkpoints, beside the best one (>= 1)."""
+    keep_every: int | None = None
+    """Also keep the checkpoints whose step is a multiple of this (>= 1); null: none."""
+    on_error: OnSaveError = OnSaveError["continue"]
+    """A save that fails twice: continue (exit code 6 in the end if the last one failed), or stop at once."""
 
     def __post_init__(self) -> None:
         with Problems() as check:
@@ -478,6 +532,12 @@ class SaveConfig:
                 "must be >= 1 or null",
             )
             check(self.keep >= 1, "save.keep", self.keep, "must be >= 1")
+            check(
+                self.keep_every is None or self.keep_every >= 1,
+                "save.keep_every",
+                self.keep_every,
+                "must be >= 1 or null",
+            )
 
 
 @dataclass(kw_only=True)

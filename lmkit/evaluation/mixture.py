@@ -29,10 +29,11 @@ def best_weights(nats_MN: Sequence[Nats], tolerance: float = 1e-9, max_rounds: i
     """The weights that maximise the likelihood of a text, by expectation-maximisation from equal ones.
 
     The log-likelihood is concave in the weights, so what EM finds is the best (Jelinek & Mercer 1980). Stops when the
-    nats per token change by less than ``tolerance`` relative to them.
+    nats per token change by less than ``tolerance`` relative to them. Tokens that a member does not score, or that none
+    thinks possible, say nothing about the weights.
     """
     logs_MN = _logs(nats_MN)
-    logs_MN = logs_MN[:, ~np.isnan(logs_MN).any(0)]
+    logs_MN = logs_MN[:, np.isfinite(logs_MN.max(0))]
     weights_M = np.full(len(logs_MN), 1 / len(logs_MN))
     top_N = logs_MN.max(0)
     probs_MN = np.exp(logs_MN - top_N)

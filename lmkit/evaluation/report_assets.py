@@ -135,7 +135,7 @@ mark { border-radius: 2px; }
 }
 @media print {
   body { padding: 0; max-width: none; font-size: 10pt; }
-  #popup, .hint, figure details, footer { display: none; }
+  #popup, .hint, details:not([open]), footer { display: none; }
   #text .shown { outline: 0; }
   #text p { content-visibility: visible; }
   .legend { position: static; }

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
+from lmkit.store.listing import VALID_LOSS, best_first, json_object, list_checkpoints, valid_loss
 from lmkit.store.manifest import Manifest, read_manifest, verify_checkpoint
-from lmkit.store.runs import CHECKPOINTS, FoundRun
+from lmkit.store.runs import FoundRun
 from lmkit.store.tensorfile import read_tensors
 
-VALID_LOSS = "valid_nats_per_token"
-"""Key of ``Snapshot.state``: validation loss of exactly these weights in nats, absent or null if not evaluated."""
 BEST = "best"
 LATEST = "latest"
 
@@ -71,8 +69,8 @@ def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool =
         step=manifest.step,
         model=model,
         optimizer=_read_section(path, manifest, mf.OPTIMIZER) if with_optimizer else {},
-        state=_json_object(small[mf.STATE], path / mf.STATE),
-        config=_json_object(small[mf.CONFIG], path / mf.CONFIG),
+        state=json_object(small[mf.STATE], path / mf.STATE),
+        config=json_object(small[mf.CONFIG], path / mf.CONFIG),
     )
 
 
@@ -84,13 +82,6 @@ def _read_section(path: Path, manifest: Manifest, file: str) -> dict[str, Tensor
     return tensors | {alias: tensors[name] for alias, name in manifest.aliases.get(file, {}).items()}
 
 
-def _json_object(raw: bytes, where: Path) -> dict[str, Any]:
-    value = mf.parse_json(raw, where)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must hold a JSON object, found {type(value).__name__}")
-    return value
-
-
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
     """Name of a floating-point tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
@@ -98,18 +89,6 @@ def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
         if wide.is_floating_point() and not bool(torch.isfinite(wide).all()):
             return name
     return None
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run by step, oldest first; not verified."""
-    folder = run_dir / CHECKPOINTS
-    try:
-        entries = [p for p in folder.iterdir() if mf.step_of(p.name) is not None and p.is_dir() and not p.is_symlink()]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise mf.unreadable(folder, error) from None
-    return sorted(entries, key=lambda p: p.name)
 
 
 def latest_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
@@ -137,16 +116,6 @@ def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
     return _first_whole(run_dir, best_first(newest_first, losses), _verified, warn)
 
 
-def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> list[Path]:
-    """Checkpoints by validation loss (directory name -> nats per token), then those without one, each newest first."""
-
-    def key(path: Path) -> float:
-        loss = losses.get(path.name)
-        return math.inf if loss is None else loss
-
-    return sorted(newest_first, key=key)
-
-
 def _verified(path: Path) -> Path:
     verify_checkpoint(path)
     return path
@@ -172,15 +141,6 @@ def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], war
     return None
 
 
-def valid_loss(path: Path) -> float | None:
-    """Validation loss in nats per token that a checkpoint records, if it was evaluated. Raises CheckpointError."""
-    entry = read_manifest(path).file(mf.STATE)
-    if entry is None:
-        return None
-    value = _json_object(mf.read_entry(path, entry), path / mf.STATE).get(VALID_LOSS)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def resolve_checkpoint(run: FoundRun | Path, which: str, warn: Warn = log_warning) -> Path:
     """The checkpoint that ``which`` names: best, latest, or a directory name such as step-000000001000.
 
@@ -202,3 +162,19 @@ def resolve_checkpoint(run: FoundRun | Path, which: str, warn: Warn = log_warnin
         )
     names = ", ".join(p.name for p in known)
     raise CheckpointError(f"run.checkpoint={which!r} is not in {found.path}", f"there are best, latest, {names}")
+
+
+__all__ = [
+    "VALID_LOSS",
+    "Snapshot",
+    "Warn",
+    "best_checkpoint",
+    "first_nonfinite",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_latest",
+    "log_warning",
+    "resolve_checkpoint",
+    "valid_loss",
+]

@@ -21,16 +21,10 @@ from torch import Tensor
 from lmkit.errors import CheckpointError, DivergedError, LmkitError, ResourceError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
-from lmkit.store.checkpoint import (
-    Snapshot,
-    Warn,
-    best_first,
-    first_nonfinite,
-    list_checkpoints,
-    log_warning,
-    valid_loss,
-)
+from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
+from lmkit.store.listing import best_first, list_checkpoints, valid_loss
 from lmkit.store.manifest import FileEntry, Manifest, TensorSpec, verify_checkpoint
+from lmkit.store.pins import read_pins
 from lmkit.store.runs import CHECKPOINTS, Run
 from lmkit.store.tensorfile import file_bytes, spec_of, write_tensors
 
@@ -68,11 +62,11 @@ class CheckpointWriter:
 
     ``submit`` copies the snapshot into buffers that are reused from save to save (the only time that training waits,
     unless the save before is still running) and returns. The thread writes and syncs all files in a ``.tmp-``
-    directory, commits by renaming it, re-reads from disk and re-hashes, and only then retires older checkpoints: the
-    newest ``keep`` whole ones and the best one stay. What goes wrong there is raised by the next ``submit``, ``wait``
-    or ``close``; older checkpoints are whole all the same, and the caller may catch the error and go on. Leaving the
-    ``with`` block waits; on the way of another exception a failed save is a warning. With ``background=False`` the
-    same happens before ``submit`` returns.
+    directory, commits by renaming it, re-reads from disk and re-hashes, and only then retires older checkpoints. Those
+    stay that are whole and among the newest ``keep``, or the best one, or of every ``keep_every``-th step, or pinned.
+    What goes wrong there is raised by the next ``submit``, ``wait`` or ``close``; older checkpoints are whole all the
+    same, and the caller may catch the error and go on. Leaving the ``with`` block waits; on the way of another
+    exception a failed save is a warning. With ``background=False`` the same happens before ``submit`` returns.
     """
 
     def __init__(
@@ -81,16 +75,18 @@ class CheckpointWriter:
         tokenizer: SavableTokenizer,
         *,
         keep: int,
+        keep_every: int | None = None,
         warn: Warn = log_warning,
         background: bool = True,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep={keep} must be >= 1")
+        if keep < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep={keep} and keep_every={keep_every} must be >= 1")
         self.newest: Path | None = None
         """The last checkpoint that was committed and verified by this writer."""
         self._run = run
         self._folder = run.path / CHECKPOINTS
         self._keep = keep
+        self._keep_every = keep_every
         self._warn = warn
         self._background = background
         self._thread: threading.Thread | None = None
@@ -286,11 +282,21 @@ class CheckpointWriter:
             return False
 
     def _retire(self) -> None:
-        """Delete the whole checkpoints that are neither among the newest ``keep`` nor the best; damaged ones stay."""
+        """Delete the whole checkpoints that nothing keeps (see the class); damaged ones stay.
+
+        Where the list of pinned ones cannot be read, nothing is deleted.
+        """
         whole = [path for path in list_checkpoints(self._run.path)[::-1] if self._is_whole(path)]
         kept = {*whole[: self._keep], *best_first(whole, self._whole)[:1]}
+        try:
+            pinned = read_pins(self._run.path)
+        except CheckpointError as error:
+            self._warn(f"no checkpoint is retired: {error}")
+            return
         for path in whole:
-            if path not in kept:
+            step = mf.step_of(path.name) or 0
+            on_grid = self._keep_every is not None and step % self._keep_every == 0
+            if path not in kept and step not in pinned and not on_grid:
                 try:
                     storage.discard(path)
                 except OSError as error:  # e.g. a reader has it open on Windows: the next save tries again

@@ -80,7 +80,7 @@ class Run:
             _make_given(path)
             if LOCK not in os.listdir(path):
                 _check_usable(path, resume=resume)  # before anything is written into a folder that is not a run
-        lock = _acquire(path)
+        lock = acquire(path)
         try:
             _check_usable(path, resume=resume)
             run = cls(path, lock, warn)
@@ -234,8 +234,11 @@ def _check_usable(path: Path, *, resume: bool) -> None:
         raise ConfigError(f"run.dir={path} is not a run directory", "choose another run.dir")
 
 
-def _acquire(path: Path) -> filelock.BaseFileLock:
-    """Take the run's kernel lock, which the system frees when the process ends in whatever way."""
+def acquire(path: Path) -> filelock.BaseFileLock:
+    """Take the run's kernel lock, which the system frees when the process ends in whatever way.
+
+    Raises RunLockedError naming the holder, or ResourceError.
+    """
     lock = filelock.FileLock(path / LOCK, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         if (path / LOCK).is_symlink():

@@ -1,0 +1,198 @@
+"""lmkit runs show and diff: what a run is, and what differs between two."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmkit.commands.runs_text import (
+    NOTHING,
+    columns,
+    flatten,
+    format_bytes,
+    format_model,
+    format_ppl,
+    format_step,
+    format_time,
+    format_value,
+    named_values,
+    parse_time,
+)
+from lmkit.console import format_duration, format_number
+from lmkit.errors import CheckpointError
+from lmkit.store.audit import audit_checkpoint
+from lmkit.store.browse import Status, read_journal, read_newest_config, read_summary, readable, section
+from lmkit.store.listing import best_first, list_checkpoints, valid_loss
+from lmkit.store.manifest import step_of
+from lmkit.store.pins import read_pins
+from lmkit.store.records import read_object
+from lmkit.store.runs import LOCK_INFO, METRICS, read_info, read_metrics, read_result
+
+NOT_COMPARED = ("run", "resume", "debug", "command")
+"""Parts of a configuration that do not decide what is computed."""
+
+
+def show(run_dir: Path) -> str:
+    """Everything about a run on one page; what is damaged is left out, or said."""
+    summary = read_summary(run_dir)
+    info = readable(read_info, run_dir)
+    manifest, config = read_newest_config(run_dir)
+    about = [
+        ("status", f"{summary.status.name} at step {format_step(summary.step)}{_holder(run_dir, summary.status)}"),
+        ("command", shlex.join(summary.command) or NOTHING),
+        ("created", f"{format_time(parse_time(summary.created))}, last log {format_time(summary.last_log)}"),
+        ("run id", str(info.get("run_id", NOTHING))),
+        ("model", format_model(summary)),
+        ("seed", NOTHING if summary.seed is None else str(summary.seed)),
+        ("size", format_bytes(summary.num_bytes)),
+    ]
+    digests = {} if manifest is None else manifest.digests
+    for name, digest in sorted({**section(info, "digests"), **digests}.items()):
+        about.append((f"{name} digest", str(digest)))
+    if manifest is not None:
+        about.append(("environment", ", ".join(f"{k} {v}" for k, v in sorted(manifest.environment.items()))))
+    lines = [str(run_dir), *named_values(about)]
+    if config:
+        lines += ["", "configuration", *named_values(_config_rows(config))]
+    lines += ["", "checkpoints", *_checkpoint_lines(run_dir)]
+    lines += ["", "numbers", *named_values(_number_rows(run_dir))]
+    return "\n".join(lines) + "\n"
+
+
+def _holder(run_dir: Path, status: Status) -> str:
+    if status is not Status.running:
+        return ""
+    holder = readable(lambda path: read_object(path / LOCK_INFO), run_dir)
+    return f", by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One row a section, without what is null."""
+    rows, plain = [], []
+    for name, value in sorted(config.items()):
+        if isinstance(value, dict):
+            kind = value.get("kind")
+            words = [f"{k}={format_value(v)}" for k, v in flatten(value) if v is not None and k != "kind"]
+            title = [] if kind in (None, name) else [f"{kind}:" if words else str(kind)]
+            rows.append((name, " ".join([*title, *words])))
+        elif name != "command":
+            plain.append(f"{name}={format_value(value)}")
+    return [*(row for row in rows if row[1]), ("also", " ".join(plain))]
+
+
+def _checkpoint_lines(run_dir: Path) -> list[str]:
+    paths = list_checkpoints(run_dir)
+    if not paths:
+        return ["  none yet"]
+    hashed = {
+        str(event.get("checkpoint")): event.get("self")
+        for event in read_journal(run_dir)
+        if event.get("event") == "verify"
+    }
+    try:
+        pinned = read_pins(run_dir)
+    except CheckpointError:
+        pinned = frozenset()
+    losses = {path.name: _loss(path) for path in paths}
+    best = best_first(paths[::-1], losses)[0]
+    rows = [["step", "size", "valid loss", "verified", ""]]
+    for path in paths:
+        audit, loss, step = audit_checkpoint(path, hashes=False), losses[path.name], step_of(path.name) or 0
+        marks = ["best"] if path == best and loss is not None else []
+        marks += ["pinned"] if step in pinned else []
+        if audit.damage or audit.manifest is None:
+            verified, size = f"DAMAGED: {'; '.join(audit.damage)}", NOTHING
+        else:
+            verified = "when saved" if hashed.get(path.name) == audit.manifest.digest else "no"
+            size = format_bytes(audit.manifest.total_bytes)
+        rows.append([f"{step:,}", size, NOTHING if loss is None else f"{loss:.4f}", verified, ", ".join(marks)])
+    return columns(rows, right=(0, 1, 2), indent=2)
+
+
+def _loss(path: Path) -> float | None:
+    try:
+        return valid_loss(path)
+    except CheckpointError:
+        return None
+
+
+def _number_rows(run_dir: Path) -> list[tuple[str, str]]:
+    """The best validation so far, the last line of the log, and the result of a run that came to its end."""
+    rows = [("best valid ppl", format_ppl(read_summary(run_dir)))]
+    metrics = read_metrics(run_dir)
+    for title, key in (("last train", "loss"), ("last valid", "valid_loss")):
+        row = next((row for row in reversed(metrics) if key in row), None)
+        if row is not None:
+            words = [f"{k} {_short(v)}" for k, v in row.items() if k not in ("step", "progress", "memory_bytes")]
+            rows.append((title, f"step {row['step']:,}: {', '.join(words)}"))
+    try:
+        result = read_result(run_dir)
+    except CheckpointError as error:
+        return [*rows, ("result", str(error))]
+    if result is not None:
+        keys = ("word_ppl", "token_ppl", "bits_per_byte", "accuracy", "epochs", "elapsed_s")
+        rows.append(("result (valid)", ", ".join(f"{key} {_short(result[key])}" for key in keys if key in result)))
+    if not metrics and result is None:
+        rows.append((METRICS, "no rows yet"))
+    return rows
+
+
+def _short(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return format_number(value) if is_number else str(value)
+
+
+def diff(first: Path, second: Path) -> str:
+    """What differs between two runs, in two columns."""
+    lines = []
+    settings = [_settings(path) for path in (first, second)]
+    numbers = [_numbers(path) for path in (first, second)]
+    for name, (left, right) in (("configuration", settings), ("numbers", numbers)):
+        keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
+        if name == "configuration":
+            keys.sort()
+        if keys:
+            rows = [[name, str(first), str(second)]]
+            rows += [[key, left.get(key, NOTHING), right.get(key, NOTHING)] for key in keys]
+            lines += [*columns(rows), ""]
+        else:
+            lines += [f"{name}: the same", ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _settings(run_dir: Path) -> dict[str, str]:
+    """What was asked for: the configuration, or where no checkpoint has it yet the command."""
+    info = readable(read_info, run_dir)
+    _, config = read_newest_config(run_dir)
+    kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    values = {key: format_value(value) for key, value in flatten(kept)}
+    if not values:
+        values = {"command (no checkpoint yet)": shlex.join(map(str, info.get("command", [])))}
+    digests = {f"{key} (digest)": str(value)[:12] for key, value in section(info, "digests").items()}
+    return {"command": str(config.get("command", NOTHING)), "seed": str(info.get("seed", NOTHING)), **values, **digests}
+
+
+def _numbers(run_dir: Path) -> dict[str, str]:
+    """What came out of it."""
+    summary = read_summary(run_dir)
+    result = readable(read_result, run_dir)
+    metrics = read_metrics(run_dir)
+    speeds = [row["tokens_per_s"] for row in metrics if isinstance(row.get("tokens_per_s"), float)]
+    values = {
+        "status": summary.status.name,
+        "parameters": NOTHING if summary.num_parameters is None else f"{summary.num_parameters:,}",
+        "step": format_step(summary.step),
+        "best valid ppl per word": NOTHING if summary.word_ppl is None else format_number(summary.word_ppl),
+        "best valid ppl per token": NOTHING if summary.token_ppl is None else format_number(summary.token_ppl),
+        "best valid nats per token": NOTHING if summary.best_valid_loss is None else f"{summary.best_valid_loss:.4f}",
+    }
+    if speeds:
+        values["tokens/s (median)"] = format_number(sorted(speeds)[len(speeds) // 2])
+    if isinstance(result.get("elapsed_s"), float):
+        values["time"] = format_duration(result["elapsed_s"])
+    for key in ("epochs", "trained_tokens", "word_ppl", "token_ppl", "bits_per_byte", "accuracy"):
+        if key in result:
+            values[f"result: {key}"] = _short(result[key])
+    return values

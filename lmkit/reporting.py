@@ -1,0 +1,79 @@
+"""What a command line says in the end: the one line of an error and its exit code, whatever the streams can show."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+
+from lmkit.errors import LmkitError, ResourceError
+
+LESS_MEMORY = {
+    "pretrain": "lower train.batch_size, train.micro_batch_size or train.seq_len",
+    "finetune": "lower train.batch_size, train.micro_batch_size or train.seq_len",
+    "eval-ppl": "lower batch_size or seq_len",
+    "generate": "lower num_samples or max_new_tokens",
+}
+"""Command -> what makes it need less memory."""
+
+
+def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:
+    """Print an error as one line, with a traceback before it if ``debug``; returns its exit code."""
+    message, code = _described(error, command)
+    if debug and not isinstance(error, KeyboardInterrupt):
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    print(f"error: {where}{line}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
+    return code
+
+
+def _described(error: BaseException, command: str) -> tuple[str, int]:
+    text = " ".join(str(error).splitlines())
+    name = type(error).__name__
+    if isinstance(error, LmkitError):
+        return text, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or text or name}{where}", ResourceError.exit_code
+    hint = "a bug in lmkit; debug=true shows where"
+    return f"{name}: {text} ({hint})" if text else f"{name} ({hint})", 1
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print to standard output; a character that its encoding lacks becomes a question mark."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
+
+
+def open_missing_streams() -> None:
+    """Where a standard stream was closed by the caller, read nothing from it and write to nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open to the end, as they are
+
+
+def reader_is_gone() -> bool:
+    """True if standard output is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor in a test
+        return True
+
+
+def discard_stdout() -> None:
+    """Throw away what standard output still holds if it cannot be written, so that Python does not try at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

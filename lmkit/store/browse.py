@@ -1,0 +1,298 @@
+"""Looking at runs from outside: finding them, their state, and a summary of each, without torch or any lock held."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from lmkit.config.runs import DEFAULT_ROOT
+from lmkit.errors import CheckpointError, ResourceError, RunLockedError
+from lmkit.store import manifest as mf
+from lmkit.store.listing import list_checkpoints, read_json_entry
+from lmkit.store.manifest import Manifest, read_manifest
+from lmkit.store.records import decode
+from lmkit.store.runs import (
+    CHECKPOINTS,
+    FINISHED,
+    JOURNAL,
+    LOCK,
+    METRICS,
+    RUN_INFO,
+    acquire,
+    read_info,
+    read_result,
+)
+
+MAX_DEPTH = 3
+"""Folders below the root in which runs are looked for: a multirun makes a folder of runs."""
+
+
+class Status(Enum):
+    """What has become of a run."""
+
+    running = "running"
+    """A process holds its lock."""
+    finished = "finished"
+    """It came to its end."""
+    stopped = "stopped"
+    """Stopped on request, and saved."""
+    diverged = "diverged"
+    """It stopped at a loss or gradient that was not finite."""
+    crashed = "crashed"
+    """It ended in any other way: killed, or an error."""
+    unknown = "unknown"
+    """Whether it is running cannot be found out here."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in a few values; what could not be found out is None."""
+
+    path: Path
+    status: Status
+    created: str
+    """UTC time, ISO 8601."""
+    command: list[str]
+    seed: int | None
+    dataset: str | None
+    model: str | None
+    """Kind of model, or of cell."""
+    num_parameters: int | None
+    step: int | None
+    """Optimizer steps completed, as far as the log goes."""
+    best_valid_loss: float | None
+    """Lowest validation loss so far, nats per token."""
+    tokens_per_word: float | None
+    """Tokens for each original word of valid, which turns perplexity per token into perplexity per word."""
+    last_log: datetime | None
+    """When metrics.jsonl was last written, or the journal where there are no metrics (UTC)."""
+    num_bytes: int
+
+    @property
+    def token_ppl(self) -> float | None:
+        """Best validation perplexity per token."""
+        return None if self.best_valid_loss is None else _exp(self.best_valid_loss)
+
+    @property
+    def word_ppl(self) -> float | None:
+        """Best validation perplexity per original word, if the number of words is known."""
+        if self.best_valid_loss is None or self.tokens_per_word is None:
+            return None
+        return _exp(self.best_valid_loss * self.tokens_per_word)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run, as far as can be seen from outside."""
+    return (path / RUN_INFO).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def find_runs(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+    """The run at ``root``, or all runs at most ``depth`` folders below it. Raises CheckpointError for no folder."""
+    if is_run(root):
+        yield root
+        return
+    try:
+        folders = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {root}: {error.strerror or error}", "name a folder that holds runs"
+        ) from None
+    for folder in folders:
+        with contextlib.suppress(CheckpointError):
+            if is_run(folder):
+                yield folder
+            elif depth > 1:
+                yield from find_runs(folder, depth - 1)
+
+
+def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
+    """The run that ``word`` names: its path, or its name in ``root``. Raises CheckpointError with what was meant."""
+    path = Path(word or "?").expanduser()
+    for found in (path, Path(root) / path):
+        if is_run(found):
+            return found
+    if (path / mf.MANIFEST).is_file():
+        raise CheckpointError(f"{word} is a checkpoint", "name its run")
+    if path.exists():
+        raise CheckpointError(f"{word} is not a run directory", f"lmkit runs ls {word} lists the runs in it")
+    known = []
+    with contextlib.suppress(CheckpointError):
+        known = [run.relative_to(root).as_posix() for run in find_runs(Path(root))]
+    near = difflib.get_close_matches(path.name, known, n=3)
+    raise CheckpointError(
+        f"there is no run {word!r}", f"did you mean {' or '.join(near)}?" if near else "lmkit runs ls lists the runs"
+    )
+
+
+def status_of(run_dir: Path) -> Status:
+    """What has become of the run: the events of its last session, its result, and whether its lock is held."""
+    has_result = readable(read_result, run_dir).get("status") == FINISHED
+    session: list[dict[str, Any]] = []
+    for event in read_journal(run_dir):
+        if event.get("event") in ("start", "resume"):
+            session.clear()
+        else:
+            session.append(event)
+    names = {event.get("event") for event in session}
+    if "stopped" in names:
+        return Status.stopped
+    if "finished" in names and has_result:
+        return Status.finished
+    try:
+        if is_locked(run_dir):
+            return Status.running
+    except ResourceError:
+        return Status.unknown
+    if any(event.get("event") == "nonfinite" and event.get("policy") == "stop" for event in session):
+        return Status.diverged
+    return Status.finished if has_result and names <= {"changed"} else Status.crashed
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process holds the run's lock. Raises ResourceError if that cannot be found out."""
+    if not (run_dir / LOCK).exists():
+        return False
+    try:
+        acquire(run_dir).release()
+    except RunLockedError:
+        return True
+    return False
+
+
+def read_journal(run_dir: Path) -> list[dict[str, Any]]:
+    """The events of journal.jsonl in order; torn lines are left out."""
+    return [row for line in _lines(run_dir / JOURNAL) if (row := _row(line)) is not None]
+
+
+def read_summary(run_dir: Path) -> RunSummary:
+    """Sum a run up. Damaged files make for fewer values and are no error."""
+    info = readable(read_info, run_dir)
+    result = readable(read_result, run_dir)
+    manifest, config = read_newest_config(run_dir)
+    validations, last_step = _metrics(run_dir)
+    losses = [_number(row.get("valid_loss")) for row in validations] + [_number(result.get("best_valid_loss"))]
+    steps = [last_step, None if manifest is None else manifest.step]
+    dataset, model = section(config, "dataset"), section(config, "model")
+    command, seed = info.get("command"), info.get("seed")
+    num_parameters = _number(result.get("num_parameters"))
+    size, last_log = _size_and_time(run_dir)
+    return RunSummary(
+        path=run_dir,
+        status=status_of(run_dir),
+        created=str(info.get("created", "")),
+        command=[str(word) for word in command] if isinstance(command, list) else [],
+        seed=seed if isinstance(seed, int) else None,
+        dataset=_text(result.get("dataset") or dataset.get("name") or dataset.get("kind")),
+        model=_text(model.get("cell") or model.get("kind")),
+        num_parameters=_num_parameters(manifest) if num_parameters is None else int(num_parameters),
+        step=max((step for step in steps if step is not None), default=None),
+        best_valid_loss=min((loss for loss in losses if loss is not None), default=None),
+        tokens_per_word=_tokens_per_word(result, config),
+        last_log=last_log,
+        num_bytes=size,
+    )
+
+
+def read_newest_config(run_dir: Path) -> tuple[Manifest | None, dict[str, Any]]:
+    """Manifest and configuration of the newest checkpoint in which both are whole; None and {} if there is none."""
+    for path in _checkpoints(run_dir)[::-1]:
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(path), read_json_entry(path, mf.CONFIG)
+    return None, {}
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    try:
+        return list_checkpoints(run_dir)
+    except CheckpointError:
+        return []
+
+
+def readable(read: Callable[[Path], dict[str, Any] | None], run_dir: Path) -> dict[str, Any]:
+    """What ``read`` finds in a run, {} if there is nothing or it is damaged."""
+    try:
+        return read(run_dir) or {}
+    except CheckpointError:
+        return {}
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError:
+        return []
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = decode(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _metrics(run_dir: Path) -> tuple[list[dict[str, Any]], int | None]:
+    """The rows of metrics.jsonl that hold a validation loss, and the last step; the rest is not parsed."""
+    lines = _lines(run_dir / METRICS)
+    rows = [row for line in lines if b'"valid_loss"' in line and (row := _row(line)) is not None]
+    steps = (
+        row["step"] for line in reversed(lines) if (row := _row(line)) is not None and type(row.get("step")) is int
+    )
+    return rows, next(steps, None)
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a stored configuration, {} if it has none."""
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a number that can be compared."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return float(value) if is_number else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _num_parameters(manifest: Manifest | None) -> int | None:
+    if manifest is None:
+        return None
+    return sum(math.prod(spec.shape) for spec in manifest.tensors[mf.MODEL].values())
+
+
+def _tokens_per_word(result: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:
+    """Known once the run has scored valid to the end, and always 1 where tokens are words."""
+    words, tokens = _number(result.get("num_words")), _number(result.get("num_tokens"))
+    if words and tokens:
+        return tokens / words
+    return 1.0 if section(config, "tokenizer").get("kind") == "word" else None
+
+
+def _size_and_time(run_dir: Path) -> tuple[int, datetime | None]:
+    """Bytes of all files in the run, and when its log was last written."""
+    size = 0
+    for folder, _, names in os.walk(run_dir):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+    for name in (METRICS, JOURNAL):
+        with contextlib.suppress(OSError):
+            return size, datetime.fromtimestamp((run_dir / name).stat().st_mtime, UTC)
+    return size, None
+
+
+def _exp(nats: float) -> float:
+    """exp without overflow."""
+    return math.exp(nats) if nats < 700 else math.inf

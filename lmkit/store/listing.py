@@ -1,0 +1,58 @@
+"""Which checkpoints a run has and how good they are, without loading torch or any tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmkit.errors import CheckpointError
+from lmkit.store import manifest as mf
+from lmkit.store.manifest import read_manifest
+from lmkit.store.runs import CHECKPOINTS
+
+VALID_LOSS = "valid_nats_per_token"
+"""Key of ``Snapshot.state``: validation loss of exactly these weights in nats, absent or null if not evaluated."""
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run by step, oldest first; not verified."""
+    folder = run_dir / CHECKPOINTS
+    try:
+        entries = [p for p in folder.iterdir() if mf.step_of(p.name) is not None and p.is_dir() and not p.is_symlink()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise mf.unreadable(folder, error) from None
+    return sorted(entries, key=lambda p: p.name)
+
+
+def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> list[Path]:
+    """Checkpoints by validation loss (directory name -> nats per token), then those without one, each newest first."""
+
+    def key(path: Path) -> float:
+        loss = losses.get(path.name)
+        return math.inf if loss is None else loss
+
+    return sorted(newest_first, key=key)
+
+
+def valid_loss(path: Path) -> float | None:
+    """Validation loss in nats per token that a checkpoint records, if it was evaluated. Raises CheckpointError."""
+    value = read_json_entry(path, mf.STATE).get(VALID_LOSS)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def read_json_entry(path: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint, such as config.json, verified by its SHA-256. Raises CheckpointError."""
+    entry = read_manifest(path).file(name)
+    return {} if entry is None else json_object(mf.read_entry(path, entry), path / name)
+
+
+def json_object(raw: bytes, where: Path) -> dict[str, Any]:
+    """The JSON object in the bytes of a file. Raises CheckpointError naming it."""
+    value = mf.parse_json(raw, where)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} must hold a JSON object, found {type(value).__name__}")
+    return value

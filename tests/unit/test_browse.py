@@ -1,0 +1,166 @@
+"""What can be seen of runs from outside: where they are, what has become of them, and how far they came."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmkit.errors import CheckpointError
+from lmkit.store.browse import Status, find_runs, is_locked, named_run, read_summary, status_of
+from lmkit.store.checkpoint import Snapshot
+from lmkit.store.checkpoint_writer import save_checkpoint
+from lmkit.store.runs import Run
+
+
+class ByteTokenizer:
+    digest = "ab" * 32
+
+    def save(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+
+def open_run(path: Path, *, resume: bool = False) -> Run:
+    run = Run.create(path, root=path.parent, dataset="d", model="m", resume=resume, warn=pytest.fail)
+    run.begin(seed=3, command=["lmkit", "pretrain", "model=tiny"], digests={})
+    return run
+
+
+def save(run: Run, step: int, tokenizer: str = "byte") -> None:
+    config = {
+        "dataset": {"kind": "benchmark", "name": "ptb"},
+        "model": {"kind": "recurrent", "cell": "gru"},
+        "tokenizer": {"kind": tokenizer},
+    }
+    save_checkpoint(run, Snapshot(step, {"weight": torch.ones(4, 5)}, {}, {}, config), ByteTokenizer(), keep=2)
+
+
+def finish(run: Run, **result: Any) -> None:
+    run.journal("finished", {"step": 1})
+    run.write_result(result)
+
+
+def test_a_run_is_running_exactly_while_its_lock_is_held(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        assert status_of(run.path) is Status.running
+        assert is_locked(run.path)
+    assert status_of(run.path) is Status.crashed
+    assert not is_locked(run.path)
+
+
+def test_asking_for_the_status_does_not_take_the_lock_away_nor_keep_it(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        status_of(run.path)
+        assert is_locked(run.path)
+    status_of(run.path)
+    open_run(run.path, resume=True).close()
+
+
+def test_finished_and_stopped_runs_are_told_from_those_that_just_ended(tmp_path: Path) -> None:
+    with open_run(tmp_path / "finished") as run:
+        finish(run)
+    with open_run(tmp_path / "stopped") as run:
+        run.journal("stopped", {"signal": "SIGTERM", "step": 1})
+    with open_run(tmp_path / "diverged") as run:
+        run.journal("nonfinite", {"step": 5, "policy": "stop"})
+    with open_run(tmp_path / "crashed") as run:
+        run.journal("nonfinite", {"step": 5, "policy": "skip"})
+        save(run, 6)
+    for name in ("finished", "stopped", "diverged", "crashed"):
+        assert status_of(tmp_path / name).name == name
+
+
+def test_a_finished_run_that_had_nothing_more_to_do_is_finished_and_one_that_broke_later_crashed(
+    tmp_path: Path,
+) -> None:
+    with open_run(tmp_path / "a") as run:
+        finish(run)
+    open_run(run.path, resume=True).close()
+    assert status_of(run.path) is Status.finished
+    with open_run(run.path, resume=True) as run:
+        save(run, 1)
+    assert status_of(run.path) is Status.crashed
+    with open_run(run.path, resume=True):
+        assert status_of(run.path) is Status.running
+
+
+def test_no_lock_file_is_made_by_looking(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        pass
+    (run.path / "LOCK").unlink()
+    assert status_of(run.path) is Status.crashed
+    assert not (run.path / "LOCK").exists()
+
+
+def test_runs_are_found_in_folders_of_runs_and_not_inside_runs(tmp_path: Path) -> None:
+    for name in ("b", "sweep/0", "sweep/1", ".hidden/x", "a/b/c/d/too-deep"):
+        (tmp_path / name / "checkpoints" / "step-000000000001").mkdir(parents=True)
+    found = [path.relative_to(tmp_path).as_posix() for path in find_runs(tmp_path)]
+    assert found == ["b", "sweep/0", "sweep/1"]
+    assert list(find_runs(tmp_path / "b")) == [tmp_path / "b"]
+    with pytest.raises(CheckpointError, match="nowhere"):
+        list(find_runs(tmp_path / "nowhere"))
+
+
+def test_a_name_means_a_path_first_and_then_a_run_in_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/one", "runs/two", "two"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    assert named_run("one") == Path("runs/one")
+    assert named_run("runs/one") == Path("runs/one")
+    assert named_run("two") == Path("two")
+    with pytest.raises(CheckpointError, match="did you mean two"):
+        named_run("twoo")
+    with pytest.raises(CheckpointError, match="runs is not a run directory"):
+        named_run("runs")
+    with pytest.raises(CheckpointError, match="no run ''"):
+        named_run("")
+
+
+def test_a_summary_counts_what_a_run_has_reached(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        save(run, 4)
+        run.log_metrics({"step": 3, "loss": 2.0})
+        run.log_metrics({"step": 4, "valid_loss": 2.5})
+        run.log_metrics({"step": 5, "valid_loss": math.nan})
+        run.log_metrics({"step": 6, "loss": 1.0})
+    summary = read_summary(run.path)
+    assert (summary.dataset, summary.model, summary.num_parameters) == ("ptb", "gru", 20)
+    assert (summary.step, summary.seed, summary.command[-1]) == (6, 3, "model=tiny")
+    assert summary.best_valid_loss == 2.5
+    assert summary.token_ppl == pytest.approx(math.exp(2.5))
+    assert summary.num_bytes == sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file())
+    assert summary.last_log is not None
+
+
+def test_perplexity_per_word_is_known_for_words_and_after_a_whole_validation(tmp_path: Path) -> None:
+    with open_run(tmp_path / "bytes") as run:
+        save(run, 1)
+        run.log_metrics({"step": 1, "valid_loss": 2.0})
+        assert read_summary(run.path).word_ppl is None
+        finish(run, num_tokens=300, num_words=100, best_valid_loss=2.0)
+    assert read_summary(run.path).word_ppl == pytest.approx(math.exp(6.0))
+    with open_run(tmp_path / "words") as run:
+        save(run, 1, tokenizer="word")
+        run.log_metrics({"step": 1, "valid_loss": 2.0})
+    assert read_summary(run.path).word_ppl == pytest.approx(math.exp(2.0))
+
+
+def test_an_empty_or_damaged_run_has_a_summary_with_less_in_it(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    summary = read_summary(tmp_path / "empty")
+    assert (summary.step, summary.model, summary.last_log, summary.num_bytes) == (None, None, None, 0)
+    with open_run(tmp_path / "damaged") as run:
+        save(run, 4)
+        finish(run)
+    for path in run.path.rglob("*"):
+        if path.is_file() and path.name != "LOCK":
+            path.write_bytes(b'{"torn')
+    summary = read_summary(run.path)
+    assert (summary.step, summary.model, summary.command) == (None, None, [])
+    (run.path / "run.json").write_text('{"command": 5, "seed": "x"}', encoding="utf-8")
+    (run.path / "result.json").write_text('{"num_words": "x", "num_parameters": [], "dataset": {}}', encoding="utf-8")
+    assert read_summary(run.path).command == []
