@@ -61,16 +61,22 @@ class SoftmaxHead(Head):
 
     @torch.no_grad()
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
-        nats, correct = [], []
+        nats_N = torch.zeros(len(targets_N), device=hidden_ND.device)
+        correct_N = torch.zeros(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
         size = rows_per_chunk(self.weight.shape[0], hidden_ND.device)
-        for hidden, targets in zip(torch.split(hidden_ND, size), torch.split(targets_N, size), strict=True):
-            logits = self.logits(hidden)
+        # Results are written in place and logits overwritten: small tensors that outlive a chunk would leave holes of
+        # its size in the heap, which at large vocabularies add up to gigabytes.
+        for first in range(0, len(targets_N), size):
+            rows = slice(first, first + size)
+            targets = targets_N[rows]
+            logits = self.logits(hidden_ND[rows])
             scored = targets != IGNORE
             safe = targets.where(scored, 0)
-            at_target = logits.gather(1, safe[:, None]).squeeze(1)
-            nats.append((torch.logsumexp(logits, 1) - at_target).where(scored, 0.0))
-            correct.append((logits.argmax(1) == safe) & scored)
-        return Scores(torch.cat(nats), torch.cat(correct))
+            at_target, (top, best) = logits.gather(1, safe[:, None]).squeeze(1), logits.max(1)
+            log_total = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
+            nats_N[rows] = (log_total - at_target).where(scored, 0.0)
+            correct_N[rows] = (best == safe) & scored
+        return Scores(nats_N, correct_N)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         return nn.functional.linear(hidden_ND, self.weight, self.bias).float()

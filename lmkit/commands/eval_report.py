@@ -18,6 +18,7 @@ from lmkit.evaluation.report import Report, ShownToken, by_frequency, by_length,
 from lmkit.evaluation.scoring import own_scores, score
 from lmkit.heads import rows_per_chunk
 from lmkit.models.base import Scores
+from lmkit.tokenizers.base import BytesTokenizer
 
 NUM_ALTERNATIVES = 5
 
@@ -26,10 +27,10 @@ def page(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mappi
     """The page as text."""
     nats_N, tokens = outcome.scores.nats_N, passage.material.tokens
     positions_N = np.maximum(outcome.windows.positions_in_context(len(tokens)), 0)
-    counts_V = np.zeros(evaluator.loaded.tokenizer.vocab_size, dtype=np.int64)
+    counts_V = None
     if "train" in evaluator.prepared.splits:
         train = evaluator.prepared.splits["train"].tokens
-        counts_V = np.bincount(train, minlength=len(counts_V))
+        counts_V = np.bincount(train, minlength=evaluator.loaded.tokenizer.vocab_size)
     shown = min(evaluator.cfg.report_tokens, len(tokens))
     warnings = []
     if result["kind"] != "static":
@@ -42,7 +43,7 @@ def page(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mappi
             rows=facts(result),
             protocol=dict(result["protocol"]),
             by_position=by_position(nats_N, positions_N),
-            by_frequency=by_frequency(nats_N, np.asarray(tokens), counts_V),
+            by_frequency=[] if counts_V is None else by_frequency(nats_N, np.asarray(tokens), counts_V),
             by_length=by_length(nats_N, _line_lengths(evaluator, tokens)),
             text=_shown_tokens(evaluator, passage, outcome, shown),
             text_note=f"The first {shown:,} of {len(tokens):,} tokens of {result['dataset']} {result['split']}",
@@ -81,6 +82,8 @@ def _texts(evaluator: Evaluator, tokens: NDArray[Any]) -> list[str]:
             f"{tokenizer.token_text(int(i))}\n" if int(i) == tokenizer.eos_id else f"{tokenizer.token_text(int(i))} "
             for i in tokens
         ]
+    if not isinstance(tokenizer, BytesTokenizer):
+        return [tokenizer.token_text(int(i)) for i in tokens]
     decoder = tokenizer.decoder()
     return [tokenizer.token_text(int(i)) if i == tokenizer.eos_id else decoder.push(int(i)) for i in tokens]
 

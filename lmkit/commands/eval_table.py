@@ -107,7 +107,8 @@ def _comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"against {found['name']}: {_number(found['ppl'])} here, {_number(found['other_ppl'])} there;"
                 f" {found['nats_per_count']:+.4f} nats better here"
-                f" (95 %: {found['low']:+.4f} to {found['high']:+.4f}, {found['num_units']:,} {found['unit']}s, paired),"
+                f" (95 %: {found['low']:+.4f} to {found['high']:+.4f}, paired over {found['num_units']:,}"
+                f" {found['unit']}s),"
                 f" better in {100 * found['better']:.1f} % of resamples;"
                 f" best mixture on this text: {found['weight']:.3f} of it gives {_number(found['mixture_ppl'])}"
             )

@@ -118,7 +118,7 @@ class DynamicRmsConfig(DynamicConfig):
 
     epsilon: float = 2e-5
     """Added to the root mean square (> 0)."""
-    statistics_tokens: int = 500_000
+    statistics_tokens: int = 100_000
     """Tokens of train that the statistics are taken from (>= 1)."""
 
     def __post_init__(self) -> None:

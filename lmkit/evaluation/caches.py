@@ -76,11 +76,11 @@ class NeuralCache:
         index_N1 = torch.arange(num_old, num_old + num_new, device=keys_SD.device)[:, None]
         index_S = torch.arange(len(keys_SD), device=keys_SD.device)
         seen_NS = (index_S < index_N1) & (index_S >= index_N1 - self.window)
-        similar_NS = (hidden_ND @ keys_SD.T).masked_fill_(~seen_NS, -torch.inf)
+        similar_NS = hidden_ND @ keys_SD.T
         is_target_NS = tokens_S == targets_N[:, None]
         empty_N = ~seen_NS.any(1)
         for k, theta in enumerate(self.thetas):
-            scaled_NS = similar_NS * theta if theta else torch.zeros_like(similar_NS).masked_fill_(~seen_NS, -torch.inf)
+            scaled_NS = (similar_NS * theta).masked_fill_(~seen_NS, -torch.inf)
             total_N = torch.logsumexp(scaled_NS, 1)
             own_N = torch.logsumexp(scaled_NS.masked_fill(~is_target_NS, -torch.inf), 1)
             nats_N = (total_N - own_N).where(~empty_N, torch.nan)

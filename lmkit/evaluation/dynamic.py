@@ -28,6 +28,9 @@ from lmkit.models.base import LanguageModel
 
 STATISTICS_TOKENS = 500
 """Tokens behind each gradient of the statistics: 100 lanes of 5, as in their code."""
+BLOWN_UP = 1000.0
+"""Nats per token beyond which the updates have gone wrong: guessing costs log V, about 10. Recurrent models saturate and
+go on with absurd but finite losses."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def score_dynamic(
                     with torch.no_grad():
                         sheet.put(positions_N, scorer(hidden_ND.detach(), targets_N, positions_N))
                     loss = model.head.loss(hidden_ND, targets_N) / len(targets_N)
-                    if not torch.isfinite(loss):
+                    if not loss.item() <= BLOWN_UP:
                         raise DivergedError(
                             f"dynamic evaluation blew up before token {positions_N[0]}", "lower dynamic.lr"
                         )

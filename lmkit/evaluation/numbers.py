@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmkit.errors import DataError
 from lmkit.evaluation.plan import Indices, Windows
 from lmkit.evaluation.protocols import Material, Protocol, Source, line_enders
 from lmkit.evaluation.scoring import TokenScores, exp
@@ -55,11 +56,15 @@ def summary(
 
     ppl = exp(nats / count). word_ppl counts words and ends of line, word_ppl_eos_not_counted words alone with the same
     nats; the ``without_`` numbers restrict both nats and count. Words, bytes and characters are those of the original
-    text, so their numbers need every token of it scored.
+    text, so their numbers need every token of it scored. Raises DataError if none was.
     """
     nats_N, tokenizer = scores.nats_N, source.tokenizer
     scored_N = scores.scored_N
     num_tokens, nats = int(scored_N.sum()), float(np.nansum(nats_N, dtype=np.float64))
+    if num_tokens == 0:
+        raise DataError(
+            f"protocol={protocol.name} scores no token of {source.name} {source.split_name}", "use another protocol"
+        )
     everything = num_tokens == len(nats_N)
     is_eos_N = scored_N & (material.tokens == tokenizer.eos_id)
     is_unk_N = scored_N & (material.tokens == (-1 if tokenizer.unk_id is None else tokenizer.unk_id))
@@ -119,7 +124,7 @@ def units_of(scores: TokenScores, material: Material, source: Source, count: flo
     """Documents if there are enough, else lines, with the counts that the protocol's number divides by.
 
     ``count``: the sum that the counts must have. Where the words of a part are not known, they are in proportion to its
-    tokens.
+    tokens. Parts of which nothing is scored are no units.
     """
     documents = material.words_of_documents
     if len(documents) >= ENOUGH_DOCUMENTS:
@@ -138,13 +143,15 @@ def _units(name: str, scores: TokenScores, ends_U: Indices, counts_U: Floats | N
         if counts_U is not None:
             counts_U = np.diff(np.append(0, np.cumsum(counts_U)[chosen]))
         ends_U = ends_U[chosen]
-        name = f"{name}s, neighbours joined"
-    begins_U = np.append(0, ends_U)[:-1]
-    nats_U = np.add.reduceat(np.nan_to_num(scores.nats_N.astype(np.float64)), begins_U)
+        name = f"joined {name}"
+    unit_N = np.repeat(np.arange(len(ends_U)), np.diff(ends_U, prepend=0))
+    nats_N = np.where(scores.scored_N, scores.nats_N, 0).astype(np.float64)
+    nats_U = np.bincount(unit_N, nats_N, len(ends_U))
+    tokens_U = np.bincount(unit_N, scores.scored_N, len(ends_U))
     if counts_U is None:
-        tokens_U = np.add.reduceat(scores.scored_N.astype(np.float64), begins_U)
         counts_U = tokens_U * (count / tokens_U.sum())
-    return Units(name, nats_U, counts_U)
+    kept_U = (tokens_U > 0) | (counts_U > 0)
+    return Units(name, nats_U[kept_U], counts_U[kept_U])
 
 
 def bootstrap(units: Units, resamples: int, seed: int, level: float = 0.95) -> Interval | None:
@@ -155,15 +162,25 @@ def bootstrap(units: Units, resamples: int, seed: int, level: float = 0.95) -> I
     num_units = len(units.nats_U)
     if resamples < 1 or num_units < 2:
         return None
-    ratios_R = resampled(np.stack([units.nats_U, units.counts_U]), resamples, seed)
-    ppl_R = np.exp(np.minimum(ratios_R[:, 0] / ratios_R[:, 1], 700))
-    low, high = np.quantile(ppl_R, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), level, resamples, units.name, num_units)
+    sums_R2 = resampled(np.stack([units.nats_U, units.counts_U]), resamples, seed)
+    low, high = percentiles(sums_R2[:, 0] / sums_R2[:, 1], level)
+    return Interval(exp(low), exp(high), level, resamples, units.name, num_units)
 
 
 def resampled(sums_KU: Floats, resamples: int, seed: int) -> Floats:
-    """(R, K) sums over U units drawn with replacement, the same draw for each of the K quantities."""
+    """(R, K) sums over U units drawn with replacement, the same draw for each of the K quantities (may be infinite)."""
     rng = np.random.default_rng(seed)
     num_units = sums_KU.shape[1]
-    draws_R = [np.bincount(rng.integers(num_units, size=num_units), minlength=num_units) for _ in range(resamples)]
-    return np.array([sums_KU @ counts for counts in draws_R])
+    infinite_KU = np.isposinf(sums_KU)
+    finite_KU = np.where(infinite_KU, 0.0, sums_KU)
+    sums_RK = np.empty((resamples, len(sums_KU)))
+    for sums_K in sums_RK:
+        times_U = np.bincount(rng.integers(num_units, size=num_units), minlength=num_units)
+        sums_K[:] = np.where(infinite_KU @ times_U > 0, np.inf, finite_KU @ times_U)
+    return sums_RK
+
+
+def percentiles(values_R: Floats, level: float = 0.95) -> tuple[float, float]:
+    """The middle ``level`` of the values."""
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)

@@ -177,14 +177,15 @@ class _Chart:
     id: str
     heading: str
     what: str
+    unit: str
     bars: list[Bar]
 
 
 def _charts(report: Report) -> list[str]:
     charts = [
-        _Chart("by-position", "by position in context", "tokens of context before it", report.by_position),
-        _Chart("by-frequency", "by word frequency", "times the token occurs in train", report.by_frequency),
-        _Chart("by-length", "by line length", "tokens in the line it stands in", report.by_length),
+        _Chart("by-position", "by position in context", "tokens of context before it", "position", report.by_position),
+        _Chart("by-frequency", "by word frequency", "times the token occurs in train", "times", report.by_frequency),
+        _Chart("by-length", "by line length", "tokens in the line it stands in", "length", report.by_length),
     ]
     figures = [_figure(chart) for chart in charts if chart.bars]
     if not figures:
@@ -224,9 +225,9 @@ def _figure(chart: _Chart) -> str:
             f'<text class="value" x="{LEFT + width + 5:.1f}" y="{y + 15}">{bar.nats_per_token:.2f}</text>'
             f'<text class="quiet end" x="{WIDTH}" y="{y + 15}">{bar.num_tokens:,}</text></g>'
         )
-        numbers = (f"{bar.nats_per_token:.4f}", ppl, f"{bar.num_tokens:,}", f"{share:.1%}", f"{part:.1%}")
+        numbers = (f"{bar.nats_per_token:.3f}", ppl, f"{bar.num_tokens:,}", f"{share:.1%}", f"{part:.1%}")
         rows.append(f'<tr><th scope="row">{label}</th>' + "".join(f"<td>{n}</td>" for n in numbers) + "</tr>")
-    heads = (chart.what, "nats per token", "perplexity", "tokens", "of tokens", "of loss")
+    heads = (chart.unit, "nats", "perplexity", "tokens", "of tokens", "of loss")
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     return (
         f'<figure id="{chart.id}"><figcaption>Loss {chart.heading} <small>{chart.what}</small></figcaption>\n'
@@ -279,15 +280,24 @@ def _text_section(tokens: Sequence[ShownToken], note: str) -> list[str]:
 
 
 def _lines(tokens: Sequence[ShownToken]) -> str:
-    """A paragraph a line, so that a browser need not lay out those that are not in sight."""
+    """A paragraph a line: each has a direction of writing of its own, and is laid out alone."""
     spans = "".join(_span(token) + ("</p>\n<p>" if token.text.endswith("\n") else "") for token in tokens)
     return f"<p>{spans}</p>".removesuffix("\n<p></p>")
 
 
 def _span(token: ShownToken) -> str:
-    """The one blank before a word stays outside of the colour."""
-    blank = " " if token.text.startswith(" ") and not token.text[1:2].isspace() and len(token.text) > 1 else ""
-    return f'{blank}<span class="{_class(token.nats)}">{running(token.text.removeprefix(blank))}</span>'
+    """The one blank before or after a word stays outside of the colour."""
+    before, core, after = _parts(token.text)
+    return f'{before}<span class="{_class(token.nats)}">{running(core)}</span>{after}'
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """A single blank before, the rest, a single blank after; anything else that is white belongs to the rest."""
+    core = text.removeprefix(" ").removesuffix(" ")
+    if core != core.strip(" ") or not core:
+        return "", text, ""
+    before, after = text.startswith(" "), text.endswith(" ")
+    return " " * before, core, " " * after
 
 
 def _class(nats: float) -> str:
@@ -318,7 +328,8 @@ def _most_surprising(tokens: Sequence[ShownToken]) -> str:
     for i in order[:NUM_MOST_SURPRISING]:
         token, first = tokens[i], tokens[i].alternatives[:1]
         before = escape("".join(token.text for token in tokens[max(0, i - NUM_TOKENS_BEFORE) : i]))
-        marked = f'<mark class="{_class(token.nats)}">{escape(visible(token.text))}</mark>'
+        blank, core, _ = _parts(token.text)
+        marked = f'{blank}<mark class="{_class(token.nats)}">{escape(visible(core))}</mark>'
         expected = "".join(f"<bdi>{escape(visible(text))}</bdi> {p:.0%}" for text, p in first)
         rows.append(
             f'<tr><td><a href="#token-{i}">{token.nats / math.log(2):.1f}</a></td>'
@@ -352,5 +363,5 @@ def _which(token: ShownToken) -> int:
 
 
 def _bare(text: str) -> str:
-    """Without the blank, which sentencepiece and byte-level BPE write as a letter in a token's name."""
-    return text.strip(" \u2581\u0120")
+    """Without line end and blank, which sentencepiece and byte-level BPE write as a letter in a token's name."""
+    return text.strip("\n \u2581\u0120")

@@ -64,6 +64,8 @@ summary { cursor: pointer; color: var(--accent); }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.22rem 0.6rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 th { font-weight: normal; color: var(--quiet); }
+figure table { width: 100%; font-size: 0.78rem; }
+figure th, figure td { padding: 0.15rem 0.28rem; white-space: nowrap; }
 figure td, figure thead th + th { text-align: right; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 2.5rem; }
 .pair h2 { margin-top: 0.8rem; }
@@ -102,7 +104,6 @@ svg .mean { stroke: var(--quiet); }
 #text { margin-top: 1rem; padding: 0.2rem; font-size: 1rem; line-height: 1.75; }
 #text p {
   margin: 0; max-width: none; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext;
-  content-visibility: auto; contain-intrinsic-size: auto 1.75rem;
 }
 #text span { border-radius: 3px; border-inline-start: 1px solid var(--page); cursor: pointer; }
 #text .shown { outline: 2px solid var(--accent); }
@@ -137,7 +138,6 @@ mark { border-radius: 2px; }
   body { padding: 0; max-width: none; font-size: 10pt; }
   #popup, .hint, details:not([open]), footer { display: none; }
   #text .shown { outline: 0; }
-  #text p { content-visibility: visible; }
   .legend { position: static; }
 }
 """

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lmkit.errors import DataError
 from lmkit.evaluation.mixture import best_weights, mixed
-from lmkit.evaluation.numbers import Units, resampled
+from lmkit.evaluation.numbers import Units, percentiles, resampled
 from lmkit.evaluation.scoring import exp
 
 Nats = NDArray[np.float32]
@@ -94,7 +94,7 @@ class Comparison:
     """Nats per word (or token) that A needs less than B; above 0: A is better."""
     low: float
     high: float
-    """95 % interval of it over resampled units."""
+    """95 % interval of it over resampled units; NaN, as is ``better``, with one unit or no resamples."""
     better: float
     """Share of the resamples in which A is better."""
     unit: str
@@ -111,18 +111,20 @@ class Comparison:
 def compare_units(name: str, ours: Units, theirs: Units, resamples: int, seed: int) -> Comparison:
     """Paired bootstrap over units: each resample takes the same units of both (Koehn 2004)."""
     count = float(ours.counts_U.sum())
-    sums = np.stack([ours.nats_U, theirs.nats_U, ours.counts_U])
-    found_R3 = resampled(sums, max(resamples, 1), seed)
-    gain_R = (found_R3[:, 1] - found_R3[:, 0]) / found_R3[:, 2]
-    low, high = np.quantile(gain_R, [0.025, 0.975])
+    low = high = better = float("nan")
+    if resamples > 0 and len(ours.nats_U) > 1:
+        sums_R3 = resampled(np.stack([ours.nats_U, theirs.nats_U, ours.counts_U]), resamples, seed)
+        gain_R = (sums_R3[:, 1] - sums_R3[:, 0]) / sums_R3[:, 2]
+        low, high = percentiles(gain_R)
+        better = float((gain_R > 0).mean())
     return Comparison(
         name=name,
         ppl=exp(float(ours.nats_U.sum()) / count),
         other_ppl=exp(float(theirs.nats_U.sum()) / count),
         nats_per_count=float((theirs.nats_U.sum() - ours.nats_U.sum()) / count),
-        low=float(low),
-        high=float(high),
-        better=float((gain_R > 0).mean()),
+        low=low,
+        high=high,
+        better=better,
         unit=ours.name,
         num_units=len(ours.nats_U),
         weight=None,

@@ -293,9 +293,9 @@ def test_of_many_simultaneous_starts_exactly_one_runs(tmp_path: Path) -> None:
             try:
                 os.close(go_write)
                 os.read(go_read, 1)  # returns for all at once, when the parent closes its end
-                run = create(tmp_path, tmp_path / "run", resume=True, warn=print)  # held: the lock dies with it
-                code = 0
-                signal.pause()
+                with create(tmp_path, tmp_path / "run", resume=True, warn=print):  # held: a run that is dropped unlocks
+                    code = 0
+                    signal.pause()
             except LmkitError as error:
                 code = error.exit_code
             finally:
