@@ -3,8 +3,8 @@
     python scripts/results.py --run lstm=runs/A --run transformer=runs/B --run kn5=runs/C [--dynamic "KEY=VALUE ..."]
                               [--ways static,cache,dynamic,kn5,ensemble] [--out FOLDER]
 
-Every number is one call of ``lmkit eval-ppl``, whose command is printed and whose JSON is kept in ``--out``; what is there
-already is not computed again. Runs named kn5 are scored statically only. The ensemble is of the runs that are not kn5.
+Every number is one call of ``lmkit eval-ppl``, whose command is printed and whose JSON is kept in ``--out``; what is
+there already is not computed again. Runs named kn5 are scored statically only; the ensemble is of the others.
 """
 
 from __future__ import annotations

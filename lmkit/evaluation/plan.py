@@ -46,6 +46,13 @@ class Windows:
         """Some of the windows (indices or a mask)."""
         return Windows(self.begins_W[chosen], self.scored_W[chosen], self.ends_W[chosen], self.prefix_W[chosen])
 
+    def shortened(self, receptive_field: int) -> Windows:
+        """The same scores for a model that sees only so many last inputs: what no score depends on is not read."""
+        begins_W = np.maximum(self.begins_W, self.scored_W - receptive_field + 1)
+        return Windows(
+            begins_W, self.scored_W, self.ends_W, np.where(begins_W == self.begins_W, self.prefix_W, NO_PREFIX)
+        )
+
     def positions_in_context(self, num_tokens: int) -> Indices:
         """(num_tokens,) how many inputs of its window precede that of each position; -1 where none is scored."""
         position_N = np.full(num_tokens, -1, dtype=np.int64)

@@ -131,13 +131,17 @@ def score(
     """Score what the windows ask for.
 
     Up to ``batch_size`` windows are read at once, each from an empty state, ``seq_len`` tokens at a time with carried
-    state; neither changes a number. Windows of about the same length are read together. ``scorer`` stands in for the
+    state; neither changes a number. Windows of about the same length are read together, and no model reads what its
+    receptive field does not reach. (A Transformer's cache cannot be kept from one overlapping window to the next: from
+    the second layer on, keys depend on where their window began.) ``scorer`` stands in for the
     head's own scores and is called in the order of the text if batch_size is 1. The model computes in eval mode unless
     ``dropout``, and is put back into the mode it was in. ``progress`` is told how many tokens are done. Raises
     ConfigError for an empty text or a foreign token, DivergedError for scores that are not finite.
     """
     text = Text(tokens, model.vocab_size)
     out = ScoreSheet(len(tokens), windows)
+    if model.receptive_field is not None:
+        windows = windows.shortened(model.receptive_field)
     scorer = scorer or own_scores(model)
     with mode(model, training=dropout):
         for batch in batches(windows, batch_size):

@@ -65,6 +65,8 @@ class LanguageModel(nn.Module, ABC):
     vocab_size: int
     context: int | None
     """Longest sequence, cached tokens included, that one forward pass can attend over; None if unbounded."""
+    receptive_field: int | None = None
+    """Number of last tokens that a hidden vector depends on; None: all that were read."""
     head: Head
 
     @abstractmethod

@@ -348,6 +348,7 @@ class KneserNey(LanguageModel):
     def __init__(self, config: NgramConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size, self.context = config, vocab_size, None
+        self.receptive_field = max(config.order - 1, 1)
         self.head = KneserNeyHead(config.order, vocab_size)
 
     def fit(self, tokens: NDArray[np.integer[Any]], *, eos_id: int) -> None:

@@ -19,14 +19,16 @@ from lmkit.config.evaluation import (
     SentenceProtocolConfig,
     TransformerXlProtocolConfig,
 )
-from lmkit.config.model import RecurrentConfig, TransformerConfig
+from lmkit.config.model import NgramConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.training import Precision
 from lmkit.data.tokenfiles import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError
+from lmkit.evaluation.plan import strided
 from lmkit.evaluation.protocols import Headline, Protocol, Reach, Source, build_protocol
 from lmkit.evaluation.scoring import score
 from lmkit.models.base import LanguageModel
+from lmkit.models.ngram import KneserNey
 from lmkit.tokenizers import Tokenizer
 from lmkit.tokenizers.basic import ByteTokenizer, WordTokenizer
 
@@ -316,3 +318,19 @@ def test_context_and_stride_are_refused_where_a_state_carries_the_past() -> None
 def test_too_many_stripes_are_a_clear_error(word_source: Source) -> None:
     with pytest.raises(ConfigError, match="too short for 30 stripes"):
         run_protocol(AwdLstmProtocolConfig(test_stripes=30), word_source, lstm(word_source.tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_an_ngram_model_reads_of_overlapping_windows_only_what_its_scores_depend_on(
+    word_source: Source, stride: int
+) -> None:
+    tokens = word_source.split.tokens
+    model = NgramConfig(order=3).build(word_source.tokenizer.vocab_size, seed=1)
+    assert isinstance(model, KneserNey)
+    model.fit(tokens, eos_id=word_source.tokenizer.eos_id)
+    windows = strided(len(tokens), 8, stride)
+    short = windows.shortened(2)
+    nats_N = score(model, tokens, windows, seq_len=8, batch_size=3, device=CPU).nats_N
+    model.receptive_field = None
+    np.testing.assert_array_equal(nats_N, score(model, tokens, windows, seq_len=8, batch_size=3, device=CPU).nats_N)
+    assert (short.scored_W - short.begins_W).max() <= 1
