@@ -22,7 +22,7 @@ from lmkit.errors import ConfigError, DataError
 from lmkit.evaluation import checks
 from lmkit.evaluation.baselines import compressed_bits_per_byte
 from lmkit.evaluation.evaluator import Evaluator, Outcome, Passage, as_json
-from lmkit.evaluation.numbers import bootstrap, summary, units_of
+from lmkit.evaluation.numbers import Units, bootstrap, summary, units_of
 from lmkit.evaluation.protocols import describe, line_enders
 from lmkit.evaluation.published import standing
 from lmkit.evaluation.scoring import TokenScores, exp
@@ -85,11 +85,16 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         has_accuracy=outcome.has_accuracy,
     )
     head = protocol.headline(outcome.scores.nats_N, outcome.windows, passage.material)
-    count = result["nats"] * head.count / head.nats if head.nats else head.count
-    interval = bootstrap(units_of(outcome.scores, passage.material, passage.source, count), cfg.bootstrap, cfg.seed)
+    units = _units(evaluator, passage, outcome, outcome.scores.nats_N)
+    interval = bootstrap(units, cfg.bootstrap, cfg.seed)
     result["interval"] = None if interval is None else asdict(interval)
     result["kind"] = evaluator.kind()
     result["chosen"] = as_json(outcome.choice, outcome.members)
+    scale = head.nats / result["nats"] / head.count if result["nats"] else 0.0
+    result["members_alone"] = {
+        name: exp(nats * scale) if np.isfinite(nats) else None
+        for name, nats in zip(outcome.members, outcome.member_nats, strict=True)
+    }
     rank = None
     if isinstance(evaluator.dataset, BenchmarkConfig) and result["ppl"] is not None:
         rank = standing(evaluator.dataset.name.value, protocol.name, result["kind"], cfg.split, result["ppl"])
@@ -109,6 +114,14 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         "precision": evaluator.device.precision.name,
         "trained_on_this_dataset": evaluator.dataset == loaded.dataset,
     }
+
+
+def _units(evaluator: Evaluator, passage: Passage, outcome: Outcome, nats_N: NDArray[np.float32]) -> Units:
+    """Parts of the text that give the protocol's own number; of tokens without nats, neither nats nor count."""
+    head = evaluator.protocol.headline(outcome.scores.nats_N, outcome.windows, passage.material)
+    count = head.count * (~np.isnan(nats_N)).sum() / outcome.scores.scored_N.sum()
+    weighted_N = (nats_N * evaluator.protocol.weights(outcome.windows, len(nats_N))).astype(np.float32)
+    return units_of(TokenScores(weighted_N, outcome.scores.correct_N), passage.material, passage.source, float(count))
 
 
 def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,18 +245,14 @@ def _compared(
         raise ConfigError(f"compare={name} does not exist", "name a run, a file of probabilities or a result in JSON")
     if path.suffix == ".json":
         return _compared_with_result(path, result)
-    scores = outcome.scores
-    theirs_N = aligned(read_word_probs(path), scores.scored_N, path)
-    both_N = ~np.isnan(theirs_N)
-    ours = TokenScores(np.where(both_N, scores.nats_N, np.nan).astype(np.float32), scores.correct_N)
-    return _paired(evaluator, passage, outcome, name, ours, theirs_N.astype(np.float32), int(both_N.sum()))
+    theirs_N = aligned(read_word_probs(path), outcome.scores.scored_N, path)
+    return _paired(evaluator, passage, outcome, name, theirs_N.astype(np.float32))
 
 
 def _compared_with_run(evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str) -> dict[str, Any]:
-    other, scores = evaluator.other(name), outcome.scores
+    other = evaluator.other(name)
     if other.tokenizer.digest == evaluator.loaded.tokenizer.digest:
-        theirs_N = evaluator.run_nats(name, passage)
-        return _paired(evaluator, passage, outcome, name, scores, theirs_N, int(scores.scored_N.sum()))
+        return _paired(evaluator, passage, outcome, name, evaluator.run_nats(name, passage))
     raise ConfigError(
         f"compare={name} has other tokens than {evaluator.loaded.path}, which single words cannot be paired with",
         "compare their results in JSON by bits_per_byte: compare=RESULT.json",
@@ -262,21 +271,16 @@ def _compared_with_result(path: Path, result: Mapping[str, Any]) -> dict[str, An
 
 
 def _paired(
-    evaluator: Evaluator,
-    passage: Passage,
-    outcome: Outcome,
-    name: str,
-    ours: TokenScores,
-    theirs_N: NDArray[np.float32],
-    num_tokens: int,
+    evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str, theirs_N: NDArray[np.float32]
 ) -> dict[str, Any]:
+    """Both on the tokens that both score, as the protocol counts."""
     cfg = evaluator.cfg
-    head = evaluator.protocol.headline(ours.nats_N, outcome.windows, passage.material)
-    count = head.count * num_tokens / int(outcome.scores.scored_N.sum())
-    theirs = TokenScores(np.where(ours.scored_N, theirs_N, np.nan).astype(np.float32), ours.correct_N)
-    units = [units_of(one, passage.material, passage.source, count) for one in (ours, theirs)]
-    compared = compare_units(name, units[0], units[1], cfg.bootstrap, cfg.seed)
-    weight, mixture_ppl = best_mixture(ours.nats_N, theirs.nats_N, count)
+    ours_N = np.where(np.isnan(theirs_N), np.nan, outcome.scores.nats_N).astype(np.float32)
+    theirs_N = np.where(np.isnan(ours_N), np.nan, theirs_N).astype(np.float32)
+    weight, mixture_N = best_mixture(ours_N, theirs_N)
+    ours, theirs, mixture = (_units(evaluator, passage, outcome, nats_N) for nats_N in (ours_N, theirs_N, mixture_N))
+    compared = compare_units(name, ours, theirs, cfg.bootstrap, cfg.seed)
+    mixture_ppl = exp(float(mixture.nats_U.sum() / mixture.counts_U.sum()))
     return compared.as_dict() | {"weight": weight, "mixture_ppl": mixture_ppl, "not_comparable": []}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,14 +50,15 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens scored", f"{result['num_tokens']:,}"
     if result["num_tokens_left_out"]:
         yield "tokens left out by the protocol", f"{result['num_tokens_left_out']:,}"
-    yield "words and ends of line", f"{result['num_words']:,}"
+    if result["num_words"] is not None:
+        yield "words and ends of line", f"{result['num_words']:,}"
     for part, shown in (("eos", "<eos>"), ("unk", "<unk>")):
         if share := result[part]["count"]:
             cost = result[part]
             text = (
                 f"{share:,} = {100 * cost['share_of_tokens']:.1f} % of tokens, {100 * cost['share_of_nats']:.1f} % of"
             )
-            yield f"{shown}, share and cost", f"{text} nats, perplexity {_number(cost['ppl'])}"
+            yield f"{shown}, share and cost", f"{text} nats, perplexity per {shown} {_number(cost['ppl'])}"
     if result["num_bytes"] is not None:
         yield "bytes", f"{result['num_bytes']:,}"
         yield "characters", f"{result['num_chars']:,}"
@@ -82,6 +84,9 @@ def _chosen_lines(result: Mapping[str, Any]) -> Iterator[str]:
         parts.append("weights " + ", ".join(f"{name} {weight:.4f}" for name, weight in chosen["weights"].items()))
     if parts:
         yield f"chosen: {'; '.join(parts)}{fitted}"
+    alone = [f"{name} {_number(ppl)}" for name, ppl in result["members_alone"].items() if ppl is not None]
+    if len(result["members_alone"]) > 1:
+        yield f"each alone: {', '.join(alone)}"
 
 
 def _baseline_lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -104,12 +109,13 @@ def _comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
         elif "low" not in found:
             yield f"against {found['name']}: {_number(found['ppl'])} here, {_number(found['other_ppl'])} there"
         else:
+            chance = (
+                f" (95 %: {found['low']:+.4f} to {found['high']:+.4f}, paired over {found['num_units']:,}"
+                f" {found['unit']}s), better in {100 * found['better']:.1f} % of resamples"
+            )
             yield (
                 f"against {found['name']}: {_number(found['ppl'])} here, {_number(found['other_ppl'])} there;"
-                f" {found['nats_per_count']:+.4f} nats better here"
-                f" (95 %: {found['low']:+.4f} to {found['high']:+.4f}, paired over {found['num_units']:,}"
-                f" {found['unit']}s),"
-                f" better in {100 * found['better']:.1f} % of resamples;"
+                f" {found['nats_per_count']:+.4f} nats better here{'' if math.isnan(found['better']) else chance};"
                 f" best mixture on this text: {found['weight']:.3f} of it gives {_number(found['mixture_ppl'])}"
             )
 

@@ -20,14 +20,14 @@ from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.evaluation.plan import NO_PREFIX, Indices, Tokens, Windows
-from lmkit.evaluation.scoring import score
+from lmkit.evaluation.scoring import mode, score
 from lmkit.models.base import LanguageModel, Scores
 
 SAMPLE_SHARE = 0.004
 """Share of the scored tokens that are scored again."""
 MIN_SAMPLE, MAX_WINDOW = 64, 256
 ROWS = 8
-"""Positions at which the whole distribution is looked at."""
+"""Positions of a piece at which the whole distribution is looked at."""
 MIN_LINE = 8
 """Tokens of the shortest line that counts as an overlap of train and test."""
 
@@ -52,13 +52,15 @@ class Checked:
 def prove(
     model: LanguageModel, tokens: Tokens, windows: Windows, *, seq_len: int, batch_size: int, device: Device, seed: int
 ) -> Checked:
-    """Score a sample in two ways, sum softmaxes and look for leaks. Raises CheckpointError for what does not hold."""
+    """Look for leaks, score a sample in two ways and sum softmaxes. Raises CheckpointError for what does not hold."""
     start = time.monotonic()
     tolerance = 2e-3 if device.precision is Precision.fp32 else 0.2
     sample = sample_windows(windows, model.context is None)
+    leak = look_for_leak(model, tokens, sample, device=device, seed=seed)
+    _require(leak <= tolerance, f"the model sees the future: changing later tokens moved what is before by {leak:.3g}")
     together = score(model, tokens, sample, seq_len=seq_len, batch_size=max(batch_size, 2), device=device)
     softmax = _SoftmaxCheck(model)
-    piece = max(1, seq_len // 3) if model.context is None else seq_len
+    piece = max(1, min(seq_len, sample.longest) // 3) if model.context is None else seq_len
     alone = score(model, tokens, sample, seq_len=piece, batch_size=1, device=device, scorer=softmax.scorer)
     scored_N = together.scored_N
     batch = float(np.abs(together.nats_N[scored_N] - alone.nats_N[scored_N]).max())
@@ -67,25 +69,33 @@ def prove(
         softmax.difference <= tolerance,
         f"the softmax does not sum to one: scores differ by {softmax.difference:.3g} nats from the logits",
     )
-    leak = look_for_leak(model, tokens, sample, device=device, seed=seed)
-    _require(leak <= tolerance, f"the model sees the future: changing later tokens moved what is before by {leak:.3g}")
     return Checked(batch, softmax.difference, leak, time.monotonic() - start)
 
 
 def sample_windows(windows: Windows, unbounded: bool) -> Windows:
-    """Windows spread over the text with about SAMPLE_SHARE of its tokens.
+    """At least two windows, where there are so many, spread over the text with about SAMPLE_SHARE of its tokens.
 
-    Windows of models without a context of their own are cut off, so that one over the whole text is not read twice.
+    Of the long windows of models without a context of their own pieces are taken, each from an empty state, so that one
+    over the whole text is not read twice.
     """
     windows = windows.take(windows.scored_W < windows.ends_W)
     wanted = max(MIN_SAMPLE, int(SAMPLE_SHARE * windows.num_scored))
     if unbounded and windows.longest > MAX_WINDOW:
-        number = max(1, wanted // MAX_WINDOW)
-        chosen = windows.take(_spread(len(windows.begins_W), number))
-        begins_W, ends_W = chosen.begins_W, np.minimum(chosen.begins_W + MAX_WINDOW, chosen.ends_W)
-        return Windows(begins_W, np.clip(chosen.scored_W, begins_W, ends_W - 1), ends_W, chosen.prefix_W)
+        number = max(2, wanted // MAX_WINDOW)
+        return _pieces(windows, number, min(MAX_WINDOW, wanted // number))
     per_window = max(1, windows.num_scored // len(windows.begins_W))
     return windows.take(_spread(len(windows.begins_W), max(2, wanted // per_window)))
+
+
+def _pieces(windows: Windows, number: int, length: int) -> Windows:
+    """Of what the windows score, ``number`` pieces of at most ``length`` tokens that do not overlap."""
+    slots_W = np.maximum(1, (windows.ends_W - windows.scored_W) // length)
+    first_W = np.cumsum(slots_W) - slots_W
+    chosen = _spread(int(slots_W.sum()), number)
+    w = np.searchsorted(first_W, chosen, side="right") - 1
+    begins_W = windows.scored_W[w] + (chosen - first_W[w]) * length
+    prefix_W = np.where(begins_W == windows.begins_W[w], windows.prefix_W[w], NO_PREFIX)
+    return Windows(begins_W, begins_W, np.minimum(begins_W + length, windows.ends_W[w]), prefix_W)
 
 
 def _spread(length: int, number: int) -> Indices:
@@ -93,27 +103,27 @@ def _spread(length: int, number: int) -> Indices:
 
 
 class _SoftmaxCheck:
-    """Scores by the head, and at the first rows of each call also by the logits of the whole vocabulary."""
+    """Scores by the head, and at a few rows of each call also by the logits of the whole vocabulary."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.model, self.rows_left, self.difference = model, ROWS, 0.0
+        self.model, self.difference = model, 0.0
 
     def scorer(self, hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
         scores = self.model.head.score(hidden_ND, targets_N)
-        rows = min(self.rows_left, len(targets_N))
-        if rows:
-            self.rows_left -= rows
-            logs_NV = torch.log_softmax(self.model.head.logits(hidden_ND[:rows]).double(), 1)
-            nats = -logs_NV.gather(1, targets_N[:rows, None]).squeeze(1)
-            self.difference = max(self.difference, float((nats - scores.nats_N[:rows].double()).abs().max()))
+        rows = torch.from_numpy(_spread(len(targets_N), ROWS)).to(targets_N.device)
+        logs_RV = torch.log_softmax(self.model.head.logits(hidden_ND[rows]).double(), 1)
+        nats_R = -logs_RV.gather(1, targets_N[rows, None]).squeeze(1)
+        difference = float((nats_R - scores.nats_N[rows].double()).abs().max())
+        self.difference = max(self.difference, difference if math.isfinite(difference) else math.inf)
         return scores
 
 
 @torch.inference_mode()
 def look_for_leak(model: LanguageModel, tokens: Tokens, windows: Windows, *, device: Device, seed: int) -> float:
-    """Largest change of log-probabilities at and before a position when the tokens from there on change; 0 is causal.
+    """Largest change of log-probabilities before a position when the tokens from there on change; 0 is causal.
 
-    Looks at one of the windows, at its middle. A position's own target counts as its future.
+    Looks at one of the windows, at two neighbouring places in its middle: a model that sees the rest of a block of
+    tokens shows nothing where a block begins. A position's own target counts as its future.
     """
     chosen = int((windows.ends_W - windows.begins_W).argmax())
     begin, end = int(windows.begins_W[chosen]), int(windows.ends_W[chosen])
@@ -123,25 +133,24 @@ def look_for_leak(model: LanguageModel, tokens: Tokens, windows: Windows, *, dev
     prefix = int(windows.prefix_W[chosen])
     inputs = np.concatenate([[tokens[begin - 1] if prefix == NO_PREFIX else prefix], tokens[begin : end - 1]])
     inputs = inputs.astype(np.int64)
-    middle = (end - begin) // 2
-    changed = inputs.copy()
-    shift = np.random.default_rng(seed).integers(1, model.vocab_size, len(inputs) - middle)
-    changed[middle:] = (changed[middle:] + shift) % model.vocab_size
-    was_training = model.training
-    model.eval()
-    try:
-        rows = slice(max(0, middle - ROWS), middle)
-        logs = [_log_probs(model, ids, rows, device) for ids in (inputs, changed)]
-    finally:
-        model.train(was_training)
-    difference = float((logs[0] - logs[1]).abs().max())
-    return difference if math.isfinite(difference) else math.inf
+    shift = np.random.default_rng(seed).integers(1, model.vocab_size, len(inputs))
+    middle = len(inputs) // 2
+    rows, leak = slice(max(0, middle - ROWS), middle + 1), 0.0
+    with mode(model, training=False):
+        logs_RV = _log_probs(model, inputs, rows, device)
+        for place in (middle, middle + 1):
+            changed = inputs.copy()
+            changed[place:] = (inputs[place:] + shift[place:]) % model.vocab_size
+            moved_RV = (_log_probs(model, changed, rows, device) - logs_RV)[: place - rows.start].abs()
+            difference = float(moved_RV.max())
+            leak = max(leak, difference if math.isfinite(difference) else math.inf)
+    return leak
 
 
 def _log_probs(model: LanguageModel, inputs: NDArray[np.int64], rows: slice, device: Device) -> Tensor:
     with device.autocast():
         hidden_BTD, _ = model(torch.from_numpy(inputs[None]).to(device.torch_device))
-        return torch.log_softmax(model.head.logits(hidden_BTD[0, rows]).double(), 1).nan_to_num(neginf=-1e3)
+        return torch.log_softmax(model.head.logits(hidden_BTD[0, rows]).double(), 1).clamp_(min=-1e3)
 
 
 def check_vocabulary(model: LanguageModel, tokens: Tokens, where: str) -> None:

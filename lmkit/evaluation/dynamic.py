@@ -29,8 +29,8 @@ from lmkit.models.base import LanguageModel
 STATISTICS_TOKENS = 500
 """Tokens behind each gradient of the statistics: 100 lanes of 5, as in their code."""
 BLOWN_UP = 1000.0
-"""Nats per token beyond which the updates have gone wrong: guessing costs log V, about 10. Recurrent models saturate and
-go on with absurd but finite losses."""
+"""Nats per token beyond which the updates have gone wrong: guessing costs log V, about 10. Recurrent models saturate
+and reach any loss without a value that is not finite."""
 
 
 @dataclass(frozen=True)

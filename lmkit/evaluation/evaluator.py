@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig, DatasetConfig
-from lmkit.config.evaluation import NeuralCacheConfig, UnigramCacheConfig
+from lmkit.config.evaluation import DynamicRmsConfig, NeuralCacheConfig, UnigramCacheConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.benchmarks import BENCHMARKS
@@ -30,7 +30,7 @@ from lmkit.evaluation.caches import NeuralCache, filled, theta_grid, unigram_cac
 from lmkit.evaluation.dynamic import Steps, score_dynamic, steps_for
 from lmkit.evaluation.mixture import averaged, best_weights, mixed
 from lmkit.evaluation.plan import Indices, Windows
-from lmkit.evaluation.protocols import Material, Protocol, Reach, Source, build_protocol
+from lmkit.evaluation.protocols import HfStrided, Material, Protocol, Reach, Source, build_protocol
 from lmkit.evaluation.scoring import Scorer, TokenScores, own_scores, score
 from lmkit.evaluation.temperature import TemperatureSearch, tempered
 from lmkit.loading import LoadedRun, load_run
@@ -88,10 +88,10 @@ class Evaluator:
     def __init__(self, cfg: EvalPplConfig, loaded: LoadedRun, device: Device, console: Console) -> None:
         self.cfg, self.loaded, self.device, self.console = cfg, loaded, device, console
         self.dataset: DatasetConfig = loaded.dataset if cfg.dataset is None else cfg.dataset
-        self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
         word_level = isinstance(self.dataset, BenchmarkConfig) and BENCHMARKS[self.dataset.name].word_level
         self.protocol: Protocol = build_protocol(cfg.protocol, word_level=word_level)
         self.reach = self._reach(loaded, cfg.context, cfg.stride)
+        self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
         self._passages: dict[str, Passage] = {}
         self._others: dict[str, LoadedRun] = {}
         self._steps: Steps | None = None
@@ -128,7 +128,8 @@ class Evaluator:
         choice = self._choose(names, split_name)
         passage = self.passage(split_name)
         nats, own = self._members(passage, choice)
-        scores = own if len(nats) == 1 else TokenScores(mixed(nats, choice.weights), own.correct_N)
+        total_N = nats[0] if len(nats) == 1 else mixed(nats, choice.weights)
+        scores = TokenScores(total_N, own.correct_N)
         has_accuracy = len(nats) == 1 and not self.cfg.mc_samples and not self.cfg.ensemble
         totals = [float(np.nansum(member, dtype=np.float64)) for member in nats]
         return Outcome(scores, self.windows(passage), names, choice, has_accuracy, totals)
@@ -158,7 +159,9 @@ class Evaluator:
         return " + ".join(name for name, used in parts.items() if used) or "static"
 
     def _reach(self, run: LoadedRun, context: int | None, stride: int | None) -> Reach:
-        return self.protocol.reach(context, stride, run.context, carries_state=run.model_config.carries_state)
+        return self.protocol.reach(
+            context, stride, run.context, run.model.context, carries_state=run.model_config.carries_state
+        )
 
     # What is chosen on valid
 
@@ -269,6 +272,11 @@ class Evaluator:
                 torch.manual_seed(derive_key(self.cfg.seed, "mc-dropout", str(sample)))
                 label = f"pass {sample + 1} of {self.cfg.mc_samples}"
                 passes.append(self._score(passage, windows, scorer, label, dropout=True))
+                if sample == 1 and np.array_equal(passes[0].nats_N, passes[1].nats_N, equal_nan=True):
+                    raise ConfigError(
+                        f"mc_samples={self.cfg.mc_samples}: {self.loaded.path} has no dropout, all passes are the same",
+                        "leave it out",
+                    )
         return TokenScores(averaged([one.nats_N for one in passes]), passes[0].correct_N)
 
     def _dynamic(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
@@ -276,9 +284,10 @@ class Evaluator:
         assert config is not None
         context = self.reach.context
         if self._steps is None:
-            train = self.prepared.splits["train"].tokens if "train" in self.prepared.splits else None
-            if train is None:
+            split = self.prepared.splits.get("train")
+            if split is None and isinstance(config, DynamicRmsConfig):
                 raise DataError(f"{self.prepared.name} has no train split for the statistics", "use dynamic=sgd")
+            train = np.zeros(0, np.int64) if split is None else split.tokens
             with self.console.progress(None, "statistics of gradients on train") as bar:
                 self._steps = steps_for(
                     model,
@@ -344,6 +353,8 @@ class Evaluator:
                 f"{name} is counted on the text as prepared, protocol={self.protocol.name} changes it",
                 "leave it out, or use protocol=stream",
             )
+        if "train" not in self.prepared.splits:
+            raise DataError(f"{self.prepared.name} has no train split to count {name} on", f"leave {name} out")
         tokenizer, train = self.loaded.tokenizer, self.prepared.splits["train"].tokens
         tokens, vocab_size = passage.material.tokens, tokenizer.vocab_size
         if name == "kn5":
@@ -365,13 +376,16 @@ class Evaluator:
     def other(self, name: str) -> LoadedRun:
         """Another run by its path, loaded once."""
         if name not in self._others:
-            config = ExistingRunConfig(root=self.cfg.run.root, path=name, checkpoint=self.cfg.run.checkpoint)
+            named = self.cfg.run.checkpoint
+            checkpoint = named if named in ("best", "latest") else "best"
+            config = ExistingRunConfig(root=self.cfg.run.root, path=name, checkpoint=checkpoint)
             self._others[name] = load_run(config, device=self.device, console=self.console)
         return self._others[name]
 
     def other_scores(self, other: LoadedRun, passage: Passage) -> TokenScores:
         """Static scores of another run on a passage of its own tokens."""
-        reach = self._reach(other, None, None)
+        windowed = not other.model_config.carries_state or isinstance(self.protocol, HfStrided)
+        reach = self._reach(other, *((self.cfg.context, self.cfg.stride) if windowed else (None, None)))
         windows = self.protocol.windows(passage.material, passage.source, reach)
         with self.console.progress(windows.num_scored, f"scoring {passage.name} with {other.path.name}") as bar:
             return score(

@@ -29,15 +29,16 @@ def best_weights(nats_MN: Sequence[Nats], tolerance: float = 1e-9, max_rounds: i
     """The weights that maximise the likelihood of a text, by expectation-maximisation from equal ones.
 
     The log-likelihood is concave in the weights, so what EM finds is the best (Jelinek & Mercer 1980). Stops when the
-    nats per token change by less than ``tolerance`` relative to them. Tokens that a member does not score, or that none
-    thinks possible, say nothing about the weights.
+    nats per token change by less than ``tolerance`` relative to them. Towards a weight of 0 EM is slow, so that a
+    single member that is better than what it has reached gets all the weight. Tokens that a member does not score, or
+    that none thinks possible, say nothing about the weights.
     """
     logs_MN = _logs(nats_MN)
     logs_MN = logs_MN[:, np.isfinite(logs_MN.max(0))]
     weights_M = np.full(len(logs_MN), 1 / len(logs_MN))
     top_N = logs_MN.max(0)
     probs_MN = np.exp(logs_MN - top_N)
-    before = np.inf
+    nats = before = np.inf
     for _ in range(max_rounds):
         total_N = weights_M @ probs_MN
         nats = -float((np.log(total_N) + top_N).mean())
@@ -45,6 +46,9 @@ def best_weights(nats_MN: Sequence[Nats], tolerance: float = 1e-9, max_rounds: i
             break
         before = nats
         weights_M = weights_M * (probs_MN @ (1 / total_N)) / len(total_N)
+    alone_M = -logs_MN.mean(1)
+    if alone_M.min() <= nats:
+        weights_M = np.eye(len(logs_MN))[alone_M.argmin()]
     weights: list[float] = (weights_M / weights_M.sum()).tolist()
     return weights
 

@@ -86,7 +86,7 @@ def summary(
         "nats": nats,
         "num_tokens": num_tokens,
         "num_tokens_left_out": len(nats_N) - num_tokens,
-        "num_words": words + lines,
+        "num_words": words + lines if per_word else None,
         "num_lines": lines,
         "num_bytes": material.num_bytes if everything else None,
         "num_chars": material.num_chars if everything else None,
@@ -107,7 +107,7 @@ def _part(nats_N: NDArray[np.float32], mask_N: NDArray[np.bool_], num_tokens: in
         "count": count,
         "share_of_tokens": count / num_tokens,
         "nats": cost,
-        "share_of_nats": cost / nats if nats else 0.0,
+        "share_of_nats": cost / nats if 0 < nats < math.inf else 0.0,
         "ppl": _ppl(cost, count),
     }
 
@@ -146,8 +146,8 @@ def _units(name: str, scores: TokenScores, ends_U: Indices, counts_U: Floats | N
         name = f"joined {name}"
     unit_N = np.repeat(np.arange(len(ends_U)), np.diff(ends_U, prepend=0))
     nats_N = np.where(scores.scored_N, scores.nats_N, 0).astype(np.float64)
-    nats_U = np.bincount(unit_N, nats_N, len(ends_U))
-    tokens_U = np.bincount(unit_N, scores.scored_N, len(ends_U))
+    nats_U: Floats = np.bincount(unit_N, nats_N, len(ends_U)).astype(np.float64)
+    tokens_U: Floats = np.bincount(unit_N, scores.scored_N, len(ends_U)).astype(np.float64)
     if counts_U is None:
         counts_U = tokens_U * (count / tokens_U.sum())
     kept_U = (tokens_U > 0) | (counts_U > 0)

@@ -97,7 +97,7 @@ class Segments:
 
 def unbroken(segments: Segments) -> Windows:
     """One window a segment: for models that carry a state, or segments that fit into the context."""
-    begins_S = segments.begins_S + (segments.prefix == NO_PREFIX)
+    begins_S = np.minimum(segments.begins_S + (segments.prefix == NO_PREFIX), segments.ends_S)
     return _windows(begins_S, begins_S, segments.ends_S, np.full(len(begins_S), segments.prefix))
 
 

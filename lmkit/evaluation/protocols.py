@@ -119,13 +119,16 @@ class Protocol(ABC):
             changes="",
         )
 
-    def reach(self, context: int | None, stride: int | None, limit: int | None, *, carries_state: bool) -> Reach:
-        """From the keys ``context`` and ``stride`` and the longest sequence the run was made for (None: any)."""
+    def reach(
+        self, context: int | None, stride: int | None, trained: int | None, limit: int | None, *, carries_state: bool
+    ) -> Reach:
+        """From the keys ``context`` and ``stride``, the sequence length of training and the longest that the model can
+        read (None: any)."""
         if carries_state:
             if context is not None or stride is not None:
                 raise ConfigError("context and stride do not apply to a run whose state carries the past", "omit them")
             return Reach(None, None)
-        context = context or limit
+        context = context or trained
         if context is None:
             raise ConfigError("the model's context is unbounded", "choose one with context=TOKENS")
         stride = stride or self.default_stride(context)
@@ -143,6 +146,10 @@ class Protocol(ABC):
     def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
         """The protocol's own number; per word, ends of line counted, unless it says otherwise."""
         return Headline("word, ends of line counted", _total(nats_N), float(material.num_words + material.num_lines))
+
+    def weights(self, windows: Windows, num_tokens: int) -> NDArray[np.float64]:
+        """(num_tokens,) what the nats of each token are multiplied by in the protocol's own number."""
+        return np.ones(num_tokens)
 
 
 class Stream(Protocol):
@@ -239,8 +246,10 @@ class HfStrided(Protocol):
         changes = "rows joined by two newlines"
         return replace(material, tokens=tokens, document_ends=np.array([len(tokens)]), changes=changes)
 
-    def reach(self, context: int | None, stride: int | None, limit: int | None, *, carries_state: bool) -> Reach:
-        context = context or min(self.config.max_length, limit or self.config.max_length)
+    def reach(
+        self, context: int | None, stride: int | None, trained: int | None, limit: int | None, *, carries_state: bool
+    ) -> Reach:
+        context = context or min(self.config.max_length, trained or self.config.max_length)
         stride = stride or max(1, context * self.config.stride // self.config.max_length)
         check_window(context, stride, limit)
         return Reach(context, stride)
@@ -250,15 +259,17 @@ class HfStrided(Protocol):
         return strided(len(material.tokens), context, reach.stride or context)
 
     def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
-        nats = count = 0.0
-        previous_end = 0
-        for scored, end in zip(windows.scored_W, windows.ends_W, strict=True):
-            num_labels = int(end) - previous_end
-            previous_end = int(end)
-            if end > scored and num_labels > 1:
-                nats += float(nats_N[scored:end].mean(dtype=np.float64)) * (num_labels - 1)
-                count += num_labels - 1
-        return Headline("token, windows weighted as in that loop", nats, count)
+        weights_N = self.weights(windows, len(nats_N))
+        return Headline("token, windows weighted as in that loop", _total(nats_N * weights_N), float(weights_N.sum()))
+
+    def weights(self, windows: Windows, num_tokens: int) -> NDArray[np.float64]:
+        """Tokens of a window with n labels of which m are scored: (n - 1) / m; 0 where none is."""
+        weights_N = np.zeros(num_tokens)
+        labels_W = np.diff(windows.ends_W, prepend=0)
+        for scored, end, num_labels in zip(windows.scored_W, windows.ends_W, labels_W, strict=True):
+            if end > scored:
+                weights_N[scored:end] = (num_labels - 1) / (end - scored)
+        return weights_N
 
 
 class LmEvalWikitext(Protocol):
@@ -359,7 +370,7 @@ def _hub_row(line: str, is_wikitext: bool) -> str:
     return line if line.strip() else ""
 
 
-def _total(nats_N: NDArray[np.float32]) -> float:
+def _total(nats_N: NDArray[np.floating[Any]]) -> float:
     return float(np.nansum(nats_N, dtype=np.float64))
 
 

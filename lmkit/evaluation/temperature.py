@@ -55,7 +55,9 @@ class TemperatureSearch:
         return last
 
     def best(self) -> float:
-        """The temperature of the fewest nats."""
+        """The temperature of the fewest nats; 1 if they are not finite, which scoring then says."""
+        if not np.isfinite(self.nats).all():
+            return 1.0
         inverse, last = 1 / np.array(self.grid), len(self.grid) - 1
         k = int(self.nats.argmin())
         first = int(np.clip(k - 2, 0, last - 4))

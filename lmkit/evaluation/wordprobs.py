@@ -132,12 +132,7 @@ def compare_units(name: str, ours: Units, theirs: Units, resamples: int, seed: i
     )
 
 
-def best_mixture(ours_N: Nats, theirs_N: NDArray[np.floating[Any]], count: float) -> tuple[float, float]:
-    """Weight of the other model in the best mixture on this text, and that mixture's perplexity.
-
-    ``count``: what the nats are divided by.
-    """
-    both = ~np.isnan(ours_N) & ~np.isnan(theirs_N)
-    pair = [ours_N[both], theirs_N[both]]
-    weights = best_weights(pair)
-    return weights[1], exp(float(mixed(pair, weights).sum(dtype=np.float64)) / count)
+def best_mixture(ours_N: Nats, theirs_N: NDArray[np.floating[Any]]) -> tuple[float, Nats]:
+    """Weight of the other model in the best mixture on this text, and the mixture's nats; NaN where one has none."""
+    weights = best_weights([ours_N, theirs_N])
+    return weights[1], mixed([ours_N, theirs_N], weights)

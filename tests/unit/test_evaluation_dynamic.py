@@ -247,9 +247,7 @@ def test_parameters_without_gradient_go_all_the_way_back_at_most() -> None:
 
 @pytest.mark.parametrize("family", [recurrent, transformer])
 @pytest.mark.parametrize("config", [DynamicSgdConfig(lr=1e-300), DynamicRmsConfig(lr=1e-300)])
-def test_learning_nothing_gives_the_static_scores(
-    family: Callable[[], LanguageModel], config: DynamicConfig
-) -> None:
+def test_learning_nothing_gives_the_static_scores(family: Callable[[], LanguageModel], config: DynamicConfig) -> None:
     model, tokens = family(), text(60)
     found = dynamic(model, tokens, config)
     np.testing.assert_allclose(found.nats_N, static(model, tokens, config.seq_len), rtol=1e-6)

@@ -188,7 +188,6 @@ def test_where_bytes_are_left_out_nothing_is_known_per_word() -> None:
     assert found["token_ppl"] == found["ppl"]
 
 
-@pytest.mark.xfail(strict=True, reason="num_words counts tokens of any kind; eval_table prints it with ':,'")
 def test_where_bytes_are_left_out_the_number_of_words_is_not_known() -> None:
     src = source(TEXT, ByteTokenizer())
     assert count(src, scores_of(src)[0], TransformerXlProtocolConfig(test_stripes=3))["num_words"] is None
@@ -316,7 +315,8 @@ def test_joined_units_are_whole_ones_and_keep_the_sums(monkeypatch: pytest.Monke
         assert np.abs(possible - joined).min() < 1e-6
     if counted:
         assert set(np.cumsum(found.counts_U)) <= set(np.cumsum(words))
-    assert found.counts_U.max() < 3 * found.counts_U.min() or counted, "of about the same size"
+    else:
+        assert found.counts_U.max() <= 8 * 15, "of about the same size: 7 or 8 documents each"
 
 
 def iid_units(number: int, seed: int = 0) -> Units:
@@ -327,7 +327,7 @@ def iid_units(number: int, seed: int = 0) -> Units:
 @pytest.mark.parametrize("number", [2, 5, 50, 2000])
 def test_the_interval_holds_the_value(number: int) -> None:
     for seed in range(10):
-        found, made = iid_units(number, seed), None
+        found = iid_units(number, seed)
         made = bootstrap(found, 300, seed)
         assert made is not None
         assert made.low <= math.exp(found.nats_U.sum() / found.counts_U.sum()) <= made.high

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmkit.config.model import NgramConfig
+from lmkit.config.training import Precision
+from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.evaluation.plan import (
     NO_PREFIX,
@@ -20,12 +24,15 @@ from lmkit.evaluation.plan import (
     strided,
     unbroken,
 )
+from lmkit.evaluation.scoring import score
+from lmkit.models.ngram import KneserNey
 
+CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 PREFIX = 77
 
 
 def seen(windows: Windows) -> dict[int, list[int]]:
-    """Position -> the inputs it is predicted from, as positions, PREFIX for the prefix; proves that each is scored once."""
+    """Position -> the positions of the inputs it is predicted from, PREFIX for the prefix; each is scored once."""
     found: dict[int, list[int]] = {}
     for begin, scored, end, prefix in zip(
         windows.begins_W, windows.scored_W, windows.ends_W, windows.prefix_W, strict=True
@@ -160,6 +167,37 @@ def test_the_position_in_context_is_the_number_of_inputs_before_the_one_that_pre
     found = windows.positions_in_context(num_tokens)
     assert found.tolist() == [len(inputs[i]) - 1 if i in inputs else -1 for i in range(num_tokens)]
     assert windows.num_scored == len(inputs)
+
+
+@given(cut_texts(), st.integers(1, 12), st.integers(1, 6), st.data())
+def test_shortened_windows_score_the_same_from_the_last_inputs(
+    case: tuple[int, Segments], context: int, field: int, data: st.DataObject
+) -> None:
+    windows = sliding(case[1], context, data.draw(st.integers(1, context)))
+    inputs, short = seen(windows), seen(windows.shortened(field))
+    assert short.keys() == inputs.keys()
+    for position, found in short.items():
+        assert found == inputs[position][-len(found) :]
+        assert len(found) >= min(field, len(inputs[position]))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_an_n_gram_model_scores_shortened_windows_alike(order: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, 13, 300)
+    model = KneserNey(NgramConfig(order=order), 13)
+    model.fit(tokens, eos_id=1)
+    for windows in (
+        unbroken(Segments.whole(300, 1)),
+        sliding(Segments.whole(300, 1), 20, 7),
+        strided(300, 20, 5),
+        unbroken(Segments.stripes(300, 7)),
+        rolling(Segments.ending_with(tokens == 1, 1), 20),
+    ):
+        model.receptive_field = max(order - 1, 1)
+        short = score(model, tokens, windows, seq_len=100, batch_size=3, device=CPU)
+        model.receptive_field = None
+        full = score(model, tokens, windows, seq_len=100, batch_size=3, device=CPU)
+        assert np.array_equal(short.nats_N, full.nats_N, equal_nan=True)
 
 
 def test_the_longest_window_and_a_choice_of_windows() -> None:

@@ -106,7 +106,7 @@ def run_protocol(
     protocol: Protocol = build_protocol(config, word_level=False)
     material = protocol.material(src)
     limit = model.context
-    reach = reach or protocol.reach(None, None, limit, carries_state=limit is None)
+    reach = reach or protocol.reach(None, None, limit, limit, carries_state=limit is None)
     windows = protocol.windows(material, src, reach)
     scores = score(model, material.tokens, windows, seq_len=reach.context or 5, batch_size=3, device=CPU)
     return protocol.headline(scores.nats_N, windows, material), int(scores.scored_N.sum())
@@ -310,9 +310,9 @@ def test_word_level_benchmarks_are_counted_as_by_mikolov_others_as_a_stream() ->
 def test_context_and_stride_are_refused_where_a_state_carries_the_past() -> None:
     protocol = build_protocol(None, word_level=True)
     with pytest.raises(ConfigError, match="do not apply"):
-        protocol.reach(10, None, None, carries_state=True)
+        protocol.reach(10, None, None, None, carries_state=True)
     with pytest.raises(ConfigError, match="context is unbounded"):
-        protocol.reach(None, None, None, carries_state=False)
+        protocol.reach(None, None, None, None, carries_state=False)
 
 
 def test_too_many_stripes_are_a_clear_error(word_source: Source) -> None:

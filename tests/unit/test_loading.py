@@ -158,9 +158,9 @@ def test_batch_size_and_segment_length_do_not_change_the_number(tmp_path: Path, 
 def test_windows_default_to_the_length_of_training_and_half_of_it_and_may_be_longer(tmp_path: Path) -> None:
     config = make_run(tmp_path, TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=32))
     default, longer = evaluate(config), evaluate(config, context=32, stride=1)
-    assert (default["context"], default["stride"]) == (SEQ_LEN, SEQ_LEN // 2)
-    assert (longer["context"], longer["stride"]) == (32, 1)
-    assert "windows of 32 tokens, stride 1" in longer["protocol"]
+    assert (default["protocol"]["context"], default["protocol"]["stride"]) == (SEQ_LEN, SEQ_LEN // 2)
+    assert (longer["protocol"]["context"], longer["protocol"]["stride"]) == (32, 1)
+    assert "windows of 32 tokens, stride 1" in longer["protocol_line"]
 
 
 @pytest.mark.parametrize("keys", [{"context": 33}, {"context": 4, "stride": 5}, {"stride": 9}])
