@@ -5,25 +5,33 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lmkit.averaging import WeightAverage
-from lmkit.config.training import EvalConfig, LogConfig, Order, SaveConfig, TrainConfig
+from lmkit.config.training import EvalConfig, LogConfig, NonFinite, Order, SaveConfig, TrainConfig
 from lmkit.console import Console, Progress, format_duration, format_number, plot_curves
-from lmkit.data.batches import Lanes, Windows
+from lmkit.data.batches import Ahead, Lanes, Windows
 from lmkit.data.prepared import PreparedData
-from lmkit.errors import ConfigError, StoppedError
+from lmkit.errors import ConfigError, DivergedError, StoppedError
 from lmkit.evaluation import Tally, perplexity
-from lmkit.optim import load_optimizer_tensors, optimizer_tensors
 from lmkit.signals import StopRequests
-from lmkit.store.checkpoint import VALID_LOSS, Snapshot
-from lmkit.store.checkpoint_writer import CheckpointWriter
+from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
+from lmkit.store.incidents import out_of_memory, record_batch, resume_command
 from lmkit.store.runs import Run, read_metrics
-from lmkit.train import Batches, Horizon, StepReport, Trainer, TrainState, fit
+from lmkit.store.saving import Saves
+from lmkit.train import (
+    Horizon,
+    StepReport,
+    Trainer,
+    TrainState,
+    fit,
+    is_out_of_memory,
+    restore_trainer,
+    trainer_tensors,
+)
 
 BUDGET_EVAL_SHARE = 0.06
 """Under a time budget, validation before the final one may take this share of the time."""
@@ -38,8 +46,25 @@ CARRIED_SEGMENT = 1024
 PROBE_TOKENS = 4096
 """Under a time budget, validation is timed on this many tokens before the first step."""
 
-IMMUTABLE = ("model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order")
-"""Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
+
+class _Interrupted(Exception):
+    """Validation was broken off because the run is to stop."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step."""
+
+    done: bool
+    log: bool
+    evaluate: bool
+    save: bool
+    stop: str | None
+    """What asked to stop."""
+
+    @property
+    def anything(self) -> bool:
+        return self.log or self.evaluate or self.save or self.stop is not None
 
 
 @dataclass
@@ -59,62 +84,97 @@ class Session:
     save: SaveConfig
     carries_state: bool
     console: Console
+    stop: StopRequests
+    command: Sequence[str]
+    """The command line, for the advice on how to go on."""
     started: float
     _eval_estimate_s: float = 0.0
     _first: tuple[int, float] | None = None
     """Step and time when this session's first update was done."""
     _window: list[StepReport] = field(default_factory=list)
+    """Reports since the last line of metrics."""
+    _num_read: int = 0
+    """How many of them were looked at."""
     _window_start: float = 0.0
+    _last_step_s: float = 0.0
     _last_tally: Tally | None = None
 
     def __post_init__(self) -> None:
         self.state = self.trainer.state
-        self.elapsed_before_s = self.state.elapsed_s
-        self.batches = build_batches(self.prepared, self.train, self.trainer.seed, carries_state=self.carries_state)
-        self.max_steps = self._max_steps()
-        if self.train.budget_s is not None:
-            self.state.horizon = self.state.horizon if self.state.step else Horizon(1e-9)
-        else:
-            self.state.horizon = Horizon(1.0 / (self.max_steps or 1))
+        self.elapsed_before_s, self._first_step = self.state.elapsed_s, self.state.step
+        batches = build_batches(self.prepared, self.train, self.trainer.seed, carries_state=self.carries_state)
+        self.batches = Ahead(batches, self.train.workers)
+        self.max_steps = last_step(self.train, self.batches.steps_per_epoch)
+        self._set_horizon()
 
-    def _max_steps(self) -> int | None:
-        """Updates after which the run ends at the latest; None if only the clock ends it."""
-        limits = [] if self.train.max_steps is None else [self.train.max_steps]
-        epochs = self.train.epochs_limit
-        if epochs is not None:
-            limits.append(max(1, math.ceil(epochs * self.batches.steps_per_epoch)))
-        return min(limits) if limits else None
+    def _set_horizon(self) -> None:
+        """A run by the clock keeps the horizon of its state; another one ends with its last step."""
+        if self.train.budget_s is None:
+            self.state.horizon = Horizon(1.0 / (self.max_steps or 1))
+        elif self.state.step == 0:
+            self.state.horizon = Horizon(1e-9)
 
     def execute(self) -> Tally:
         """Train to the end, saving on the way; returns the last validation.
 
-        Raises StoppedError after saving if a signal asked to stop, DivergedError with the last checkpoint untouched.
+        Raises StoppedError after saving if a signal or a time limit asked to stop; DivergedError with the last
+        checkpoint untouched; ResourceError if memory ran out or the last state could not be saved.
         """
-        state = self.state
         self._window_start = time.monotonic()
         if self.train.budget_s is not None:
             self._eval_estimate_s = self._probe_validation()
-        with self._writer() as writer, StopRequests() as stop, self._bar() as bar:
+        with self._saves() as saves, self._bar() as bar, self.batches, self._saved_without_memory(saves, bar):
+            self.stop.deferring = True
+            if self.train.nonfinite is NonFinite.rollback and not list_checkpoints(self.run.path):
+                saves.save(self._snapshot())  # so that there is a place to go back to
+            over = self.state.eval_pending and self._finish_step(self._due(saves), saves, bar)
+            if over or self._out_of_patience():
+                return self._last_validation()
             for report in fit(self.trainer, self.batches):
                 self._window.append(report)
                 self._follow_clock()
-                done = state.horizon.progress(report.step) >= 1.0
-                if done or report.step % self.log.every_steps == 0:
-                    self._log(bar)
-                evaluate = done or self._eval_due(report.step)
-                if evaluate:
-                    self._validate()
-                    done = done or self._out_of_patience()
-                if done or stop.requested or self._save_due(report.step, evaluated=evaluate):
-                    writer.submit(self._snapshot())
-                if done:
+                saves.poll()
+                due = self._due(saves)
+                if (due.anything or not self.trainer.reads_late) and not self._all_good(saves, bar):
+                    continue
+                if self._finish_step(due, saves, bar):
                     break
-                if stop.requested:
-                    writer.close()
-                    self._raise_stopped(stop.requested)
-        return self._last_tally or self._validate()
+            return self._last_validation()
+
+    def _finish_step(self, due: Due, saves: Saves, bar: Progress) -> bool:
+        """Log, evaluate, save, stop, as it is due; True if the run has come to its end."""
+        done, state = due.done, self.state
+        if due.log and self._window:
+            self._log(bar)
+        if due.evaluate:
+            state.eval_pending = True
+            if due.stop is None and self._evaluate():
+                done = done or self._out_of_patience()
+        stop = due.stop or self.stop.requested
+        if stop is not None and not (done and not state.eval_pending):
+            saves.finish(self._snapshot())
+            self._raise_stopped(stop)
+        if done:
+            saves.finish(self._snapshot())
+            return True
+        asked = self.stop.take_save_request()
+        if due.save or asked is not None:
+            saves.save(self._snapshot())
+        if asked is not None:
+            self.run.journal("signal", {"signal": asked, "step": state.step})
+            self.console.say(f"saving step {state.step} because of {asked}; training goes on")
+        return False
 
     # When
+
+    def _due(self, saves: Saves) -> Due:
+        step = self.state.step
+        done = self.state.horizon.progress(step) >= 1.0
+        evaluate = done or self.state.eval_pending or self._eval_due(step)
+        every = self.save.every_steps
+        save = saves.retry_due or (evaluate if every is None else step % every == 0)
+        self.stop.notice_s = self._last_step_s + 2 * saves.last_s
+        return Due(done, done or step % self.log.every_steps == 0, evaluate, save, self.stop.requested)
 
     def _follow_clock(self) -> None:
         """Under a time budget, re-fit the horizon to the time that is left.
@@ -122,7 +182,8 @@ class Session:
         The time of a step is the mean since the first one, saving and validation included.
         """
         now = time.monotonic()
-        self.state.elapsed_s = self.elapsed_before_s + now - self.started
+        elapsed_s = self.elapsed_before_s + now - self.started
+        self._last_step_s, self.state.elapsed_s = elapsed_s - self.state.elapsed_s, elapsed_s
         if self.train.budget_s is None:
             return
         if self._first is None:
@@ -148,13 +209,10 @@ class Session:
             return False
         return self.state.eval_s + self._eval_estimate_s <= BUDGET_EVAL_SHARE * self.state.elapsed_s
 
-    def _save_due(self, step: int, *, evaluated: bool) -> bool:
-        return evaluated if self.save.every_steps is None else step % self.save.every_steps == 0
-
     def _out_of_patience(self) -> bool:
         losses = self.state.valid_losses
         patience = self.train.patience
-        out = patience is not None and len(losses) - 1 - int(np.argmin(losses)) >= patience
+        out = patience is not None and bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
         if out:
             self.console.say(f"stopping early: no better validation loss in {patience} evaluations")
         return out
@@ -166,12 +224,12 @@ class Session:
         total = self.max_steps if budget_s is None else round(budget_s)
         return self.console.progress(total, "training" if budget_s is None else "training (s)")
 
-    def _writer(self) -> CheckpointWriter:
-        return CheckpointWriter(self.run, self.prepared.tokenizer, keep=self.save.keep, warn=self.console.warn)
+    def _saves(self) -> Saves:
+        return Saves(self.run, self.prepared.tokenizer, self.save, self.console.warn)
 
     def _log(self, bar: Progress) -> None:
         """Write the means of the steps since the last line to metrics.jsonl and show them."""
-        window, self._window = self._window, []
+        window, self._window, self._num_read = self._window, [], 0
         now = time.monotonic()
         num_targets = sum(r.num_targets for r in window)
         loss = sum(r.nats * r.num_targets for r in window) / max(num_targets, 1)
@@ -180,8 +238,8 @@ class Session:
         state, last = self.state, window[-1]
         memory = self.trainer.device.peak_bytes()
         row = {
-            "step": state.step,
-            "epoch": state.step / self.batches.steps_per_epoch,
+            "step": last.step,
+            "epoch": last.step / self.batches.steps_per_epoch,
             "loss": loss,
             "lr": last.lr,
             "grad_norm": last.grad_norm,
@@ -189,17 +247,20 @@ class Session:
             "tokens_per_s": tokens_per_s,
             "elapsed_s": state.elapsed_s,
             "progress": last.progress,
+            "skipped": len(state.skipped_steps),
             "memory_bytes": memory,
         }
         self.run.log_metrics(row)
         fields = {
-            "step": str(state.step),
+            "step": str(last.step),
             "loss": f"{loss:.3f}",
             "ppl": format_number(_exp(loss)),
             "tok/s": format_number(tokens_per_s),
             "lr": f"{last.lr:.2g}",
             "mem": f"{memory / 2**20:.0f}M",
         }
+        if state.skipped_steps:
+            fields["skipped"] = str(len(state.skipped_steps))
         if state.valid_losses:
             fields["valid ppl"] = format_number(_exp(state.valid_losses[-1]))
         if self.train.budget_s is None:
@@ -208,8 +269,23 @@ class Session:
             left_s = max(0.0, self.train.budget_s - state.elapsed_s)
             bar.update(round(state.elapsed_s), **fields, eta=format_duration(left_s))
 
+    def _evaluate(self) -> bool:
+        """Validate; False if the run is to stop instead. What was done so far is then done again after resuming."""
+        try:
+            self._validate()
+        except _Interrupted:
+            return False
+        self.state.eval_pending = False
+        return True
+
+    def _last_validation(self) -> Tally:
+        """The validation of the last step, which may have been done before this session."""
+        if self._last_tally is None and not self._evaluate():
+            self._raise_stopped(self.stop.requested or "")
+        return self._last_tally or self._validate()
+
     def _validate(self) -> Tally:
-        """Score the whole valid split and record it."""
+        """Score the whole valid split and record it. Raises _Interrupted if the run is to stop."""
         start = time.monotonic()
         with self._averaged():
             tally = self._score(self.prepared.splits["valid"].tokens)
@@ -219,8 +295,9 @@ class Session:
         state.eval_s += took_s
         state.elapsed_s += took_s
         self._eval_estimate_s = took_s
-        state.valid_losses.append(loss)
-        state.valid_steps.append(state.step)
+        if state.valid_steps[-1:] != [state.step]:
+            state.valid_losses.append(loss)
+            state.valid_steps.append(state.step)
         accuracy = tally.num_correct / tally.num_tokens
         row = {"step": state.step, "valid_loss": loss, "valid_ppl": _exp(loss), "valid_accuracy": accuracy}
         self.run.log_metrics({**row, "elapsed_s": state.elapsed_s})
@@ -241,9 +318,14 @@ class Session:
             context=self.train.seq_len,
             stride=self.train.seq_len,
             seq_len=max(self.train.seq_len, CARRIED_SEGMENT),
-            batch_size=self.train.batch_size,
+            batch_size=self.trainer.micro_batch_size,
             device=self.trainer.device,
+            progress=self._interrupt,
         )
+
+    def _interrupt(self, _num_tokens: int) -> None:
+        if self.stop.deferring and self.stop.requested is not None:
+            raise _Interrupted
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         average = self.trainer.average
@@ -267,12 +349,94 @@ class Session:
         model, extra = trainer_tensors(self.trainer)
         return Snapshot(step=state.step, model=model, optimizer=extra, state=data, config=self.stored_config)
 
-    def _raise_stopped(self, signal_name: str) -> None:
-        self.run.journal("stopped", {"signal": signal_name, "step": self.state.step})
+    def _raise_stopped(self, name: str) -> None:
+        self.run.journal("stopped", {"signal": name, "step": self.state.step})
         raise StoppedError(
-            f"stopped by {signal_name} after step {self.state.step}; everything is saved in {self.run.path}",
-            f"the same command with run.dir={self.run.path} resume=true continues",
+            f"stopped by {name} after step {self.state.step}; everything is saved in {self.run.path}",
+            f"go on with: {resume_command(self.command, self.run.path)}",
         )
+
+    # What goes wrong
+
+    def _all_good(self, saves: Saves, bar: Progress) -> bool:
+        """Look at the reports that were not read yet; False if the run has gone back to a checkpoint."""
+        while self._num_read < len(self._window):
+            report = self._window[self._num_read]
+            self._num_read += 1
+            if report.left_out and not self._leave_out(report, saves, bar):
+                return False
+        return True
+
+    def _leave_out(self, report: StepReport, saves: Saves, bar: Progress) -> bool:
+        """Deal with a batch that changed nothing since it was not finite, as configured; False after a rollback."""
+        state, policy = self.state, self.train.nonfinite
+        state.skipped_steps.append(report.step)
+        state.num_targets -= report.num_targets
+        file = self._record_batch(report)
+        self.run.journal("nonfinite", {"step": report.step, "policy": policy.name, "file": file})
+        finite = math.isfinite(report.nats) and math.isfinite(report.grad_norm)
+        what = (
+            f"step {report.step} is {'a spike' if finite else 'not finite'} (loss {report.nats:.4g} nats, gradient norm"
+            f" {report.grad_norm:.4g}, learning rate {report.lr:.3g}); its batch is in {file}"
+        )
+        if policy is NonFinite.stop or len(state.skipped_steps) > self.train.max_skips:
+            self._window = self._window[: self._num_read]
+            self._log(bar)
+            if policy is not NonFinite.stop:
+                what += f"; more than train.max_skips={self.train.max_skips} batches were left out"
+            raise DivergedError(
+                f"{what}; the update was not made",
+                "lower optimizer.lr, lengthen the warm-up, clip with optimizer.clip_norm, or set train.nonfinite=skip",
+            )
+        if policy is NonFinite.skip:
+            self.console.warn(f"{what}; skipped")
+            return True
+        self._roll_back(saves)
+        self.console.warn(f"{what}; back to step {self.state.step}, to go on without it")
+        return False
+
+    def _record_batch(self, report: StepReport) -> str:
+        """Write the batch of a step as ids and text into the run directory; returns the file's name."""
+        numbers = {"step": report.step, "loss": report.nats, "grad_norm": report.grad_norm, "lr": report.lr}
+        rows = self.batches[report.step - 1].rows(self.prepared.tokenizer.decode)
+        try:
+            return record_batch(self.run.path, {**numbers, "rows": rows, "config": self.stored_config}).name
+        except OSError as error:
+            self.console.warn(f"the batch of step {report.step} is not recorded: {error.strerror or error}")
+            return "no file"
+
+    def _roll_back(self, saves: Saves) -> None:
+        """Go back to the newest checkpoint, keeping the list of the batches to leave out."""
+        saves.wait()
+        found = load_latest(self.run.path, self.console.warn)
+        if found is None:
+            raise DivergedError("there is no checkpoint to go back to", "set train.nonfinite=skip")
+        skipped, eval_s = self.state.skipped_steps, self.state.eval_s
+        self.state = self.trainer.state = TrainState.from_json(state_of(found[1]))
+        self.state.skipped_steps, self.state.eval_s = sorted({*self.state.skipped_steps, *skipped}), eval_s
+        self._set_horizon()
+        restore_trainer(self.trainer, found[1].model, found[1].optimizer)
+        self.run.cut_metrics(self.state.step)
+        self.run.journal("rollback", {"step": self.state.step, "skipped": self.state.skipped_steps})
+        self._window, self._num_read, self._first, saves.step = [], 0, None, None
+
+    @contextlib.contextmanager
+    def _saved_without_memory(self, saves: Saves, bar: Progress) -> Iterator[None]:
+        """Where memory runs out, save the last whole step and say what would fit."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            trainer, state = self.trainer, self.state
+            trainer.optimizer.zero_grad(set_to_none=True)
+            swapping = state.eval_pending and trainer.average is not None
+            if not trainer.updating and not swapping and self._all_good(saves, bar):
+                saves.finish(self._snapshot())
+            where = f"the validation after step {state.step}" if state.eval_pending else f"step {state.step + 1}"
+            shape = (self.train.batch_size, trainer.micro_batch_size, self.train.seq_len)
+            path, saved = self.run.path, self._first_step if saves.step is None else saves.step
+            raise out_of_memory(error, self.command, path, where=where, shape=shape, saved=saved) from error
 
     def plot(self) -> None:
         """Draw the curves of metrics.jsonl into loss.png; a failure is only a warning."""
@@ -287,7 +451,21 @@ class Session:
             self.console.warn(f"no plot: {error}")
 
 
-def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carries_state: bool) -> Batches:
+def last_step(train: TrainConfig, steps_per_epoch: int) -> int | None:
+    """Batches after which a run ends at the latest; None if only the clock ends it."""
+    limits = [] if train.max_steps is None else [train.max_steps]
+    epochs = train.epochs_limit
+    if epochs is not None:
+        limits.append(max(1, math.ceil(epochs * steps_per_epoch)))
+    return min(limits) if limits else None
+
+
+def state_of(snapshot: Snapshot) -> dict[str, Any]:
+    """What TrainState.from_json reads."""
+    return {key: value for key, value in snapshot.state.items() if key != VALID_LOSS}
+
+
+def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carries_state: bool) -> Lanes | Windows:
     """Training batches in the configured order."""
     tokens, eos_id = prepared.splits["train"].tokens, prepared.tokenizer.eos_id
     lanes = train.order is Order.lanes or (train.order is Order.auto and carries_state)
@@ -298,68 +476,6 @@ def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carr
     return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed)
 
 
-def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of a trainer: the weights to use (averaged if there is an average), and the rest for resuming."""
-    model = dict(trainer.model.state_dict())
-    extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, trainer.model).items()}
-    for micro, carried in enumerate(trainer.carry):
-        if carried is not None:
-            extra.update({f"carry/{micro}/{name}": t for name, t in carried.tensors().items()})
-    if trainer.average is not None:
-        extra.update({f"raw/{name}": p.detach() for name, p in trainer.model.named_parameters()})
-        average = trainer.average.tensors()
-        storage_of = {p.data_ptr(): average[name] for name, p in trainer.model.named_parameters()}
-        model = {name: storage_of.get(t.data_ptr(), t) for name, t in model.items()}
-    return model, extra
-
-
-def restore_trainer(trainer: Trainer, snapshot: Snapshot) -> None:
-    """Put a snapshot back into a trainer that was built from the same configuration; the inverse of trainer_tensors."""
-    device = trainer.device.torch_device
-    trainer.model.load_state_dict(snapshot.model)
-    parameters = dict(trainer.model.named_parameters())
-    if trainer.average is not None:
-        trainer.average = WeightAverage(trainer.model, trainer.average.decay)
-    optimizer: dict[str, Any] = {}
-    carried: dict[int, dict[str, Any]] = {}
-    for key, tensor in snapshot.optimizer.items():
-        part, _, name = key.partition("/")
-        if part == "optimizer":
-            optimizer[name] = tensor
-        elif part == "carry":
-            micro, _, slot = name.partition("/")
-            carried.setdefault(int(micro), {})[slot] = tensor.to(device)
-        elif part == "raw":
-            parameters[name].data.copy_(tensor)
-    load_optimizer_tensors(trainer.optimizer, trainer.model, optimizer)
-    trainer.carry = [trainer.model.state_from_tensors(carried[micro]) for micro in sorted(carried)]
-
-
-def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences between a stored and a new configuration that are allowed, as text.
-
-    Raises ConfigError listing old and new value of every key that must not change.
-    """
-    before, after = dict(_flat(old)), dict(_flat(new))
-    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    fatal = [key for key in changed if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
-    if fatal:
-        pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
-        raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _exp(nats: float) -> float:
     """exp without overflow."""
     return math.exp(nats) if nats < 700 else math.inf
-
-
-__all__ = ["Session", "TrainState", "build_batches", "check_resumable", "restore_trainer", "trainer_tensors"]

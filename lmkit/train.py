@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +17,14 @@ from lmkit.averaging import WeightAverage
 from lmkit.config.training import OptimizerConfig, Precision, ScheduleConfig
 from lmkit.data.batches import Batch
 from lmkit.device import Device
-from lmkit.errors import DivergedError
 from lmkit.models.base import IGNORE, LanguageModel, State
 from lmkit.objectives import Objective
-from lmkit.optim import set_lr
+from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
+
+SPIKE_MEAN_WEIGHT = 0.02
+"""Share of a new batch in the running mean of the loss: a memory of about 50 batches."""
 
 
 class Batches(Protocol):
@@ -59,7 +63,7 @@ class TrainState:
     """Everything beside tensors that a run needs to go on. Plain JSON values."""
 
     step: int = 0
-    """Updates done."""
+    """Batches done, those that were left out included."""
     num_targets: int = 0
     """Targets trained on, repeats counted."""
     elapsed_s: float = 0.0
@@ -73,6 +77,10 @@ class TrainState:
     """The steps they belong to."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """The batches, by the step they belong to, that changed nothing because of train.nonfinite, in order."""
+    eval_pending: bool = False
+    """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,18 +92,38 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did."""
+    """What one update did. The numbers stay on the device until one of them is asked for, which waits for it."""
 
     step: int
-    """Updates done, this one included."""
-    nats: float
-    """Loss per target of this batch, nats."""
+    """Batches done, this one included."""
     num_targets: int
-    grad_norm: float
-    """Global norm of the gradient before clipping; NaN where a scaled fp16 step was skipped."""
+    """Targets of the batch; 0 if it was passed over."""
     lr: float
     """Learning rate of the first parameter group."""
     progress: float
+    numbers: Tensor
+    """(2,) float32: summed loss in nats, norm of the gradient."""
+    bad: Tensor
+    """Bool: whether the batch was not to change anything."""
+
+    @cached_property
+    def _read(self) -> list[float]:
+        return self.numbers.tolist()
+
+    @property
+    def nats(self) -> float:
+        """Loss per target, nats."""
+        return self._read[0] / max(self.num_targets, 1)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the gradient before clipping; not finite where a scaled fp16 step was too large."""
+        return self._read[1]
+
+    @property
+    def left_out(self) -> bool:
+        """Whether loss or gradient were not finite (or the loss a spike), so that nothing was changed."""
+        return bool(self.bad)
 
 
 @dataclass
@@ -114,6 +142,12 @@ class Trainer:
     average: WeightAverage | None = None
     carry: list[State | None] = field(default_factory=list)
     """Carried model state of each micro-batch; empty for models without one."""
+    max_skips: int = 0
+    """Once more updates than this were left out, no further one is made."""
+    spike_nats: float | None = None
+    """Leave out batches whose loss is this far above its running mean (nats per target); None: none."""
+    reads_late: bool = False
+    """Decide on the device, so that no step waits for it (see ``can_read_late``); reports may be read later."""
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -124,59 +158,111 @@ class Trainer:
         self.forward: nn.Module = self.model
         if self.device.compile:
             self.forward = torch.compile(self.model)  # type: ignore[assignment]
+        self.mean_nats = torch.full((), math.inf, device=self.device.torch_device)
+        """Running mean of the loss per target, for ``spike_nats``; infinite before the first batch."""
+        self.updating = False
+        """True while an update is under way, so that the parameters may be of two steps."""
+        self.trust()
+
+    def trust(self) -> None:
+        """Begin to count the updates that are left out; call it after the state was replaced."""
+        self._num_left_out = torch.zeros((), device=self.device.torch_device)
+        self._skips_left = max(0, self.max_skips - len(self.state.skipped_steps))
+        self._has_updated = False
 
     def train_step(self, batch: Batch) -> StepReport:
         """One update from one global batch, cut into micro-batches.
 
         The gradient is that of the summed loss divided by the number of targets of the whole batch, so it does not
-        depend on how the batch is cut. Dropout is keyed by (seed, step, micro-batch). Raises DivergedError before the
-        update if loss or gradient is not finite; parameters and optimizer state are then those of the step before.
+        depend on how the batch is cut. Dropout is keyed by (seed, step, micro-batch). If loss or gradient is not finite
+        the update is not made: parameters, optimizer state and average stay those of the step before, the carried state
+        begins anew, and the report says ``left_out``.
         """
         self.model.train()
         state, step = self.state, self.state.step
         progress = state.horizon.progress(step)
         factor = lr_factor(self.schedule, step, progress, state.valid_losses)
         set_lr(self.optimizer, factor)
-        num_targets = int((batch.targets_BT != IGNORE).sum())
-        nats, carry = self._accumulate(batch, num_targets)
+        num_targets = num_targets_of(batch)
+        total, carry = self._accumulate(batch, num_targets)
         self.scaler.unscale_(self.optimizer)
         limit = self.optimizer_config.clip_norm
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
-        skipped_fp16 = self.scaler.is_enabled() and not math.isfinite(norm)
-        if not math.isfinite(nats) or not (math.isfinite(norm) or skipped_fp16):
-            what = f"loss {nats:.4g} nats, gradient norm {norm:.4g}"
-            raise DivergedError(
-                f"step {step + 1} is not finite ({what}) at learning rate {self.lr():.3g}",
-                "the update was not made; lower optimizer.lr, lengthen the warm-up or clip with optimizer.clip_norm",
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        numbers = torch.stack((total.float(), norm.to(total.device).float()))
+        bad = self._is_bad(numbers, num_targets)
+        self.updating = True
+        self.carry = self._update(bad, carry)
         self.optimizer.zero_grad(set_to_none=True)
-        self.carry = carry
         state.step, state.num_targets = step + 1, state.num_targets + num_targets
         if self.average is not None:
             self.average.update(self.model, state.step)
-        return StepReport(state.step, nats, num_targets, norm, self.lr(), state.horizon.progress(state.step))
+        self.updating = False
+        return StepReport(state.step, num_targets, self.lr(), state.horizon.progress(state.step), numbers, bad)
 
-    def _accumulate(self, batch: Batch, num_targets: int) -> tuple[float, list[State | None]]:
-        """Add up the gradients of the micro-batches; return the loss per target and the new carried states."""
-        size, target_device = self.micro_batch_size, self.device.torch_device
-        total: Tensor | float = 0.0
+    def _is_bad(self, numbers: Tensor, num_targets: int) -> Tensor:
+        """Whether this batch must not change anything, as a bool on the device; keeps the mean for spikes."""
+        judged = numbers[:1] if self.scaler.is_enabled() else numbers  # large fp16 steps are left to the scaler
+        bad = ~judged.isfinite().all()
+        if self.spike_nats is not None:
+            nats = numbers[0] / max(num_targets, 1)
+            bad = bad | (nats > self.mean_nats + self.spike_nats)
+            moved = torch.where(torch.isinf(self.mean_nats), nats, torch.lerp(self.mean_nats, nats, SPIKE_MEAN_WEIGHT))
+            self.mean_nats = torch.where(bad, self.mean_nats, moved)
+        return bad
+
+    def _update(self, bad: Tensor, carry: list[State | None]) -> list[State | None]:
+        """Let the optimizer step unless the batch is bad; returns the state to carry on."""
+        if self.reads_late and self._has_updated:
+            self._num_left_out += bad
+            stay = bad | (self._num_left_out > self._skips_left)
+            self.optimizer.found_inf = stay.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            return [None if c is None else self._zeroed(c, bad) for c in carry]
+        if bad:
+            self.scaler.update()
+            self._num_left_out += 1
+            return []
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._has_updated = True
+        return carry
+
+    def _zeroed(self, carried: State, bad: Tensor) -> State:
+        """The carried state, or zeros, with which a text begins, after a bad batch."""
+        return self.model.state_from_tensors({k: torch.where(bad, 0.0, t) for k, t in carried.tensors().items()})
+
+    def pass_over(self) -> StepReport:
+        """Go on to the next batch without looking at this one, which was found bad before."""
+        self.state.step += 1
+        self.carry = []
+        progress = self.state.horizon.progress(self.state.step)
+        return StepReport(self.state.step, 0, self.lr(), progress, torch.zeros(2), torch.zeros((), dtype=torch.bool))
+
+    def _accumulate(self, batch: Batch, num_targets: int) -> tuple[Tensor, list[State | None]]:
+        """Add up the gradients of the micro-batches; return their summed loss and the new carried states."""
+        total = torch.zeros((), device=self.device.torch_device)
         carry: list[State | None] = []
-        for micro, start in enumerate(range(0, batch.inputs_BT.shape[0], size)):
-            torch.manual_seed(derive_key(self.seed, "dropout", self.state.step, micro))
-            inputs_BT = batch.inputs_BT[start : start + size].to(target_device, non_blocking=True)
-            targets_N = batch.targets_BT[start : start + size].to(target_device, non_blocking=True).reshape(-1)
-            fresh = batch.starts_text or micro >= len(self.carry)
+        for micro in range(-(-batch.inputs_BT.shape[0] // self.micro_batch_size)):
+            hidden_ND, targets_N, new_state = self.run_micro_batch(batch, micro)
             with self.device.autocast():
-                hidden_BTD, new_state = self.forward(inputs_BT, None if fresh else self.carry[micro])
-                loss = self.objective(self.model.head, hidden_BTD.flatten(0, 1), targets_N)
+                loss = self.objective(self.model.head, hidden_ND, targets_N)
             self.scaler.scale(loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
             carry.append(None if new_state is None else new_state.detach())
         if all(state is None for state in carry):
             carry = []
-        return float(total) / max(num_targets, 1), carry
+        return total, carry
+
+    def run_micro_batch(self, batch: Batch, micro: int) -> tuple[Tensor, Tensor, State | None]:
+        """Hidden vectors (N, D), targets (N) and new state of one micro-batch of the next step, with its dropout."""
+        rows = slice(micro * self.micro_batch_size, (micro + 1) * self.micro_batch_size)
+        torch.manual_seed(derive_key(self.seed, "dropout", self.state.step, micro))
+        inputs_BT = batch.inputs_BT[rows].to(self.device.torch_device, non_blocking=True)
+        targets_BT = batch.targets_BT[rows].to(self.device.torch_device, non_blocking=True)
+        fresh = batch.starts_text or micro >= len(self.carry)
+        with self.device.autocast():
+            hidden_BTD, new_state = self.forward(inputs_BT, None if fresh else self.carry[micro])
+        return hidden_BTD.flatten(0, 1), targets_BT.reshape(-1), new_state
 
     def lr(self) -> float:
         """Learning rate of the first parameter group."""
@@ -184,6 +270,90 @@ class Trainer:
 
 
 def fit(trainer: Trainer, batches: Batches) -> Iterator[StepReport]:
-    """Train until the horizon is reached, one StepReport per update. The caller decides when to log, evaluate, save."""
+    """Train until the horizon is reached, one StepReport per batch. The caller decides when to log, evaluate, save."""
     while trainer.state.horizon.progress(trainer.state.step) < 1.0:
-        yield trainer.train_step(batches[trainer.state.step])
+        step = trainer.state.step
+        if step + 1 in trainer.state.skipped_steps:
+            yield trainer.pass_over()
+        else:
+            yield trainer.train_step(batches[step])
+
+
+def num_targets_of(batch: Batch) -> int:
+    """How many targets a batch has; it lies on the host."""
+    return int((batch.targets_BT != IGNORE).sum())
+
+
+def can_read_late(optimizer: Optimizer, device: Device) -> bool:
+    """Whether an update can be called off by a flag on the device: torch's fused kernels read one (``found_inf``).
+
+    Worth it on CUDA only, where reading the loss in each step would make the processor wait for the card. In fp16 the
+    gradient scaler waits in any case.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and device.torch_device.type == "cuda" and device.precision is not Precision.fp16
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python had no memory for something, on the card or on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a trainer: the weights to use (averaged if there is an average), and the rest for resuming."""
+    model = dict(trainer.model.state_dict())
+    extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, trainer.model).items()}
+    for micro, carried in enumerate(trainer.carry):
+        if carried is not None:
+            extra.update({f"carry/{micro}/{name}": t for name, t in carried.tensors().items()})
+    if trainer.spike_nats is not None:
+        extra["guard/mean_nats"] = trainer.mean_nats
+    if trainer.average is not None:
+        extra.update({f"raw/{name}": p.detach() for name, p in trainer.model.named_parameters()})
+        average = trainer.average.tensors()
+        storage_of = {p.data_ptr(): average[name] for name, p in trainer.model.named_parameters()}
+        model = {name: storage_of.get(t.data_ptr(), t) for name, t in model.items()}
+    return model, extra
+
+
+def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:
+    """Put back what ``trainer_tensors`` gave, into a trainer of the same configuration whose state is already set.
+
+    The micro-batch size may be another one: the carried state is cut anew.
+    """
+    device = trainer.device.torch_device
+    trainer.model.load_state_dict(model)
+    parameters = dict(trainer.model.named_parameters())
+    if trainer.average is not None:
+        trainer.average = WeightAverage(trainer.model, trainer.average.decay)
+    optimizer: dict[str, Tensor] = {}
+    carried: dict[str, list[tuple[int, Tensor]]] = {}
+    for key, tensor in extra.items():
+        part, _, name = key.partition("/")
+        if part == "optimizer":
+            optimizer[name] = tensor
+        elif part == "carry":
+            micro, _, slot = name.partition("/")
+            carried.setdefault(slot, []).append((int(micro), tensor))
+        elif part == "raw":
+            parameters[name].data.copy_(tensor)
+        elif part == "guard":
+            trainer.mean_nats = tensor.to(device)
+    trainer.optimizer.state.clear()
+    load_optimizer_tensors(trainer.optimizer, trainer.model, optimizer)
+    trainer.carry = _cut_carry(trainer, carried)
+    trainer.trust()
+
+
+def _cut_carry(trainer: Trainer, carried: Mapping[str, list[tuple[int, Tensor]]]) -> list[State | None]:
+    """The carried state of each micro-batch, from (number of the micro-batch, rows) of each of its tensors."""
+    rows_of = {
+        slot: torch.cat([t for _, t in sorted(parts, key=itemgetter(0))]).to(trainer.device.torch_device)
+        for slot, parts in carried.items()
+    }
+    size = trainer.micro_batch_size
+    starts = range(0, len(next(iter(rows_of.values()), ())), size)
+    return [
+        trainer.model.state_from_tensors({slot: rows[start : start + size].clone() for slot, rows in rows_of.items()})
+        for start in starts
+    ]

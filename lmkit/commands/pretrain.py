@@ -8,15 +8,23 @@ from typing import Any
 from lmkit.commands.training import Job, check_data, execute
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.plain import kind_of, to_plain
+from lmkit.config.training import OnUsr1
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.device import resolve_device
+from lmkit.signals import StopRequests, find_deadline
 from lmkit.store.runs import Run
 
 
 def run(cfg: PretrainConfig) -> dict[str, Any]:
     """Train, and return what was written to the run's result.json."""
     started = time.monotonic()
+    deadline = find_deadline(cfg.train.time_limit_s, started)
+    with StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop:
+        return _run(cfg, stop, started)
+
+
+def _run(cfg: PretrainConfig, stop: StopRequests, started: float) -> dict[str, Any]:
     console = Console()
     device = resolve_device(cfg.device)
     console.say(f"device: {device.description}")
@@ -33,5 +41,5 @@ def run(cfg: PretrainConfig) -> dict[str, Any]:
     ) as this_run:
         model = cfg.model.build(vocab_size, seed=cfg.seed)
         stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}
-        job = Job(cfg, this_run, model, cfg.model, prepared, stored, device, console, started)
+        job = Job(cfg, this_run, model, cfg.model, prepared, stored, device, console, stop, started)
         return execute(job)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from lmkit.averaging import WeightAverage
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
+from lmkit.config.training import NonFinite
 from lmkit.console import Console, format_count, format_duration, format_number
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
@@ -18,11 +21,19 @@ from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel
 from lmkit.objectives import build_objective
 from lmkit.optim import build_optimizer
-from lmkit.session import Session, check_resumable, restore_trainer
+from lmkit.session import Session, state_of
+from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
+from lmkit.store.environment import environment
+from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import Run, read_result
-from lmkit.train import Trainer, TrainState
+from lmkit.train import Trainer, TrainState, can_read_late, restore_trainer
+
+IMMUTABLE = ("model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order")
+"""Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
+LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience")
+"""Keys with another value of which a finished run goes on."""
 
 
 @dataclass
@@ -38,6 +49,7 @@ class Job:
     """What goes into every checkpoint's config.json."""
     device: Device
     console: Console
+    stop: StopRequests
     started: float
     """time.monotonic() at which the command began."""
 
@@ -57,7 +69,7 @@ def execute(job: Job) -> dict[str, Any]:
     """Train (or count), evaluate on valid, save, write result.json, and show the result."""
     job.run.begin(
         seed=job.cfg.seed,
-        command=["lmkit", *sys.argv[1:]],
+        command=command_line(),
         digests={"data": job.prepared.key, "tokenizer": job.prepared.tokenizer.digest},
     )
     found = load_latest(job.run.path, job.console.warn)
@@ -65,36 +77,60 @@ def execute(job: Job) -> dict[str, Any]:
     if changes:
         job.run.journal("changed", {"keys": changes})
     before = read_result(job.run.path)
-    if before is not None and found is not None and not [c for c in changes if c.startswith("train.")]:
+    if before is not None and found is not None and not [c for c in changes if c.startswith(LENGTH)]:
         job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
         return before
     if job.model_config.trains_by_counting:
         return _count(job)
+    if found is not None:
+        _say_environment(job, found[0])
     return _train(job, found[1] if found is not None else None)
+
+
+def command_line() -> list[str]:
+    """The words that started this process, for people."""
+    return ["lmkit", *sys.argv[1:]]
+
+
+def build_trainer(
+    cfg: PretrainConfig | FinetuneConfig,
+    model: LanguageModel,
+    prepared: PreparedData,
+    device: Device,
+    snapshot: Snapshot | None,
+) -> Trainer:
+    """The trainer of a configuration, at its first step or where a checkpoint of it was taken."""
+    train, tokens = cfg.train, prepared.splits["train"].tokens
+    counts_V = token_counts(tokens, prepared.tokenizer.vocab_size)
+    if snapshot is None and isinstance(cfg, PretrainConfig):
+        initialise_from_text(model, cfg.init, tokens, counts_V, seed=cfg.seed)
+    model = model.to(device.torch_device)
+    optimizer = build_optimizer(cfg.optimizer, model, fused=device.fused)
+    trainer = Trainer(
+        model=model,
+        optimizer=optimizer,
+        optimizer_config=cfg.optimizer,
+        schedule=cfg.schedule,
+        objective=build_objective(cfg.softmax, counts_V),
+        device=device,
+        seed=cfg.seed,
+        micro_batch_size=train.micro_batch_size or train.batch_size,
+        state=TrainState() if snapshot is None else TrainState.from_json(state_of(snapshot)),
+        average=None if train.ema_decay is None else WeightAverage(model, train.ema_decay),
+        max_skips=train.max_skips if train.nonfinite is NonFinite.skip else 0,
+        spike_nats=train.spike_nats,
+        reads_late=can_read_late(optimizer, device),
+    )
+    if snapshot is not None:
+        restore_trainer(trainer, snapshot.model, snapshot.optimizer)
+    return trainer
 
 
 def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
     cfg = job.cfg
-    tokens = job.prepared.splits["train"].tokens
-    counts_V = token_counts(tokens, job.prepared.tokenizer.vocab_size)
-    if snapshot is None and isinstance(cfg, PretrainConfig):
-        initialise_from_text(job.model, cfg.init, tokens, counts_V, seed=cfg.seed)
-    model = job.model.to(job.device.torch_device)
-    trainer = Trainer(
-        model=model,
-        optimizer=build_optimizer(cfg.optimizer, model, fused=job.device.fused),
-        optimizer_config=cfg.optimizer,
-        schedule=cfg.schedule,
-        objective=build_objective(cfg.softmax, counts_V),
-        device=job.device,
-        seed=cfg.seed,
-        micro_batch_size=cfg.train.micro_batch_size or cfg.train.batch_size,
-        state=TrainState.from_json(_without_loss(snapshot.state)) if snapshot is not None else TrainState(),
-        average=None if cfg.train.ema_decay is None else WeightAverage(model, cfg.train.ema_decay),
-    )
+    trainer = build_trainer(cfg, job.model, job.prepared, job.device, snapshot)
+    job.run.cut_metrics(0 if snapshot is None else snapshot.step)
     if snapshot is not None:
-        restore_trainer(trainer, snapshot)
-        job.run.cut_metrics(snapshot.step)
         job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
     session = Session(
         run=job.run,
@@ -107,6 +143,8 @@ def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
         save=cfg.save,
         carries_state=job.model_config.carries_state,
         console=job.console,
+        stop=job.stop,
+        command=command_line(),
         started=job.started,
     )
     _say_plan(job, session)
@@ -132,8 +170,35 @@ def _say_plan(job: Job, session: Session) -> None:
     )
 
 
-def _without_loss(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != VALID_LOSS}
+def _say_environment(job: Job, checkpoint: Path) -> None:
+    """Say and note it if the last bits of the results may differ because the software or the machine did change."""
+    before, now = read_manifest(checkpoint).environment, environment()
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        job.run.journal("environment", {"changed": changed})
+        job.console.say(f"the order is the same, but not promised bit for bit: {', '.join(changed)}")
+
+
+def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences between a stored and a new configuration that are allowed, as text.
+
+    Raises ConfigError listing old and new value of every key that must not change.
+    """
+    before, after = dict(_flat(old)), dict(_flat(new))
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    fatal = [key for key in changed if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
+    if fatal:
+        pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
+        raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _count(job: Job) -> dict[str, Any]:

@@ -388,7 +388,7 @@ class TrainConfig:
     ema_decay: float | None = None
     """Decay per step of an exponential average of the weights (0 < d < 1) that is evaluated and saved; null: none."""
     nonfinite: NonFinite = NonFinite.stop
-    """A loss or gradient that is not finite: stop; skip the batch; rollback to the last checkpoint, without the batch."""
+    """At a loss or gradient that is not finite: stop, skip the batch, or rollback to the last checkpoint without it."""
     max_skips: int = 10
     """With nonfinite=skip or rollback, stop when more batches than this were left out (>= 0)."""
     spike_nats: float | None = None

@@ -6,7 +6,11 @@ is a target exactly once. Nothing is dropped: what does not fill a batch is padd
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,6 +34,11 @@ class Batch:
     """int64; IGNORE where padded."""
     starts_text: bool
     """Whether the rows begin anew, so that carried state must be reset before this batch."""
+
+    def rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """The targets of each row that has any, as ids and text, for people."""
+        filled = [(row, [i for i in ids if i != IGNORE]) for row, ids in enumerate(self.targets_BT.tolist())]
+        return [{"row": row, "text": decode(ids), "ids": ids} for row, ids in filled if ids]
 
 
 class Lanes:
@@ -94,6 +103,46 @@ class Windows:
         ends_B = np.minimum(first + windows_B * self._seq_len, self.num_tokens)
         starts_B = np.where(windows_B == 0, 0, first + (windows_B - 1) * self._seq_len)
         return self._stream.batch(starts_B, np.where(filled_B, ends_B, 0), self._seq_len, starts_text=True)
+
+
+class Ahead:
+    """The same batches, put together ahead of their use by threads; which thread makes which does not matter.
+
+    Steps are asked for in order; after a jump the batches made in vain are dropped. Leave the ``with`` block to end
+    the threads.
+    """
+
+    DEPTH = 2
+    """Batches per thread that are kept ready."""
+
+    def __init__(self, batches: Lanes | Windows, workers: int) -> None:
+        self.steps_per_epoch = batches.steps_per_epoch
+        """Batches per epoch."""
+        self._batches = batches
+        self._depth = self.DEPTH * workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
+        self._ready: dict[int, Future[Batch]] = {}
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of any step >= 0. Raises what making it raised."""
+        if self._pool is None:
+            return self._batches[step]
+        wanted = range(step, step + self._depth + 1)
+        for made in [s for s in self._ready if s not in wanted]:
+            self._ready.pop(made).cancel()
+        for s in wanted:
+            if s not in self._ready:
+                self._ready[s] = self._pool.submit(self._batches.__getitem__, s)
+        return self._ready.pop(step).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 class Permutation:

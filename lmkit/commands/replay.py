@@ -1,0 +1,198 @@
+"""Replay one step of a run: from the newest checkpoint before it up to it, to see its loss and its batch row by row.
+
+The run directory is only read. On the machine and versions of the run the numbers are those of the run, bit for bit;
+a run by the clock (train.budget) is replayed with the progress of its checkpoint: its learning rate only comes close.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmkit.commands.training import build_trainer
+from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.model import ModelConfig
+from lmkit.config.plain import from_plain
+from lmkit.console import Console, format_number
+from lmkit.data.batches import Batch
+from lmkit.data.prepared import PreparedData, prepare
+from lmkit.device import resolve_device
+from lmkit.errors import CheckpointError, ConfigError, DataError
+from lmkit.session import build_batches, last_step
+from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
+from lmkit.store.incidents import BATCH_FILE
+from lmkit.store.manifest import step_directory, step_of
+from lmkit.store.records import read_object
+from lmkit.store.runs import read_info, read_metrics
+from lmkit.tokenizers import load_tokenizer
+from lmkit.train import Batches, Horizon, Trainer
+
+NUM_SHOWN = 5
+"""Rows that are printed, those with the highest loss first."""
+TEXT_SHOWN = 70
+"""Characters of each."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a replay begins."""
+
+    config: dict[str, Any]
+    """The stored configuration that was in force at the step."""
+    snapshot: Snapshot | None
+    """What it starts from; None: the beginning of the run."""
+    name: str
+    skipped_steps: list[int]
+    """The batches that the run left out."""
+
+
+def run(run_dir: str, step: int) -> dict[str, Any]:
+    """Replay ``step`` of a run, show it on standard error and return it as JSON data: see ``replay``."""
+    console = Console()
+    result = replay(Path(run_dir), step, console)
+    rows = sorted(result["rows"], key=lambda row: _nan_first(row["nats_per_token"]), reverse=True)
+    shown = [
+        (f"row {r['row']}: {r['nats_per_token']:.4f} nats", repr(r["text"][:TEXT_SHOWN])) for r in rows[:NUM_SHOWN]
+    ]
+    console.table(
+        f"Step {step} of {run_dir}",
+        [
+            ("from", f"{result['from']}, {result['replayed']} steps replayed"),
+            ("learning rate", f"{result['lr']:.4g}"),
+            ("loss", f"{format_number(result['loss'])} nats per token"),
+            ("gradient norm", format_number(result["grad_norm"])),
+            ("targets", f"{result['num_targets']:,} in {len(rows)} rows, those with the highest loss first:"),
+            *shown,
+        ],
+    )
+    return result
+
+
+def _nan_first(nats: float) -> tuple[bool, float]:
+    """A key by which NaN is the highest loss."""
+    return (True, 0.0) if math.isnan(nats) else (False, nats)
+
+
+def replay(run_dir: Path, step: int, console: Console) -> dict[str, Any]:
+    """Do ``step`` of a run again: its loss and gradient norm before the update, and each row of its batch.
+
+    ``rows`` hold ``row``, ``text``, ``ids`` (the targets) and ``nats_per_token`` under the exact softmax, with the
+    step's own dropout. Raises ConfigError for a step that the run has no configuration for, CheckpointError or
+    DataError if what the run was trained on is not there any more.
+    """
+    if step < 1:
+        raise ConfigError(f"step={step} must be >= 1")
+    start = _find_start(run_dir, step, console)
+    trainer, prepared, batches = _prepare(run_dir, start, console)
+    console.say(f"replaying from {start.name}")
+    before = trainer.state.step
+    _advance(trainer, batches, run_dir, step, start.skipped_steps)
+    batch = batches[step - 1]
+    nats = _row_nats(trainer, batch)
+    report = trainer.train_step(batch)
+    rows = batch.rows(prepared.tokenizer.decode)
+    return {
+        "run": str(run_dir),
+        "step": step,
+        "from": start.name,
+        "replayed": step - before,
+        "lr": report.lr,
+        "loss": report.nats,
+        "grad_norm": report.grad_norm,
+        "num_targets": report.num_targets,
+        "rows": [{**row, "nats_per_token": nats[row["row"]] / len(row["ids"])} for row in rows],
+    }
+
+
+def _find_start(run_dir: Path, step: int, console: Console) -> _Start:
+    """The newest whole checkpoint before ``step``, and the configuration in force at ``step``."""
+    paths = list_checkpoints(run_dir)
+    before = [p for p in paths if (step_of(p.name) or 0) < step]
+    after = paths[len(before) :]
+    snapshot = _first_whole(before[::-1], console, with_optimizer=True)
+    next_one = _first_whole(after, console, with_optimizer=False)
+    newest = _first_whole(after[::-1], console, with_optimizer=False) or snapshot
+    record = read_object(run_dir / BATCH_FILE.format(step=step)) or {}
+    configs = [record.get("config"), *(found.config for found in (next_one, snapshot) if found is not None)]
+    config = next((c for c in configs if isinstance(c, dict)), None)
+    if config is None:
+        raise ConfigError(
+            f"{run_dir} has no checkpoint and no record of step {step}", "name a run of lmkit pretrain or finetune"
+        )
+    name = step_directory(snapshot.step) if snapshot is not None else "the start of the run"
+    return _Start(config, snapshot, name, newest.state.get("skipped_steps", []) if newest is not None else [])
+
+
+def _first_whole(paths: list[Path], console: Console, *, with_optimizer: bool) -> Snapshot | None:
+    """The content of the first checkpoint that is not damaged."""
+    for path in paths:
+        try:
+            return load_checkpoint(path, with_optimizer=with_optimizer)
+        except CheckpointError as error:
+            console.warn(f"skipped a damaged checkpoint, {error}")
+    return None
+
+
+def _prepare(run_dir: Path, start: _Start, console: Console) -> tuple[Trainer, PreparedData, Batches]:
+    """The trainer as it was at the start, and the data."""
+    stored = start.config
+    root: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig
+    beside = ["command", "vocab_size", "run"]
+    if stored.get("command") == "finetune":
+        root, beside = FinetuneConfig, [*beside, "model", "base"]
+    cfg = from_plain(root, {key: value for key, value in stored.items() if key not in beside})
+    model_config = from_plain(ModelConfig, stored["model"], where="model")
+    if model_config.trains_by_counting:
+        raise ConfigError(f"{run_dir} was trained by counting", "it has no steps to replay")
+    device = resolve_device(cfg.device)
+    if isinstance(cfg, FinetuneConfig):
+        prepared = prepare(cfg.dataset, load_tokenizer(Path(stored["base"]) / "tokenizer"), console)
+    else:
+        prepared = prepare(cfg.dataset, cfg.tokenizer, console)
+    digests = (read_info(run_dir) or {}).get("digests", {})
+    now = {"data": prepared.key, "tokenizer": prepared.tokenizer.digest}
+    if changed := [key for key in now if digests.get(key) != now[key]]:
+        raise DataError(f"{' and '.join(changed)} of {run_dir} changed since", "bring back what the run was trained on")
+    model = model_config.build(prepared.tokenizer.vocab_size, seed=cfg.seed)
+    if isinstance(cfg, FinetuneConfig) and start.snapshot is None:
+        model.load_state_dict(load_checkpoint(Path(stored["base"]), with_optimizer=False).model)
+    trainer = build_trainer(cfg, model, prepared, device, start.snapshot)
+    trainer.reads_late = False
+    batches = build_batches(prepared, cfg.train, cfg.seed, carries_state=model_config.carries_state)
+    if cfg.train.budget_s is None:
+        trainer.state.horizon = Horizon(1.0 / (last_step(cfg.train, batches.steps_per_epoch) or 1))
+    return trainer, prepared, batches
+
+
+def _advance(trainer: Trainer, batches: Batches, run_dir: Path, step: int, skipped: list[int]) -> None:
+    """Train up to the step before ``step``; validation losses, which some schedules look at, come from the metrics."""
+    state = trainer.state
+    validations = {row["step"]: row["valid_loss"] for row in read_metrics(run_dir) if "valid_loss" in row}
+    while True:
+        if state.step in validations and state.step not in state.valid_steps:
+            state.valid_steps.append(state.step)
+            state.valid_losses.append(validations[state.step])
+        if state.step == step - 1:
+            return
+        if state.step + 1 in skipped:
+            trainer.pass_over()
+        else:
+            trainer.train_step(batches[state.step])
+
+
+@torch.no_grad()
+def _row_nats(trainer: Trainer, batch: Batch) -> list[float]:
+    """Summed loss of each row under the exact softmax, with the dropout of the next step."""
+    trainer.model.train()
+    nats: list[float] = []
+    num_rows, seq_len = batch.targets_BT.shape
+    for micro in range(-(-num_rows // trainer.micro_batch_size)):
+        hidden_ND, targets_N, _ = trainer.run_micro_batch(batch, micro)
+        with trainer.device.autocast():
+            scores = trainer.model.head.score(hidden_ND, targets_N)
+        nats += scores.nats_N.view(-1, seq_len).double().sum(1).tolist()
+    return nats

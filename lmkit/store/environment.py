@@ -1,0 +1,19 @@
+"""What may change the last bits of a result, as a checkpoint records it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform and number of threads; never the process's environment variables."""
+    return {
+        "lmkit": importlib.metadata.version("lmkit"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()}-{platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,77 @@
+"""Words that the fault tests share: how a command ended, forged checkpoints, and what a run holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import Child
+
+from lmkit.store import manifest
+from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says what went wrong; nothing may follow it and no traceback may stand before it."""
+        lines = self.err.splitlines()
+        assert lines, f"no message, exit code {self.code}"
+        assert lines[-1].startswith("error: "), self.err
+        assert sum(line.startswith("error: ") for line in lines) == 1, self.err
+        assert "Traceback" not in self.err
+        assert "a bug in lmkit" not in lines[-1]
+        return lines[-1].removeprefix("error: ")
+
+
+Lmkit = Callable[..., Outcome]
+Start = Callable[..., Child]
+
+
+def names(run_dir: Path) -> list[str]:
+    """The checkpoints of a run, all of which must be whole."""
+    for path in list_checkpoints(run_dir):
+        manifest.verify_checkpoint(path)
+    return [path.name for path in list_checkpoints(run_dir)]
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """Step and SHA-256 of the tensor files of the newest checkpoint of a run, which must be whole."""
+    newest = latest_checkpoint(run_dir, pytest.fail)
+    assert newest is not None
+    files = manifest.read_manifest(newest).files
+    return {"step": newest.name} | {file.path: file.sha256 for file in files if file.path.endswith(".safetensors")}
+
+
+def forge(checkpoint: Path, name: str, data: bytes) -> None:
+    """Replace a file of a checkpoint as an attacker would: the manifest agrees with it."""
+    (checkpoint / name).write_bytes(data)
+    path = checkpoint / manifest.MANIFEST
+    listed = json.loads(path.read_bytes())
+    for entry in listed["files"]:
+        if entry["path"] == name:
+            entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if name == manifest.CONFIG:
+        listed["digests"]["config"] = hashlib.sha256(data).hexdigest()
+    del listed["self"]
+    listed["self"] = hashlib.sha256(manifest.canonical_json(listed)).hexdigest()
+    path.write_bytes(manifest.canonical_json(listed))
+
+
+def forge_config(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the configuration in a checkpoint."""
+    config = json.loads((checkpoint / manifest.CONFIG).read_bytes())
+    change(config)
+    forge(checkpoint, manifest.CONFIG, manifest.canonical_json(config))
