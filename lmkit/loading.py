@@ -50,7 +50,7 @@ def load_run(config: ExistingRunConfig, *, device: Device, console: Console) -> 
     checkpoint = resolve_checkpoint(found, config.checkpoint, console.warn)
     console.say(f"run: {found.path}, checkpoint {checkpoint.name}")
     snapshot = load_checkpoint(checkpoint, with_optimizer=False)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", verified=True)
     stored = snapshot.config
     try:
         model_config = from_plain(ModelConfig, stored["model"], where="model")

@@ -50,10 +50,12 @@ def from_plain(cls: type[T], data: Any, *, where: str = "config") -> T:
         raise ConfigError(f"{where} must be an object, found {type(data).__name__}")
     data = dict(data)
     actual: type = cls
+    candidates = {name: c for table in SCHEMAS.values() for name, c in table.items() if issubclass(c, cls)}
+    if "kind" not in data and candidates and cls not in _KIND_OF:
+        raise ConfigError(f"{where} lacks its kind", f"known: {', '.join(sorted(candidates))}")
     if "kind" in data:
         kind = data.pop("kind")
-        candidates = {name: c for table in SCHEMAS.values() for name, c in table.items() if issubclass(c, cls)}
-        if kind not in candidates:
+        if not isinstance(kind, str) or kind not in candidates:
             raise ConfigError(f"{where}.kind={kind!r} is unknown", f"known: {', '.join(sorted(candidates))}")
         actual = candidates[kind]
     hints = typing.get_type_hints(actual)
@@ -61,8 +63,15 @@ def from_plain(cls: type[T], data: Any, *, where: str = "config") -> T:
     unknown = sorted(set(data) - fields)
     if unknown:
         raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}", "it may come from a newer lmkit")
+    missing = [f.name for f in dataclasses.fields(actual) if f.name not in data and _is_required(f)]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
     values = {name: _value_from_plain(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     return typing.cast(T, actual(**values))
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
@@ -82,7 +91,7 @@ def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, str) or value not in hint.__members__:
             raise ConfigError(f"{where}={value!r} is unknown", f"known: {', '.join(hint.__members__)}")
         return hint[value]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={value!r} must be {hint.__name__}, found {type(value).__name__}")

@@ -134,19 +134,19 @@ class BenchmarkCorpus(Corpus):
     def _find_folder(self, path: str | None) -> Path | None:
         benchmark = self.benchmark
         if path is not None:
-            folder = Path(path).expanduser().absolute()
+            folder = Path(os.path.expanduser(path)).absolute()
             candidates = [folder, folder / benchmark.folder]
         elif root := os.environ.get("LMKIT_DATA"):
-            candidates = [Path(root).expanduser().absolute() / benchmark.folder]
+            candidates = [Path(os.path.expanduser(root)).absolute() / benchmark.folder]
         else:
             return None
         for candidate in candidates:
-            missing = [name for split in SPLITS if not (candidate / (name := self._file_name(split))).is_file()]
+            missing = [name for split in SPLITS if not os.path.isfile(candidate / (name := self._file_name(split)))]
             if not missing:
                 return candidate
             if len(missing) < len(SPLITS):
                 raise DataError(f"{candidate} lacks {', '.join(missing)}", "put the three original files there")
-        if path is None and not candidates[0].is_dir():
+        if path is None and not os.path.isdir(candidates[0]):
             return None
         names = ", ".join(map(self._file_name, SPLITS))
         key = "dataset.path" if path is not None else "LMKIT_DATA"

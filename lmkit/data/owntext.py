@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ class JsonlCorpus(RecordCorpus):
 def _existing_path(path: str | None, kind: str) -> Path:
     if path is None:
         raise ConfigError(f"dataset={kind} needs a file or folder", "set dataset.path=PATH")
-    found = Path(path).expanduser().absolute()
-    if not found.exists():
+    found = Path(os.path.expanduser(path)).absolute()
+    if not os.path.exists(found):  # False, where Path.exists raises, for a name that is too long
         raise DataError(f"{found} does not exist", "set dataset.path to a file or folder")
     return found
 

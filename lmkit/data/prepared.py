@@ -40,7 +40,7 @@ _QUIET_S = 1.0
 def cache_dir() -> Path:
     """The folder of prepared data: LMKIT_CACHE, or lmkit's folder in the user's cache."""
     override = os.environ.get("LMKIT_CACHE")
-    return Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("lmkit")
+    return Path(os.path.expanduser(override)).absolute() if override else platformdirs.user_cache_path("lmkit")
 
 
 def prepare(
@@ -59,8 +59,9 @@ def prepare(
     console = console or Console(io.StringIO())
     if isinstance(tokenizer, HfTokenizerConfig):
         tokenizer = train_tokenizer(tokenizer, lambda: iter(()))
+    corpus = open_corpus(dataset)
     try:
-        return _Preparation(open_corpus(dataset), dataset, tokenizer, console, force).run()
+        return _Preparation(corpus, dataset, tokenizer, console, force).run()
     except OSError as error:
         raise ResourceError(
             f"cannot write prepared data to {cache_dir()}: {error.strerror or error}",
@@ -216,7 +217,9 @@ class _Preparation:
         except filelock.Timeout:
             self.console.say("waiting for another process that prepares the same data")
             lock.acquire()
-        except NotImplementedError as error:
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and not storage.has_no_locks(error):
+                raise
             raise ResourceError(
                 f"{locks} is on a file system without locks", "set LMKIT_CACHE to a local disk"
             ) from error

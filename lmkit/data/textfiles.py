@@ -25,9 +25,14 @@ BLOCK_BYTES = 1 << 20
 """Size of the blocks that are read, bytes."""
 MAX_LINE_BYTES = 8 << 20
 """A longer line is handed on in several blocks, cut at white space where there is any."""
+MAX_RATIO = 200
+"""Text does not compress better than this; what does is an archive bomb."""
+FREE_BYTES = 64 << 20
+"""Only what decompresses to more than this is held to MAX_RATIO."""
 
 _SETTLED_NS = 3_000_000_000
 _COMPRESSIONS = (".gz", ".zst")
+_TAR_MAGIC = slice(257, 262)
 _MAGIC = {
     b"\x1f\x8b": "gzip data",
     b"\x28\xb5\x2f\xfd": "zstd data",
@@ -130,10 +135,13 @@ def _chunks(part: Part) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
-            _check_magic(path, file.read(8))
-            plain = not is_compressed(path)
-            file.seek(part.start if plain else 0)
-            yield from _span(_decompressed(path, file), part.start if plain else 0, part)
+            _check_magic(path, file.read(512))
+            start = 0 if is_compressed(path) else part.start
+            file.seek(start)
+            chunks = _decompressed(path, file)
+            if is_compressed(path):
+                chunks = _plausible(path, before.st_size, chunks)
+            yield from _span(chunks, start, part)
             after = os.fstat(file.fileno())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
@@ -188,9 +196,35 @@ def _decompressed_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
         raise DataError(f"{path} is a damaged zstd file: it ends inside a frame", "fetch the file again")
 
 
+def _plausible(path: Path, num_bytes: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks of a compressed file of ``num_bytes``, as long as they can be text."""
+    total = 0
+    for chunk in chunks:
+        if total == 0 and (kind := _kind_of(chunk)):
+            raise DataError(f"{path} holds {kind}, not UTF-8 text", "unpack it first")
+        total += len(chunk)
+        if total > max(FREE_BYTES, MAX_RATIO * num_bytes):
+            raise DataError(
+                f"{path} decompresses to more than {MAX_RATIO} times its size, as no text does",
+                "unpack it first if it is what you want",
+            )
+        yield chunk
+
+
+def _kind_of(head: bytes) -> str | None:
+    """What a file is by its first bytes, if it is known not to be plain text."""
+    if head[_TAR_MAGIC] == b"ustar":
+        return "a tar archive"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if len(head) >= 8 and any(head) and not (any(head[::2]) and any(head[1::2])):
+        return "UTF-16 text"
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+
+
 def _check_magic(path: Path, head: bytes) -> None:
     """The first bytes must be those of the type that the name promises."""
-    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    found = _kind_of(head)
     wanted = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix)
     if found == wanted or not head:
         return
@@ -199,6 +233,8 @@ def _check_magic(path: Path, head: bytes) -> None:
         raise DataError(f"{path} is {found}, not plain text", f"rename it to {path.name}{ending}")
     if wanted is not None:
         raise DataError(f"{path} is not {wanted}", f"rename it without {path.suffix} if it is plain text")
+    if found == "an HTML page":
+        raise DataError(f"{path} is {found}, not plain text", "take the text out of it, or use dataset=jsonl")
     raise DataError(f"{path} is {found}, not UTF-8 text", "convert it to UTF-8 text first")
 
 

@@ -27,7 +27,7 @@ from lmkit.tokenizers import Tokenizer, load_tokenizer
 FORMAT = "lmkit-prepared"
 VERSION = 1
 INDEX = "index.json"
-VERIFIED_BYTES = 50_000_000
+VERIFIED_BYTES = 1_000_000_000
 """Token files of at most this many bytes in sum are verified by their SHA-256 whenever they are opened."""
 
 _MAX_INDEX_BYTES = 16 << 20
@@ -163,17 +163,27 @@ def open_prepared(path: Path, *, verify: bool = False) -> PreparedData:
     Raises DataError, naming the file, for anything missing, damaged or written by another version.
     """
     index = _read_index(path / INDEX)
-    tokenizer = load_tokenizer(path / "tokenizer")
+    tokenizer = load_tokenizer(path / "tokenizer", verified=True)
     try:
         if tokenizer.digest != index["tokenizer"]["digest"]:
             raise DataError(f"the tokenizer in {path} is not the one that its index names", _REMEDY)
-        dtype = np.dtype(index["dtype"])
+        dtype = _smallest_type(tokenizer.vocab_size)
+        if index["dtype"] != dtype.str:
+            raise DataError(f"{path / INDEX} is damaged (tokens of type {index['dtype']}, not {dtype.str})", _REMEDY)
         entries = {split: index["splits"][split] for split in SPLITS if split in index["splits"]}
+        if "train" not in entries:
+            raise DataError(f"{path / INDEX} is damaged (no train split)", _REMEDY)
         total = sum(entry["tokens"]["bytes"] for entry in entries.values())
         verify = verify or total <= VERIFIED_BYTES
         splits = {split: _open_split(path, entry, dtype, verify) for split, entry in entries.items()}
-        if any(entry["max_id"] >= tokenizer.vocab_size for entry in entries.values()):
-            raise DataError(f"{path} holds token ids outside the vocabulary of {tokenizer.vocab_size}", _REMEDY)
+        for split, entry in entries.items():
+            largest = int(splits[split].tokens.max()) if verify else entry["max_id"]
+            if largest != entry["max_id"] or not 0 <= largest < tokenizer.vocab_size:
+                raise DataError(
+                    f"{path / entry['tokens']['file']} holds token ids outside the vocabulary of"
+                    f" {tokenizer.vocab_size}, or its index is wrong about them",
+                    _REMEDY,
+                )
         return PreparedData(path, index["key"], index["name"], tokenizer, splits, index["report"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / INDEX} is damaged ({error})", _REMEDY) from error

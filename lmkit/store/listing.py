@@ -10,6 +10,7 @@ from typing import Any
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
 from lmkit.store.manifest import read_manifest
+from lmkit.store.migrations import migrate
 from lmkit.store.runs import CHECKPOINTS
 
 VALID_LOSS = "valid_nats_per_token"
@@ -46,13 +47,14 @@ def valid_loss(path: Path) -> float | None:
 
 def read_json_entry(path: Path, name: str) -> dict[str, Any]:
     """A JSON file of a checkpoint, such as config.json, verified by its SHA-256. Raises CheckpointError."""
-    entry = read_manifest(path).file(name)
-    return {} if entry is None else json_object(mf.read_entry(path, entry), path / name)
+    manifest = read_manifest(path)
+    entry = manifest.file(name)
+    return {} if entry is None else json_object(mf.read_entry(path, entry), path / name, manifest.version)
 
 
-def json_object(raw: bytes, where: Path) -> dict[str, Any]:
-    """The JSON object in the bytes of a file. Raises CheckpointError naming it."""
+def json_object(raw: bytes, where: Path, version: int) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint of a format version, as today's. Raises CheckpointError naming it."""
     value = mf.parse_json(raw, where)
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must hold a JSON object, found {type(value).__name__}")
-    return value
+    return migrate(where, value, version)

@@ -74,9 +74,9 @@ class Run:
         if directory is None:
             if resume:
                 raise ConfigError("resume=true does not say which run to continue", "name it: run.dir=DIR")
-            path = _make_new(Path(root).expanduser().absolute(), dataset, model)
+            path = _make_new(absolute(root), dataset, model)
         else:
-            path = Path(directory).expanduser().absolute()
+            path = absolute(directory)
             _make_given(path)
             if LOCK not in os.listdir(path):
                 _check_usable(path, resume=resume)  # before anything is written into a folder that is not a run
@@ -195,6 +195,11 @@ class Run:
         self.close()
 
 
+def absolute(path: str | Path) -> Path:
+    """The absolute path, with ~ for the home folder; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
 def _make_new(root: Path, dataset: str, model: str) -> Path:
     """Make a directory under ``root`` whose name no other run has, even one started in the same second."""
     parts = [datetime.now().strftime("%Y%m%d-%H%M%S"), dataset, model]
@@ -248,10 +253,12 @@ def acquire(path: Path) -> filelock.BaseFileLock:
         raise RunLockedError(
             f"{path} is in use by {_holder(path)}", "wait for it or stop it, or choose another run.dir"
         ) from None
-    except NotImplementedError as error:
-        raise ResourceError(f"{path} is on a file system without locks ({error})", "choose another run.dir") from error
-    except OSError as error:
-        raise storage.resource_error("lock", path, error) from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and not storage.has_no_locks(error):
+            raise storage.resource_error("lock", path, error) from error
+        raise ResourceError(
+            f"{path} is on a file system without locks ({error})", "choose a run.dir on a local disk"
+        ) from error
     return lock
 
 
@@ -307,9 +314,9 @@ def open_run(path: str | Path) -> FoundRun:
 
     Raises CheckpointError if there is no run or it has no checkpoint yet.
     """
-    path = Path(path).expanduser().absolute()
-    if not path.is_dir():
-        what = "is not a directory" if path.exists() else "does not exist"
+    path = absolute(path)
+    if not os.path.isdir(path):  # False, where Path.is_dir raises, for a name that is too long
+        what = "is not a directory" if os.path.exists(path) else "does not exist"
         raise CheckpointError(f"run={path} {what}", "name a run directory, or leave run out to take the newest one")
     if (path / MANIFEST).is_file():
         return FoundRun(path.parent.parent if path.parent.name == CHECKPOINTS else path, path)
@@ -323,7 +330,7 @@ def open_run(path: str | Path) -> FoundRun:
 
 def newest_finished_run(root: str | Path) -> Path:
     """The run under ``root`` that finished last. Raises CheckpointError saying how to make one."""
-    root = Path(root).expanduser().absolute()
+    root = absolute(root)
     finished = []
     unfinished = 0
     try:

@@ -9,6 +9,7 @@ is a few ordinary tokens.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
@@ -35,6 +36,7 @@ from lmkit.tokenizers.base import (
 )
 from lmkit.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lmkit.tokenizers.hf import HfTokenizer
+from lmkit.tokenizers.probe import try_in_child
 from lmkit.tokenizers.sentencepiece import SentencePieceTokenizer
 
 __all__ = [
@@ -51,9 +53,10 @@ __all__ = [
 
 MAX_FILE_BYTES = 1 << 27
 
-_KINDS: dict[str, type[Tokenizer]] = {
+KINDS: dict[str, type[Tokenizer]] = {
     cls.kind: cls for cls in (WordTokenizer, CharTokenizer, ByteTokenizer, SentencePieceTokenizer, HfTokenizer)
 }
+"""The name in a saved tokenizer -> its class."""
 
 
 def train_tokenizer(config: TokenizerConfig, lines: Lines) -> Tokenizer:
@@ -78,12 +81,16 @@ def train_tokenizer(config: TokenizerConfig, lines: Lines) -> Tokenizer:
         case SentencePieceTokenizerConfig():
             return SentencePieceTokenizer.train(checked, config)
         case HfTokenizerConfig():
-            return _read_hf(Path(config.path).expanduser())
+            return _read_hf(Path(os.path.expanduser(config.path)))
     raise ConfigError(f"unknown tokenizer configuration {type(config).__name__}")
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Read what ``save`` wrote. Raises DataError, naming the file, for anything missing, damaged or foreign."""
+def load_tokenizer(directory: Path, *, verified: bool = False) -> Tokenizer:
+    """Read what ``save`` wrote. Raises DataError, naming the file, for anything missing, damaged or foreign.
+
+    The file of another library is tried in a child process first (see ``probe.py``), unless the caller has ``verified``
+    it as part of a checkpoint or of prepared data.
+    """
     path = directory / HEADER_FILE
     try:
         header = json.loads(_read_bytes(path).decode())
@@ -94,7 +101,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if header.get("version") != VERSION:
         raise DataError(f"{path} has version {header.get('version')!r}, this lmkit reads {VERSION}", "update lmkit")
     kind, data, digest = header.get("kind"), header.get("data"), header.get("digest")
-    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or set(header) != {"format", "version", "kind", "digest", "data"}:
         raise DataError(f"{path} is damaged (unknown kind or keys)")
     if not isinstance(data, NoneType if cls.side_file else str):
@@ -106,6 +113,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         found = digest_of(cls.kind, content)
         if found != digest:
             raise DataError(f"its digest is {found[:12]}, expected {str(digest)[:12]}")
+        if cls.side_file is not None and not verified:
+            try_in_child(cls, content)
         return cls.from_content(content)
     except (DataError, ValueError) as error:
         reason = one_line(error).removeprefix(f"{path} ")
@@ -113,10 +122,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read_hf(path: Path) -> HfTokenizer:
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / HEADER_FILE
     content = _read_bytes(path)
     try:
+        try_in_child(HfTokenizer, content)
         return HfTokenizer(content)
     except DataError as error:
         raise DataError(f"{path} is not a usable tokenizer.json: {error}") from None
@@ -124,7 +134,7 @@ def _read_hf(path: Path) -> HfTokenizer:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, where Path.is_file raises, for a name that is too long
             raise DataError(f"{path} is missing", "check the path")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:

@@ -16,8 +16,9 @@ class HfTokenizer(BytesTokenizer):
     """A ``tokenizer.json`` of the Hugging Face tokenizers library.
 
     Special tokens written in the text are encoded as plain text; added tokens that the file does not call special are
-    still matched. Truncation and padding in the file are switched off. The end of a document is the first of
-    ``<|endoftext|>``, ``</s>``, ``<eos>``, ``<|end_of_text|>`` that exists, or else a new id after the last one.
+    still matched. Truncation, padding, dropout and post-processing in the file are switched off, so that a text has one
+    encoding and all of it. The end of a document is the first of ``<|endoftext|>``, ``</s>``, ``<eos>``,
+    ``<|end_of_text|>`` that exists, or else a new id after the last one.
     Round-trips only if the file's normalizer and pre-tokenizer do. Special tokens decode to nothing. Byte-level and
     Llama-style decoders stream; with any other decoder the text comes at the end, in ``flush``.
     """
@@ -40,6 +41,10 @@ class HfTokenizer(BytesTokenizer):
             raise DataError(f"the tokenizers library cannot read it ({one_line(error)})") from None
         self._hf.no_truncation()
         self._hf.no_padding()
+        self._hf.post_processor = None
+        model = self._hf.model
+        if isinstance(model, tokenizers.models.BPE):
+            model.dropout = None
         self._hf.encode_special_tokens = True
         tokens = {id: token for token, id in self._hf.get_vocab(with_added_tokens=True).items()}
         if not tokens:
@@ -62,7 +67,12 @@ class HfTokenizer(BytesTokenizer):
 
     def encode(self, text: str) -> Ids:
         utf8(text)
-        return np.array(self._hf.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        try:
+            return np.array(self._hf.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a plain Exception, or a panic of the Rust library, which is none
+            raise DataError(f"the tokenizers library cannot encode the text ({one_line(error)})") from None
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         if self._streams:

@@ -552,7 +552,6 @@ def put(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put(version=2), "has format version 2, newer than 1; update lmkit"),
         (put(version=0), "unknown format version 0"),
         (put(version=True), "unknown format version True"),
         (put(version="1"), "unknown format version '1'"),

@@ -1,0 +1,131 @@
+"""Each family with each optimizer, and every option in between: killed (kill -9) twice and continued, the same bytes.
+
+tests/integration/test_resume.py stops runs by a signal that they notice; here they do not. The kills come at chosen
+steps, so that each run is resumed in the middle, while the save of the step before may still be under way.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from harness import Start, digests, names
+
+from lmkit.models.ngram import KneserNey
+from lmkit.store.manifest import step_of
+from lmkit.store.runs import Run, read_metrics, read_result
+from lmkit.train import Trainer
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+KILLS = (6, 10)
+"""Steps completed when a run is killed."""
+PACE = ["eval.every_steps=2", "save.every_steps=2"]
+TRANSFORMER = [
+    "model=tiny", "model.d_model=16", "model.num_layers=2", "model.num_heads=2", "model.context=16",
+    "model.dropout=0.1",
+]  # fmt: skip
+LSTM = [
+    "model=lstm", "model.d_embed=16", "model.d_hidden=24", "model.num_layers=2", "model.dropout_embed=0.1",
+    "model.dropout_recurrent=0.2",
+]  # fmt: skip
+OPTIMIZERS = ["sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "muon"]
+OPTIONS = {
+    "accumulation": ["train.micro_batch_size=2"],
+    "plateau": ["schedule=plateau", "schedule.patience=0"],
+    "workers": ["train.workers=3"],
+    "average": ["train.ema_decay=0.8"],
+    "sampled": ["softmax=sampled", "softmax.num_frequent=20", "softmax.num_sampled=20"],
+}
+SMALL = [
+    "model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.context=16", "model.dropout=0.1",
+    "model.attention_dropout=0.1",
+]  # fmt: skip
+OTHERS = {
+    "gru": ["model=gru", "model.d_embed=16", "model.d_hidden=16", "optimizer.clip_norm=0.1"],
+    "gpt2": ["model=gpt2", *SMALL, "train.seq_len=8"],
+    "vanilla": ["model=vanilla", *SMALL, "schedule=inverse_sqrt"],
+    "bf16": [*TRANSFORMER, "device.precision=bf16", "schedule=wsd"],
+    "lstm windows": [*LSTM, "train.order=windows", "init.embeddings=cooccurrence"],
+    "lstm everything": [
+        *LSTM, *(word for words in OPTIONS.values() for word in words), "optimizer=sgd", "optimizer.momentum=0.9",
+        "optimizer.nesterov=true", "train.spike_nats=20", "train.nonfinite=skip",
+    ],
+}  # fmt: skip
+
+
+def matrix() -> dict[str, list[str]]:
+    """Name -> words: all pairs of family and optimizer, with the options in turn, and some more."""
+    cases = {}
+    for shift, (family, model) in enumerate({"transformer": TRANSFORMER, "lstm": LSTM}.items()):
+        for number, optimizer in enumerate(OPTIMIZERS):
+            option = list(OPTIONS)[(number + 2 * shift) % len(OPTIONS)]
+            cases[f"{family} {optimizer} {option}"] = [*model, f"optimizer={optimizer}", *OPTIONS[option]]
+    return cases | OTHERS
+
+
+def without_model(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith("model")]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_step(step: int) -> None:
+    """In a child: die when so many steps are completed."""
+    train_step = Trainer.train_step
+
+    def dying(self: Trainer, batch: object) -> object:
+        if self.state.step == step:
+            die()
+        return train_step(self, batch)  # type: ignore[arg-type]
+
+    Trainer.train_step = dying  # type: ignore[method-assign,assignment]
+
+
+@pytest.mark.parametrize("words", matrix().values(), ids=matrix())
+def test_rows_34_73_a_run_that_is_killed_twice_ends_with_the_bytes_of_one_that_was_not(
+    words: list[str], small: list[str], start: Start, tmp_path: Path
+) -> None:
+    words = [*without_model(small), *PACE, *words]
+    alone = start(*words, f"run.dir={tmp_path}/alone")
+    assert alone.wait() == 0, alone.text
+    run_dir, saved = tmp_path / "run", 0
+    for step in (*KILLS, None):
+        setup = [] if step is None else [partial(die_after_step, step)]
+        child = start(*words, f"run.dir={run_dir}", "resume=true", setup=setup)
+        assert child.wait() == (0 if step is None else -signal.SIGKILL), child.text
+        assert ("resuming" in child.text) == (saved > 0)
+        assert saved == 0 or f"after step {saved}" in child.text
+        saved = max(step_of(name) or 0 for name in names(run_dir))
+        assert step is None or step - 4 <= saved <= step
+    assert digests(run_dir) == digests(tmp_path / "alone")
+    assert [row["step"] for row in read_metrics(run_dir) if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def die_counting() -> None:
+    """In a child: die when the counting begins."""
+    KneserNey.fit = lambda *args, **keywords: die()  # type: ignore[assignment,method-assign]
+
+
+def die_before_result() -> None:
+    """In a child: die when everything is saved but the result is not written."""
+    Run.write_result = lambda *args, **keywords: die()  # type: ignore[assignment,method-assign]
+
+
+def test_row_34_a_model_that_is_counted_can_be_killed_too(small: list[str], start: Start, tmp_path: Path) -> None:
+    words = [*without_model(small), "model=kn5"]
+    alone = start(*words, f"run.dir={tmp_path}/alone")
+    assert alone.wait() == 0, alone.text
+    run_dir = tmp_path / "run"
+    for setup in ([die_counting], [die_before_result], []):
+        child = start(*words, f"run.dir={run_dir}", "resume=true", setup=setup)
+        assert child.wait() == (-signal.SIGKILL if setup else 0), child.text
+    assert digests(run_dir) == digests(tmp_path / "alone")
+    numbers = [read_result(tmp_path / name) or {} for name in ("alone", "run")]
+    assert numbers[0]["token_ppl"] == numbers[1]["token_ppl"]
