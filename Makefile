@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit smoke test-all repro format clean
+.PHONY: help install demo test lint types unit smoke test-all faults repro format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ smoke: $(STAMP)  ## the five commands through the installed lmkit
 
 test-all: lint types $(STAMP)  ## every test, the slow ones and those on the real corpora (LMKIT_DATA) included
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+faults: $(STAMP)  ## every fault: kills, power cuts, damage, full disks, hostile input; a longer soak with LMKIT_SOAK_S=600
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/faults tests/golden
 
 repro: $(STAMP)  ## train a recipe and evaluate it: make repro RECIPE=ptb_cpu_10min (needs LMKIT_DATA)
 	$(BIN)/lmkit pretrain recipe=$(RECIPE) run.dir=runs/repro-$(RECIPE)

@@ -8,7 +8,6 @@ agree with its manifest.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
 from lmkit.store.listing import VALID_LOSS, best_first, json_object, list_checkpoints, valid_loss
 from lmkit.store.manifest import Manifest, read_manifest, verify_checkpoint
+from lmkit.store.migrations import NewerFormatError, migrate
 from lmkit.store.runs import FoundRun
 from lmkit.store.tensorfile import read_tensors
 
@@ -69,8 +69,8 @@ def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool =
         step=manifest.step,
         model=model,
         optimizer=_read_section(path, manifest, mf.OPTIMIZER) if with_optimizer else {},
-        state=json_object(small[mf.STATE], path / mf.STATE),
-        config=json_object(small[mf.CONFIG], path / mf.CONFIG),
+        state=json_object(small[mf.STATE], path / mf.STATE, manifest.version),
+        config=json_object(small[mf.CONFIG], path / mf.CONFIG, manifest.version),
     )
 
 
@@ -79,14 +79,17 @@ def _read_section(path: Path, manifest: Manifest, file: str) -> dict[str, Tensor
     if entry is None:
         return {}
     tensors = read_tensors(path, entry, manifest.tensors[file])
-    return tensors | {alias: tensors[name] for alias, name in manifest.aliases.get(file, {}).items()}
+    tensors |= {alias: tensors[name] for alias, name in manifest.aliases.get(file, {}).items()}
+    return migrate(path / file, tensors, manifest.version)
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
     """Name of a floating-point tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
         wide = tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
-        if wide.is_floating_point() and not bool(torch.isfinite(wide).all()):
+        if not wide.is_floating_point() or bool(torch.isfinite(wide.sum())):
+            continue  # the sum, which is quick, is finite only if all are; finite numbers may have an infinite one
+        if not bool(torch.isfinite(wide).all()):
             return name
     return None
 
@@ -111,8 +114,12 @@ def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
     newest_first = list_checkpoints(run_dir)[::-1]
     losses: dict[str, float | None] = {}
     for path in newest_first:
-        with contextlib.suppress(CheckpointError):  # _first_whole will say what is wrong with it
+        try:
             losses[path.name] = valid_loss(path)
+        except NewerFormatError:
+            raise
+        except CheckpointError:
+            continue  # _first_whole will say what is wrong with it
     return _first_whole(run_dir, best_first(newest_first, losses), _verified, warn)
 
 
@@ -122,11 +129,13 @@ def _verified(path: Path) -> Path:
 
 
 def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], warn: Warn) -> T | None:
-    """``use`` of the first checkpoint for which it raises no CheckpointError."""
+    """``use`` of the first checkpoint for which it raises no CheckpointError; that of a newer format is not skipped."""
     damaged = []
     for path in paths:
         try:
             result = use(path)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             damaged.append(f"{path.name}: {error}")
             continue

@@ -12,16 +12,16 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from lmkit.errors import CheckpointError
 from lmkit.store import storage
+from lmkit.store.migrations import VERSION, check_version, migrate
 
 FORMAT = "lmkit-checkpoint"
-VERSION = 1
 MANIFEST = "MANIFEST.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optim.safetensors"
@@ -92,6 +92,10 @@ class Manifest:
     """SHA-256 of the config, tokenizer and prepared data (``data`` is the key of the prepared data)."""
     environment: dict[str, str]
     """Versions, platform and threads; an allow-list, never the process's environment variables."""
+    version: int = VERSION
+    """Format version of the checkpoint on the disk; the fields are today's whatever it is."""
+    older_digest: str | None = None
+    """``self`` in the file of an older version."""
 
     @property
     def total_bytes(self) -> int:
@@ -103,7 +107,7 @@ class Manifest:
         return next((entry for entry in self.files if entry.path == path), None)
 
     def to_bytes(self) -> bytes:
-        """MANIFEST.json, canonical: equal manifests are equal bytes. ``self`` is the digest of all the rest."""
+        """MANIFEST.json in today's version, canonical: equal manifests are equal bytes."""
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -116,14 +120,18 @@ class Manifest:
             "digests": self.digests,
             "environment": self.environment,
         }
-        body["self"] = hashlib.sha256(canonical_json(body)).hexdigest()
-        return canonical_json(body)
+        return canonical_json(_sealed(body))
 
     @property
     def digest(self) -> str:
         """The SHA-256 that pins the whole checkpoint (``self`` in the file)."""
-        digest: str = json.loads(self.to_bytes())["self"]
+        digest: str = self.older_digest or json.loads(self.to_bytes())["self"]
         return digest
+
+
+def _sealed(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest and its own digest, ``self``: that of all the rest."""
+    return body | {"self": hashlib.sha256(canonical_json(body)).hexdigest()}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -186,21 +194,34 @@ def read_manifest(checkpoint: Path) -> Manifest:
     data = parse_json(raw, path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of an lmkit checkpoint")
-    version = data.get("version")
-    if type(version) is int and version > VERSION:
-        raise CheckpointError(f"{path} has format version {version}, newer than {VERSION}", "update lmkit to read it")
-    if version != VERSION or type(version) is not int:
-        raise CheckpointError(f"{path} has the unknown format version {version!r}")
+    written = data
     try:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
+            data = _migrated(path, raw, data)
+            raw = canonical_json(data)
         manifest = _manifest_from(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is malformed ({error})") from None
     if manifest.to_bytes() != raw:  # covers `self`, unknown keys and every byte that the fields do not
         raise CheckpointError(f"{path} is damaged: it does not match its own SHA-256")
+    if data is not written:
+        manifest = replace(manifest, version=written["version"], older_digest=written["self"])
     name_step = step_of(checkpoint.name)
     if name_step is not None and name_step != manifest.step:
         raise CheckpointError(f"{checkpoint} holds step {manifest.step}", "the directory was renamed: restore its name")
     return manifest
+
+
+def _migrated(path: Path, raw: bytes, data: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of another version as today's would have written it. Raises CheckpointError.
+
+    It is believed only if it matches its own digest: a damaged version number is no newer format.
+    """
+    body = {key: value for key, value in data.items() if key != "self"}
+    if canonical_json(_sealed(body)) != raw:
+        raise CheckpointError(f"{path} is damaged: it does not match its own SHA-256")
+    check_version(data.get("version"), path, data.get("environment"))
+    return _sealed(migrate(path, body, data["version"]) | {"version": VERSION})
 
 
 def _manifest_from(data: Mapping[str, Any]) -> Manifest:

@@ -179,6 +179,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def has_no_locks(error: OSError) -> bool:
+    """Whether an error met while locking says that the file system has no locks."""
+    return error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
 def resource_error(doing: str, path: Path, error: OSError, needed_bytes: int | None = None) -> ResourceError:
     """The error for people for an OSError met while writing: what failed, where, how much was needed and was free."""
     sizes = ""

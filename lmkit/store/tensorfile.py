@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -88,7 +89,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], table: Mapping[str,
 def read_tensors(checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
     """Read the tensors of a file, verifying its header before allocation and its SHA-256 on the way.
 
-    Raises CheckpointError naming the file if it is not exactly the one that the manifest describes.
+    A thread hashes a piece while the next one is read. Raises CheckpointError naming the file if it is not exactly the
+    one that the manifest describes.
     """
     path = checkpoint / entry.path
     header = header_bytes(table)
@@ -96,7 +98,7 @@ def read_tensors(checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorS
         raise CheckpointError(f"{path} does not fit the tensor table of its manifest")
     digest = hashlib.sha256(header)
     tensors = {}
-    with open_entry(checkpoint, entry) as file:
+    with open_entry(checkpoint, entry) as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
         try:
             if file.read(len(header)) != header:
                 raise CheckpointError(f"{path} is damaged: its header does not fit the tensor table of its manifest")
@@ -107,7 +109,7 @@ def read_tensors(checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorS
                     piece = whole[start : start + storage.PIECE_BYTES]
                     if file.readinto(piece) != len(piece):
                         raise CheckpointError(f"{path} is damaged: it ends early")
-                    digest.update(piece)
+                    hasher.submit(digest.update, piece)
         except OSError as error:
             raise unreadable(path, error) from None
     check_digest(path, entry, digest.hexdigest())

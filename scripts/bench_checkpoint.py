@@ -1,0 +1,229 @@
+"""What checkpoints cost: the stall of a save, the share of a run's time, the way back to the position, loading.
+
+    python scripts/bench_checkpoint.py [--rounds 7] [--model small] [--vocab 10000] [--run-s 600] [--folder DIR]
+
+A Transformer with AdamW is trained on random tokens and saved as a run saves it. What is compared is measured in turns
+within a round, only ratios and differences within a round count, and medians are printed with their range.
+
+- stall: how long training stands still for a save (collecting the tensors, copying them, starting the writer), divided
+  by a plain copy of the same bytes into memory that is there already. Goal: at most 1.3
+- cost: what all saves of a run of --run-s seconds at the default cadence (10 of them) take of its time. For each of
+  them: a block of steps with a save, less a block without, so that steps which become slower while it is written count.
+  Beside that the last save as a whole, since the run waits for it. Goal: at most 1 %
+- position: from tokens, sizes, seed and step to the first batch after resuming, at step 10 and at step 10^9 of a corpus
+  of 10^13 tokens. Goal: below 10 ms
+- load: bytes a second of loading a checkpoint, every file hashed, divided by those of reading the same files one after
+  the other, both from the disk (the cached pages are dropped; Linux only). Goal: at least 70 %. Cached is the same with
+  the files in memory, where hashing decides; it has no goal
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lmkit.config.model import TransformerConfig
+from lmkit.config.training import AdamwConfig, CosineConfig, DeviceConfig, DeviceType
+from lmkit.data.batches import Lanes, Windows
+from lmkit.device import resolve_device
+from lmkit.objectives import ExactSoftmax
+from lmkit.optim import build_optimizer
+from lmkit.session import NUM_EVALS
+from lmkit.store import manifest, storage
+from lmkit.store.checkpoint import Snapshot, load_checkpoint
+from lmkit.store.checkpoint_writer import CheckpointWriter
+from lmkit.store.runs import Run
+from lmkit.tokenizers import ByteTokenizer
+from lmkit.train import Horizon, Trainer, TrainState, trainer_tensors
+
+BATCH, SEQ_LEN = 16, 128
+HUGE = 10**13
+"""Tokens of the corpus in which the position is restored."""
+MODELS = {
+    "tiny": TransformerConfig(d_model=128, num_layers=4, num_heads=4),
+    "small": TransformerConfig(d_model=256, num_layers=6, num_heads=8),
+    "medium": TransformerConfig(d_model=512, num_layers=8, num_heads=8, num_kv_heads=4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--vocab", type=int, default=10_000)
+    parser.add_argument("--run-s", type=float, default=600.0, help="length of the run whose saves are added up")
+    parser.add_argument("--threads", type=int, help="default: one for each core; fewer where the machine is shared")
+    parser.add_argument("--folder", type=Path, help="where to write, so as to measure that disk")
+    args = parser.parse_args()
+    trainer, batches = make_trainer(args.model, args.vocab, args.threads)
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder) as folder,
+        Run.create(Path(folder) / "run", root=folder, dataset="d", model="m", resume=False, warn=print) as run,
+        CheckpointWriter(run, ByteTokenizer(), keep=1) as writer,
+    ):
+        run.begin(seed=1, command=["bench"], digests={})
+        trainer.train_step(batches[0])
+        num_bytes = sum(t.numel() * t.element_size() for t in distinct(trainer))
+        print(
+            f"model={args.model}, vocabulary {args.vocab:,}: {trainer.model.num_parameters():,} parameters,"
+            f" {num_bytes / 1e6:.0f} MB a checkpoint, {torch.get_num_threads()} threads, {args.rounds} rounds"
+        )
+        bench_stall(trainer, writer, args.rounds)
+        bench_cost(trainer, batches, writer, args.rounds, args.run_s)
+        bench_position(args.rounds)
+        writer.wait()
+        if writer.newest is None:
+            raise SystemExit("nothing was saved")
+        bench_load(writer.newest, args.rounds)
+
+
+def make_trainer(name: str, vocab_size: int, threads: int | None) -> tuple[Trainer, Windows]:
+    """A trainer and its batches, before the first step."""
+    device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=threads))
+    model = MODELS[name].build(vocab_size, seed=1)
+    optimizer_config = AdamwConfig()
+    trainer = Trainer(
+        model=model,
+        optimizer=build_optimizer(optimizer_config, model, fused=device.fused),
+        optimizer_config=optimizer_config,
+        schedule=CosineConfig(),
+        objective=ExactSoftmax(),
+        device=device,
+        seed=1,
+        micro_batch_size=BATCH,
+        state=TrainState(horizon=Horizon(1e-6)),
+    )
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000).astype(np.uint16)
+    return trainer, Windows(tokens, 0, BATCH, SEQ_LEN, seed=1)
+
+
+def distinct(trainer: Trainer) -> list[torch.Tensor]:
+    """The tensors of a checkpoint, tied ones once."""
+    model, extra = trainer_tensors(trainer)
+    return list({t.data_ptr(): t.detach() for t in (*model.values(), *extra.values())}.values())
+
+
+def save(trainer: Trainer, writer: CheckpointWriter) -> None:
+    """What a run does at a save while training goes on. Each save gets a step of its own."""
+    model, extra = trainer_tensors(trainer)
+    trainer.state.step += 1
+    state = trainer.state.to_json()
+    writer.submit(Snapshot(trainer.state.step, model, extra, state, {"model": {"kind": "transformer"}}))
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def show(name: str, values: list[float], unit: str, goal: str = "") -> float:
+    """Print and return the median."""
+    median = statistics.median(values)
+    print(f"{name:<34} {median:9.3f} {unit:<3} ({min(values):.3f} to {max(values):.3f})  {goal}", flush=True)
+    return median
+
+
+def bench_stall(trainer: Trainer, writer: CheckpointWriter, rounds: int) -> None:
+    first_s = seconds(lambda: save(trainer, writer))
+    writer.wait()
+    tensors = distinct(trainer)
+    buffers = [t.clone() for t in tensors]
+
+    def copy() -> None:
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+
+    copy()
+    stalls, copies = [], []
+    for _ in range(rounds):
+        copies.append(seconds(copy))
+        stalls.append(seconds(lambda: save(trainer, writer)))
+        writer.wait()
+    show("plain copy", [1e3 * s for s in copies], "ms")
+    show("stall of a save", [1e3 * s for s in stalls], "ms")
+    show("stall of the first save", [1e3 * first_s], "ms")
+    show("stall / copy", [a / b for a, b in zip(stalls, copies, strict=True)], "x", "goal: at most 1.3")
+
+
+def bench_cost(trainer: Trainer, batches: Windows, writer: CheckpointWriter, rounds: int, run_s: float) -> None:
+    def saved() -> None:
+        save(trainer, writer)
+        writer.wait()
+
+    whole = [seconds(saved) for _ in range(3)]
+    step_s = statistics.median(seconds(lambda: trainer.train_step(batches[trainer.state.step])) for _ in range(3))
+    num_steps = max(2, round(3 * statistics.median(whole) / step_s))
+
+    def train() -> None:
+        for _ in range(num_steps):
+            trainer.train_step(batches[trainer.state.step])
+
+    def train_and_save() -> None:
+        save(trainer, writer)
+        train()
+        writer.wait()
+
+    extra = []
+    for number in range(rounds):
+        order = (train, train_and_save) if number % 2 else (train_and_save, train)
+        took = {block: seconds(block) for block in order}
+        extra.append(took[train_and_save] - took[train])
+    show(f"a step ({BATCH} x {SEQ_LEN} tokens)", [step_s], "s")
+    last_s = show("a save as a whole, written, verified", whole, "s")
+    one_s = show(f"a save beside {num_steps} steps", extra, "s")
+    total_s = NUM_EVALS * one_s + last_s
+    show(f"cost of {NUM_EVALS} saves in {run_s:.0f} s", [100 * total_s / run_s], "%", "goal: at most 1")
+
+
+def bench_position(rounds: int) -> None:
+    tokens = np.broadcast_to(np.uint16(7), (HUGE,))
+    for step in (10, 10**9):
+        ways: dict[str, Callable[[], Windows | Lanes]] = {
+            "windows": lambda: Windows(tokens, 0, BATCH, SEQ_LEN, seed=1),
+            "lanes": lambda: Lanes(tokens, 0, BATCH, SEQ_LEN),
+        }
+        for name, make in ways.items():
+            times = [1e3 * seconds(lambda make=make, step=step: make()[step]) for _ in range(10 * rounds)]
+            show(f"position, {name}, step {step:,}", times, "ms", "goal: below 10")
+
+
+def bench_load(checkpoint: Path, rounds: int) -> None:
+    entries = manifest.read_manifest(checkpoint).files
+    num_bytes = sum(entry.bytes for entry in entries)
+    piece = memoryview(bytearray(storage.PIECE_BYTES))
+
+    def read() -> None:
+        for entry in entries:
+            with manifest.open_entry(checkpoint, entry) as file:
+                while file.readinto(piece):
+                    pass
+
+    def load() -> None:
+        load_checkpoint(checkpoint, with_optimizer=True)
+
+    def drop() -> None:
+        for entry in entries:
+            with manifest.open_entry(checkpoint, entry) as file:
+                storage.drop_cache(file)
+
+    for name, before, goal in (("disk", drop, "goal: at least 70"), ("cached", read, "")):
+        rates: dict[Callable[[], None], list[float]] = {read: [], load: []}
+        for number in range(rounds):
+            for way in (read, load) if number % 2 else (load, read):
+                before()
+                rates[way].append(num_bytes / 1e6 / seconds(way))
+        show(f"read, {name}", rates[read], "MB/s")
+        show(f"load, {name}", rates[load], "MB/s")
+        show(f"load / read, {name}", [100 * a / b for a, b in zip(rates[load], rates[read], strict=True)], "%", goal)
+
+
+if __name__ == "__main__":
+    main()
