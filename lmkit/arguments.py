@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
         line.stop.append(text)
     elif name == "--prompt-file":
         try:
-            content = Path(value).expanduser().read_bytes().decode("utf-8")
+            content = Path(os.path.expanduser(value)).read_bytes().decode("utf-8")
             line.prompts.append(content.removesuffix("\n").removesuffix("\r"))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -137,7 +137,7 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
     most = ACTIONS[name].most
     if name == "ls" or (most is not None and len(given) >= most):
         return []
-    return _steps_of(given[0]) if name in ("pin", "unpin") and given else _run_names()
+    return _steps_of(given[0]) if name in ("pin", "unpin", "replay") and given else _run_names()
 
 
 def _run_names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -238,7 +239,7 @@ def _compared(
     evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str, result: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One model or file against this one, or why they cannot be compared."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _compared_with_run(evaluator, passage, outcome, name)
     if not path.exists():

@@ -35,7 +35,8 @@ def run(cfg: RunsConfig) -> None:
     """Do one action (all but verify-resume). Text goes to standard output, questions to standard error."""
     words = cfg.words
     if cfg.action == "ls":
-        list_runs(Path(words[0] if words else DEFAULT_ROOT).expanduser(), as_json=cfg.json, is_default=not words)
+        root = os.path.expanduser(words[0]) if words else DEFAULT_ROOT
+        list_runs(Path(root), as_json=cfg.json, is_default=not words)
     elif cfg.action == "show":
         write_text(show(named_run(words[0])))
     elif cfg.action == "diff":
@@ -44,6 +45,10 @@ def run(cfg: RunsConfig) -> None:
         verify(words)
     elif cfg.action in ("pin", "unpin"):
         set_pin(named_run(words[0]), words[1], pin=cfg.action == "pin")
+    elif cfg.action == "replay":
+        from lmkit.commands import replay  # the only one of these that needs torch
+
+        replay.run(str(named_run(words[0])), step_number(words[1]))
     else:
         once = {path.resolve(): path for path in map(named_run, words)}
         remove(list(once.values()), ask=not cfg.yes)
@@ -100,12 +105,17 @@ def _plain(summary: RunSummary, root: Path) -> dict[str, Any]:
     }
 
 
-def set_pin(run_dir: Path, word: str, *, pin: bool) -> None:
-    """Pin or unpin the checkpoint that ``step=K`` names. Raises ConfigError or CheckpointError."""
-    match = re.fullmatch(r"step[=-]0*(\d+)", word)
+def step_number(word: str) -> int:
+    """K of ``step=K``. Raises ConfigError."""
+    match = re.fullmatch(r"step[=-]0*(\d{1,18})", word)
     if match is None:
         raise ConfigError(f"{word!r} is not a step", "write step=K, as in step=1000")
-    step, pinned = int(match[1]), read_pins(run_dir)
+    return int(match[1])
+
+
+def set_pin(run_dir: Path, word: str, *, pin: bool) -> None:
+    """Pin or unpin the checkpoint that ``step=K`` names. Raises ConfigError or CheckpointError."""
+    step, pinned = step_number(word), read_pins(run_dir)
     steps = [step_of(path.name) or 0 for path in list_checkpoints(run_dir)]
     if pin and step not in steps:
         known = f"it has {', '.join(f'step={k}' for k in steps)}" if steps else "it has none yet"

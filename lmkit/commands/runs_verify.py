@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def verify(words: Sequence[str]) -> None:
     """
     problems = []
     for word in words:
-        path = Path(word).expanduser()
+        path = Path(os.path.expanduser(word))
         if (path / MANIFEST).exists():
             checkpoint = audit_checkpoint(path)
             lines, problem = _checkpoint_lines([checkpoint], str(path.parent)), None

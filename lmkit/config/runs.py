@@ -70,6 +70,14 @@ ACTIONS = {
         "they are, with 4 if not, naming the first tensor that differs. What ends or names a run (train.max_steps, "
         "train.budget, run.dir and the like) is set by the copy.",
     ),
+    "replay": Action(
+        summary="do one step of a run again and show its loss and its batch, row by row",
+        words="RUN step=K",
+        least=2,
+        most=2,
+        details="Trains from the newest checkpoint before the step up to it. The run directory is only read. "
+        "On the same machine and versions the numbers are those of the run, bit for bit.",
+    ),
     "pin": Action(
         summary="keep a checkpoint for good, whatever comes after it",
         words="RUN step=K",

@@ -424,7 +424,7 @@ class _RotaryProjection(torch.autograd.Function):
         for grad in (dq_BHTC, dk_BKTC):
             width = grad.shape[1] * ctx.channels
             rows = d_rows_BTM[..., start : start + width]
-            turned = as_complex(grad.transpose(1, 2).flatten(2))
+            turned = as_complex(grad.transpose(1, 2).flatten(2).contiguous())
             torch.mul(turned, back_TP[:, start // 2 : (start + width) // 2], out=as_complex(rows))
             start += width
         d_rows_BTM[..., start:] = dv_BKTC.transpose(1, 2).flatten(2)

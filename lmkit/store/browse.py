@@ -116,7 +116,7 @@ def find_runs(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
 
 def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
     """The run that ``word`` names: its path, or its name in ``root``. Raises CheckpointError with what was meant."""
-    path = Path(word or "?").expanduser()
+    path = Path(os.path.expanduser(word or "?"))
     for found in (path, Path(root) / path):
         if is_run(found):
             return found

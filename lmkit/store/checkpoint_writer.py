@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
-import platform
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from lmkit.errors import CheckpointError, DivergedError, LmkitError, ResourceErr
 from lmkit.store import manifest as mf
 from lmkit.store import storage
 from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
+from lmkit.store.environment import environment
 from lmkit.store.listing import best_first, list_checkpoints, valid_loss
 from lmkit.store.manifest import FileEntry, Manifest, TensorSpec, verify_checkpoint
 from lmkit.store.pins import read_pins
@@ -267,7 +266,7 @@ class CheckpointWriter:
                 "tokenizer": self._tokenizer_digest,
             }
             | self._run.digests,
-            environment=_environment(),
+            environment=environment(),
         )
         storage.write_file(folder / mf.MANIFEST, manifest.to_bytes())
         storage.sync_directory(folder / mf.TOKENIZER)
@@ -333,17 +332,6 @@ def _tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
         else:
             first[view] = name
     return tied
-
-
-def _environment() -> dict[str, str]:
-    """What may change the last bits of a result; never the process's environment variables."""
-    return {
-        "lmkit": importlib.metadata.version("lmkit"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()}-{platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:

@@ -380,3 +380,12 @@ def test_under_autocast_the_cache_is_in_the_lower_precision_and_decoding_still_a
     assert state is not None
     assert state.keys_LBKSC.dtype == torch.bfloat16
     torch.testing.assert_close(torch.cat([head, tail], 1).float(), full.float(), rtol=0.05, atol=0.1)
+
+
+def test_attention_dropout_trains_with_rotary_positions() -> None:
+    config = TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=8, attention_dropout=0.3)
+    model = config.build(11, seed=1).train()
+    tokens_BT = torch.arange(16).reshape(2, 8) % 11
+    hidden_BTD, _ = model(tokens_BT)
+    model.head.loss(hidden_BTD.flatten(0, 1), tokens_BT.flatten()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
