@@ -31,7 +31,7 @@ _HOMES = {
     "load_run": "lmkit.loading",
     "load_tokenizer": "lmkit.tokenizers",
     "open_corpus": "lmkit.data.corpus",
-    "perplexity": "lmkit.evaluate",
+    "perplexity": "lmkit.evaluation",
     "prepare": "lmkit.data.prepared",
     "train_tokenizer": "lmkit.tokenizers",
 }

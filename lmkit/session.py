@@ -16,7 +16,7 @@ from lmkit.console import Console, Progress, format_duration, format_number, plo
 from lmkit.data.batches import Ahead, Lanes, Windows
 from lmkit.data.prepared import PreparedData
 from lmkit.errors import ConfigError, DivergedError, StoppedError
-from lmkit.evaluation import Tally, perplexity
+from lmkit.evaluation import Reach, Segments, Tally, perplexity
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
@@ -254,7 +254,7 @@ class Session:
         fields = {
             "step": str(last.step),
             "loss": f"{loss:.3f}",
-            "ppl": format_number(_exp(loss)),
+            "ppl/token": format_number(_exp(loss)),
             "tok/s": format_number(tokens_per_s),
             "lr": f"{last.lr:.2g}",
             "mem": f"{memory / 2**20:.0f}M",
@@ -262,7 +262,7 @@ class Session:
         if state.skipped_steps:
             fields["skipped"] = str(len(state.skipped_steps))
         if state.valid_losses:
-            fields["valid ppl"] = format_number(_exp(state.valid_losses[-1]))
+            fields["valid ppl/token"] = format_number(_exp(state.valid_losses[-1]))
         if self.train.budget_s is None:
             bar.update(state.step, **fields)
         else:
@@ -310,13 +310,12 @@ class Session:
         return tally
 
     def _score(self, tokens: np.ndarray[Any, Any]) -> Tally:
+        side_by_side = None if self.carries_state else self.train.seq_len
+        whole = Segments.whole(len(tokens), self.prepared.tokenizer.eos_id)
         return perplexity(
             self.trainer.model,
             tokens,
-            self.prepared.tokenizer.eos_id,
-            carries_state=self.carries_state,
-            context=self.train.seq_len,
-            stride=self.train.seq_len,
+            Reach(side_by_side, side_by_side).windows(whole),
             seq_len=max(self.train.seq_len, CARRIED_SEGMENT),
             batch_size=self.trainer.micro_batch_size,
             device=self.trainer.device,

@@ -109,3 +109,9 @@ def test_importing_loads_nothing_heavy(code: str) -> None:
     script = f"{code}\nimport sys\nprint('\\nloaded:', [m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("loaded: []\n")
+
+
+def test_every_public_name_is_there() -> None:
+    import lmkit
+
+    assert {name for name in lmkit.__all__ if getattr(lmkit, name, None) is None} == set()

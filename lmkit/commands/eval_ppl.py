@@ -110,6 +110,7 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         "checkpoint_digest": loaded.checkpoint_digest,
         "text_digest": passage.source.split.text_digest,
         "tokenizer": loaded.tokenizer.kind,
+        "num_types": loaded.tokenizer.vocab_size,
         "tokenizer_digest": loaded.tokenizer.digest,
         "device": evaluator.device.description,
         "precision": evaluator.device.precision.name,
@@ -216,16 +217,16 @@ def _checks(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[st
 
 def _baselines(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[str, Any]:
     """Perplexities of simple models by the same protocol, and how far compressors get."""
-    found: dict[str, Any] = {"uniform": float(evaluator.loaded.tokenizer.vocab_size)}
     train = evaluator.prepared.splits.get("train")
     own_kn = evaluator.loaded.model_config.trains_by_counting
+    names = ["uniform"]
     if train is not None and not passage.material.changes:
-        for name in ("unigram", "kn5"):
-            if name == "kn5" and (own_kn or train.num_tokens > MAX_BASELINE_TOKENS):
-                continue
-            nats_N = evaluator.counted_nats(name, passage)
-            head = evaluator.protocol.headline(nats_N, outcome.windows, passage.material)
-            found[name] = exp(head.nats / head.count)
+        names += ["unigram"] if own_kn or train.num_tokens > MAX_BASELINE_TOKENS else ["unigram", "kn5"]
+    found: dict[str, Any] = {}
+    for name in names:
+        nats_N = evaluator.counted_nats(name, passage)
+        head = evaluator.protocol.headline(nats_N, outcome.windows, passage.material)
+        found[name] = exp(head.nats / head.count)
     if passage.source.split.num_bytes <= MAX_COMPRESSED_BYTES:
         found |= {f"{name}_bits_per_byte": bits for name, bits in _compressors(passage).items()}
     return found

@@ -16,6 +16,7 @@ from lmkit.console import Console, format_count, format_duration, format_number
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError, DivergedError
+from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import Tally, perplexity, summarize
 from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel
@@ -209,17 +210,9 @@ def _count(job: Job) -> dict[str, Any]:
 
     model = cast(KneserNey, job.model)
     model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id)
-    tally = perplexity(
-        model,
-        splits["valid"].tokens,
-        tokenizer.eos_id,
-        carries_state=True,
-        context=1,
-        stride=1,
-        seq_len=1024,
-        batch_size=1,
-        device=job.device,
-    )
+    tokens = splits["valid"].tokens
+    windows = unbroken(Segments.whole(len(tokens), tokenizer.eos_id))
+    tally = perplexity(model, tokens, windows, seq_len=1024, batch_size=1, device=job.device)
     loss = tally.nats / tally.num_tokens
     if not loss < float("inf"):
         raise DivergedError("the n-gram model gives a valid token no probability")

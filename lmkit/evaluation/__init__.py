@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lmkit.evaluation.scoring import Tally, TokenScores, perplexity, score_stream
+from lmkit.evaluation.plan import Reach, Segments
+from lmkit.evaluation.scoring import Tally, TokenScores, perplexity
 
-__all__ = ["Tally", "TokenScores", "perplexity", "score_stream"]
+__all__ = ["Reach", "Segments", "Tally", "TokenScores", "perplexity"]

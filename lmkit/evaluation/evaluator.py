@@ -7,6 +7,7 @@ other runs are further members, and anything that must be chosen is chosen on va
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,8 @@ from lmkit.evaluation.baselines import kn5_nats, unigram_nats
 from lmkit.evaluation.caches import NeuralCache, filled, theta_grid, unigram_cache
 from lmkit.evaluation.dynamic import Steps, score_dynamic, steps_for
 from lmkit.evaluation.mixture import averaged, best_weights, mixed
-from lmkit.evaluation.plan import Indices, Windows
-from lmkit.evaluation.protocols import HfStrided, Material, Protocol, Reach, Source, build_protocol
+from lmkit.evaluation.plan import Indices, Reach, Windows
+from lmkit.evaluation.protocols import Material, Protocol, Source, build_protocol
 from lmkit.evaluation.scoring import Scorer, TokenScores, own_scores, score
 from lmkit.evaluation.temperature import TemperatureSearch, tempered
 from lmkit.loading import LoadedRun, load_run
@@ -82,6 +83,10 @@ class Outcome:
     """Total nats of each member alone; infinite for a cache."""
 
 
+Own = tuple[TokenScores, dict[float | None, Nats | None]]
+"""The run's scores, and theta -> nats under the cache alone; theta is None where there is none."""
+
+
 class Evaluator:
     """Scores splits of a prepared corpus with a run as the configuration says."""
 
@@ -95,6 +100,8 @@ class Evaluator:
         self._passages: dict[str, Passage] = {}
         self._others: dict[str, LoadedRun] = {}
         self._steps: Steps | None = None
+        self._own_scored: dict[tuple[str, float], Own] = {}
+        self._others_scored: dict[tuple[str, str], Nats] = {}
 
     def passage(self, split_name: str) -> Passage:
         """A split, read as the protocol reads it."""
@@ -194,7 +201,7 @@ class Evaluator:
         others = self._other_members(passage)
         base = [self._with_ensemble(passage, own.nats_N)]
         best = np.inf
-        for theta, cache in caches:
+        for theta, cache in caches.items():
             members = base + ([filled(cache, base[0])] if cache is not None else []) + others
             weights = best_weights(members) if fits_weights else [1 / len(members)] * len(members)
             nats = float(np.nansum(mixed(members, weights), dtype=np.float64))
@@ -231,17 +238,22 @@ class Evaluator:
     # Members
 
     def _members(self, passage: Passage, choice: Choice) -> tuple[list[Nats], TokenScores]:
-        thetas = None if choice.theta is None else [choice.theta]
-        own, caches = self._own(passage, choice.temperature, thetas)
-        members = [self._with_ensemble(passage, own.nats_N)]
-        if caches[0][1] is not None:
-            members.append(filled(caches[0][1], members[0]))
+        own, caches = self._own(passage, choice.temperature, None if choice.theta is None else [choice.theta])
+        members, cache = [self._with_ensemble(passage, own.nats_N)], caches[choice.theta]
+        if cache is not None:
+            members.append(filled(cache, members[0]))
         return members + self._other_members(passage), own
 
-    def _own(
-        self, passage: Passage, temperature: float, thetas: list[float] | None
-    ) -> tuple[TokenScores, list[tuple[float | None, Nats | None]]]:
-        """The run's scores, and (theta, nats under the cache alone) for each theta; one pair if there is none."""
+    def _own(self, passage: Passage, temperature: float, thetas: list[float] | None) -> Own:
+        """The run's own scores; those of a split that has been scored to choose on are not computed again."""
+        key = passage.name, temperature
+        wanted: list[float | None] = [None] if thetas is None else [*thetas]
+        known = self._own_scored.get(key)
+        if known is None or not all(theta in known[1] for theta in wanted):
+            known = self._own_scored[key] = self._score_own(passage, temperature, thetas)
+        return known
+
+    def _score_own(self, passage: Passage, temperature: float, thetas: list[float] | None) -> Own:
         cfg, model = self.cfg, self.loaded.model
         scorer: Scorer = own_scores(model) if temperature == 1.0 else tempered(model, temperature)
         windows, cache = self.windows(passage), None
@@ -256,11 +268,11 @@ class Evaluator:
         else:
             own = self._score(passage, windows, scorer, "", batch_size=batch_size)
         if cache is not None:
-            return own, list(zip(cache.thetas, cache.nats_KN, strict=True))
+            return own, dict(zip(cache.thetas, cache.nats_KN, strict=True))
         if isinstance(cfg.cache, UnigramCacheConfig):
             counted = unigram_cache(passage.material.tokens, cfg.cache.window)
-            return own, [(None, np.where(own.scored_N, counted, np.nan).astype(np.float32))]
-        return own, [(None, None)]
+            return own, {None: np.where(own.scored_N, counted, np.nan).astype(np.float32)}
+        return own, {None: None}
 
     def _mc_dropout(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
         """Probabilities averaged over passes with dropout (Gal & Ghahramani 2016)."""
@@ -346,8 +358,22 @@ class Evaluator:
             for name in self.cfg.mix
         ]
 
+    def _once(self, name: str, passage: Passage, scored: Callable[[], Nats]) -> Nats:
+        """A member's nats, computed when they are asked for first."""
+        key = name, passage.name
+        if key not in self._others_scored:
+            self._others_scored[key] = scored()
+        return self._others_scored[key]
+
     def counted_nats(self, name: str, passage: Passage) -> Nats:
-        """Nats under kn5 or unigrams of train, at the tokens that the protocol scores."""
+        """Nats under ``kn5`` or ``unigram`` of train, or ``uniform`` ones, at the tokens that the protocol scores."""
+        return self._once(name, passage, lambda: self._count(name, passage))
+
+    def _count(self, name: str, passage: Passage) -> Nats:
+        tokens, tokenizer = passage.material.tokens, self.loaded.tokenizer
+        scored_N = self.windows(passage).positions_in_context(len(tokens)) >= 0
+        if name == "uniform":
+            return np.where(scored_N, np.log(tokenizer.vocab_size), np.nan).astype(np.float32)
         if passage.material.changes:
             raise ConfigError(
                 f"{name} is counted on the text as prepared, protocol={self.protocol.name} changes it",
@@ -355,13 +381,11 @@ class Evaluator:
             )
         if "train" not in self.prepared.splits:
             raise DataError(f"{self.prepared.name} has no train split to count {name} on", f"leave {name} out")
-        tokenizer, train = self.loaded.tokenizer, self.prepared.splits["train"].tokens
-        tokens, vocab_size = passage.material.tokens, tokenizer.vocab_size
+        train = self.prepared.splits["train"].tokens
         if name == "kn5":
-            nats_N = kn5_nats(train, tokens, tokenizer.eos_id, vocab_size)
+            nats_N = kn5_nats(train, tokens, tokenizer.eos_id, tokenizer.vocab_size)
         else:
-            nats_N = unigram_nats(train, tokens, vocab_size)
-        scored_N = self.windows(passage).positions_in_context(len(tokens)) >= 0
+            nats_N = unigram_nats(train, tokens, tokenizer.vocab_size)
         return np.where(scored_N, nats_N, np.nan).astype(np.float32)
 
     def run_nats(self, name: str, passage: Passage) -> Nats:
@@ -371,7 +395,7 @@ class Evaluator:
             raise ConfigError(
                 f"run {other.path} has another tokenizer than {self.loaded.path}", "mix runs with the same tokenizer"
             )
-        return self.other_scores(other, passage).nats_N
+        return self._once(name, passage, lambda: self._score_other(other, passage).nats_N)
 
     def other(self, name: str) -> LoadedRun:
         """Another run by its path, loaded once."""
@@ -382,9 +406,8 @@ class Evaluator:
             self._others[name] = load_run(config, device=self.device, console=self.console)
         return self._others[name]
 
-    def other_scores(self, other: LoadedRun, passage: Passage) -> TokenScores:
-        """Static scores of another run on a passage of its own tokens."""
-        windowed = not other.model_config.carries_state or isinstance(self.protocol, HfStrided)
+    def _score_other(self, other: LoadedRun, passage: Passage) -> TokenScores:
+        windowed = not other.model_config.carries_state or self.protocol.never_carries_state
         reach = self._reach(other, *((self.cfg.context, self.cfg.stride) if windowed else (None, None)))
         windows = self.protocol.windows(passage.material, passage.source, reach)
         with self.console.progress(windows.num_scored, f"scoring {passage.name} with {other.path.name}") as bar:

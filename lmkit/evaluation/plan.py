@@ -148,6 +148,20 @@ def strided(num_tokens: int, max_length: int, stride: int) -> Windows:
     return _windows(begins_W, scored_W, ends_W, np.full(num_windows, NO_PREFIX))
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far back a model looks: windows of ``context`` tokens, ``stride`` apart; None: a state carries the past."""
+
+    context: int | None
+    stride: int | None
+
+    def windows(self, segments: Segments) -> Windows:
+        """Sliding windows in each segment, or one window each."""
+        if self.context is None or self.stride is None:
+            return unbroken(segments)
+        return sliding(segments, self.context, self.stride)
+
+
 def check_window(context: int, stride: int, model_context: int | None) -> None:
     """Raise ConfigError unless 1 <= stride <= context <= the model's own context (None: unbounded)."""
     if context < 1 or (model_context is not None and context > model_context):

@@ -28,12 +28,12 @@ from lmkit.evaluation.detokenize import count_words_lm_eval, gpt2_detokenize, wi
 from lmkit.evaluation.plan import (
     NO_PREFIX,
     Indices,
+    Reach,
     Segments,
     Tokens,
     Windows,
     check_window,
     rolling,
-    sliding,
     strided,
     unbroken,
 )
@@ -76,20 +76,6 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How far back a model looks: windows of ``context`` tokens, ``stride`` apart; None: a state carries the past."""
-
-    context: int | None
-    stride: int | None
-
-    def windows(self, segments: Segments) -> Windows:
-        """Sliding windows in each segment, or one window each."""
-        if self.context is None or self.stride is None:
-            return unbroken(segments)
-        return sliding(segments, self.context, self.stride)
-
-
-@dataclass(frozen=True)
 class Headline:
     """exp(nats / count), and per what that is."""
 
@@ -105,6 +91,8 @@ class Protocol(ABC):
     first_token: ClassVar[str] = ALL_SCORED
     reset: ClassVar[str] = "at the start of the text"
     """Where the model's memory begins anew."""
+    never_carries_state: ClassVar[bool] = False
+    """Models with carried state read windows, too."""
 
     def material(self, source: Source) -> Material:
         """The text to score; as it was prepared unless a protocol says otherwise."""
@@ -232,6 +220,7 @@ class HfStrided(Protocol):
     name = "hf-strided"
     first_token = FIRST_LEFT_OUT
     reset = "at the start of each window"
+    never_carries_state = True
 
     def __init__(self, config: HfStridedProtocolConfig) -> None:
         self.config = config

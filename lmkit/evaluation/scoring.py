@@ -17,7 +17,7 @@ from torch import Tensor
 from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
-from lmkit.evaluation.plan import NO_PREFIX, Indices, Segments, Tokens, Windows, check_window, sliding, unbroken
+from lmkit.evaluation.plan import NO_PREFIX, Indices, Tokens, Windows
 from lmkit.models.base import LanguageModel, Scores
 
 Scorer = Callable[[Tensor, Tensor, Indices], Scores]
@@ -58,61 +58,18 @@ class Tally:
 def perplexity(
     model: LanguageModel,
     tokens: Tokens,
-    eos_id: int,
+    windows: Windows,
     *,
-    carries_state: bool,
-    context: int,
-    stride: int,
     seq_len: int,
     batch_size: int,
     device: Device,
     progress: Callable[[int], None] | None = None,
 ) -> Tally:
-    """The sums over ``score_stream``, and how long it took."""
+    """The sums over ``score``, and how long it took."""
     start = time.monotonic()
-    scores = score_stream(
-        model,
-        tokens,
-        eos_id,
-        carries_state=carries_state,
-        context=context,
-        stride=stride,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
-    nats = float(scores.nats_N.sum(dtype=np.float64))
-    return Tally(nats, len(tokens), int(scores.correct_N.sum()), time.monotonic() - start)
-
-
-def score_stream(
-    model: LanguageModel,
-    tokens: Tokens,
-    eos_id: int,
-    *,
-    carries_state: bool,
-    context: int,
-    stride: int,
-    seq_len: int,
-    batch_size: int,
-    device: Device,
-    progress: Callable[[int], None] | None = None,
-) -> TokenScores:
-    """Score every token of a text exactly once, the first one conditioned on ``eos_id``.
-
-    With carried state the text is read once from start to end, ``seq_len`` tokens at a time: each token is conditioned
-    on all before it, and context, stride and batch_size have no meaning. There is one lane: cutting the text into
-    several to fill a batch would start each of them without its past, and change the number. Without carried state
-    windows slide over the text (plan.sliding), and seq_len has no meaning. Errors as ``score``.
-    """
-    whole = Segments.whole(len(tokens), eos_id)
-    if carries_state:
-        windows = unbroken(whole)
-    else:
-        check_window(context, stride, model.context)
-        windows, seq_len = sliding(whole, context, stride), context
-    return score(model, tokens, windows, seq_len=seq_len, batch_size=batch_size, device=device, progress=progress)
+    scores = score(model, tokens, windows, seq_len=seq_len, batch_size=batch_size, device=device, progress=progress)
+    nats = float(np.nansum(scores.nats_N, dtype=np.float64))
+    return Tally(nats, windows.num_scored, int(scores.correct_N.sum()), time.monotonic() - start)
 
 
 @torch.inference_mode()

@@ -45,6 +45,7 @@ from lmkit.config.training import (
     TrainConfig,
 )
 from lmkit.errors import CheckpointError, ConfigError, DataError
+from lmkit.evaluation.scoring import score
 from lmkit.models.transformer import Transformer
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
@@ -639,3 +640,35 @@ def test_a_checkpoint_that_is_named_is_that_of_the_run_itself(runs: Folder) -> N
     run = ExistingRunConfig(path=str(runs / "lstm"), checkpoint="step-000000000025")
     cfg = EvalPplConfig(run=run, device=CPU, ensemble=[str(runs / "other_step")], checks=False, baselines=False)
     assert eval_ppl.run(cfg)["step"] == 25
+
+
+@pytest.mark.parametrize("run", ["lstm", "bytes"])
+@pytest.mark.parametrize("protocol", [None, HfStridedProtocolConfig(max_length=8, stride=4)])
+def test_a_uniform_model_is_compared_by_the_same_protocol(
+    run: str, protocol: ProtocolConfig | None, runs: Folder
+) -> None:
+    result = evaluate(runs, run, protocol=protocol, baselines=True)
+    per_token = math.log(257 if run == "bytes" else result["num_types"])
+    if protocol is not None or run == "lstm":  # per token, or per word where each is one
+        assert result["baselines"]["uniform"] == pytest.approx(math.exp(per_token), rel=1e-5)
+    else:
+        nats_per_word = per_token * result["num_tokens"] / result["num_words"]
+        assert math.log(result["baselines"]["uniform"]) == pytest.approx(nats_per_word, rel=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"mix": ["kn5"]}, {"cache": NeuralCacheConfig(window=20)}, {"mix": ["unigram"]}])
+def test_what_was_scored_to_choose_on_is_not_scored_again(
+    fields: dict[str, Any], runs: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmkit.evaluation import evaluator
+
+    scored: list[int] = []
+
+    def counting(*args: Any, **keys: Any) -> Any:
+        scores = score(*args, **keys)
+        scored.append(int(scores.scored_N.sum()))
+        return scores
+
+    monkeypatch.setattr(evaluator, "score", counting)
+    num_tokens = evaluate(runs, "lstm", split="valid", checks=False, **fields)["num_tokens"]
+    assert scored.count(num_tokens) == 1

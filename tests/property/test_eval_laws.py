@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +16,13 @@ from torch import Tensor
 from lmkit.config.commands import SamplingConfig
 from lmkit.config.training import Precision
 from lmkit.device import Device
-from lmkit.evaluation import TokenScores, perplexity, score_stream
+from lmkit.evaluation.plan import Reach, Segments, sliding, unbroken
+from lmkit.evaluation.scoring import TokenScores, perplexity, score
 from lmkit.models.base import Head, LanguageModel, Scores, State
 from lmkit.sampling import filtered, keep_min_p, keep_top_k, keep_top_p, penalise, sample, uniforms
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 VOCAB, EOS = 23, 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class ReadBack(Head):
@@ -109,23 +101,13 @@ def text(num_tokens: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint16]]
 
 
 def windows(model: LanguageModel, tokens: Any, context: int, stride: int, batch_size: int) -> TokenScores:
-    return score_stream(
-        model,
-        tokens,
-        EOS,
-        carries_state=False,
-        context=context,
-        stride=stride,
-        seq_len=1,
-        batch_size=batch_size,
-        device=CPU,
-    )
+    whole = Segments.whole(len(tokens), EOS)
+    return score(model, tokens, sliding(whole, context, stride), seq_len=context, batch_size=batch_size, device=CPU)
 
 
 def carried(model: LanguageModel, tokens: Any, seq_len: int) -> TokenScores:
-    return score_stream(
-        model, tokens, EOS, carries_state=True, context=1, stride=1, seq_len=seq_len, batch_size=1, device=CPU
-    )
+    whole = Segments.whole(len(tokens), EOS)
+    return score(model, tokens, unbroken(whole), seq_len=seq_len, batch_size=1, device=CPU)
 
 
 @st.composite
@@ -182,17 +164,10 @@ def test_a_uniform_model_has_the_vocabulary_size_as_its_perplexity(
     num_tokens, context, stride, batch_size = case
     model = Mean()
     model.table_VD.zero_()
-    tally = perplexity(
-        model,
-        text(num_tokens),
-        EOS,
-        carries_state=carries_state,
-        context=context,
-        stride=stride,
-        seq_len=stride,
-        batch_size=batch_size,
-        device=CPU,
-    )
+    reach = Reach(None, None) if carries_state else Reach(context, stride)
+    windows_W = reach.windows(Segments.whole(num_tokens, EOS))
+    seq_len = stride if carries_state else context
+    tally = perplexity(model, text(num_tokens), windows_W, seq_len=seq_len, batch_size=batch_size, device=CPU)
     assert tally.num_tokens == num_tokens
     assert math.exp(tally.loss) == pytest.approx(VOCAB, rel=1e-6)
 
@@ -204,11 +179,11 @@ def test_changing_a_token_does_not_move_the_scores_before_it(num_tokens: int) ->
     changed = tokens.copy()
     at = num_tokens // 2
     changed[at] = (changed[at] + 1) % VOCAB
-    for score in (
+    for scored in (
         lambda t: windows(Mean(), t, 8, 3, 4),
         lambda t: carried(Mean(), t, 7),
     ):
-        assert np.array_equal(score(tokens).nats_N[:at], score(changed).nats_N[:at])
+        assert np.array_equal(scored(tokens).nats_N[:at], scored(changed).nats_N[:at])
 
 
 # Few distinct values, so that ties are common; -inf as a model that excludes tokens would have it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -44,14 +43,6 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 
 every_family = pytest.mark.parametrize("family", list(CONFIGS))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(family: str, seed: int = 0) -> LanguageModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -29,14 +29,6 @@ long_streams = st.builds(
 ).map(lambda a: [int(i) for i in a])
 texts = st.one_of(streams, long_streams)
 orders = st.integers(1, 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fitted(text: Sequence[int], order: int, vocab_size: int = MAX_VOCAB) -> KneserNey:

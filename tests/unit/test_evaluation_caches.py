@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,14 +25,6 @@ from lmkit.models.ngram import KneserNey
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 VOCAB, EOS = 13, 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text(num_tokens: int, seed: int = 0) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,14 +23,6 @@ from lmkit.models.ngram import KneserNey
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 VOCAB, EOS, CONTEXT = 13, 1, 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text(num_tokens: int, seed: int = 0) -> np.ndarray:

@@ -22,7 +22,8 @@ from lmkit.data.tokenfiles import Split
 from lmkit.errors import DataError
 from lmkit.evaluation import numbers
 from lmkit.evaluation.numbers import Units, bootstrap, resampled, summary, units_of
-from lmkit.evaluation.protocols import Material, Reach, Source, build_protocol
+from lmkit.evaluation.plan import Reach
+from lmkit.evaluation.protocols import Material, Source, build_protocol
 from lmkit.evaluation.scoring import TokenScores
 from lmkit.tokenizers import Tokenizer
 from lmkit.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer

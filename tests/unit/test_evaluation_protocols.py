@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ from lmkit.config.training import Precision
 from lmkit.data.tokenfiles import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.evaluation.plan import strided
-from lmkit.evaluation.protocols import Headline, Protocol, Reach, Source, build_protocol
+from lmkit.evaluation.plan import Reach, strided
+from lmkit.evaluation.protocols import Headline, Protocol, Source, build_protocol
 from lmkit.evaluation.scoring import score
 from lmkit.models.base import LanguageModel
 from lmkit.models.ngram import KneserNey
@@ -42,14 +42,6 @@ LINES = [
     "it ends here now",
 ]
 PAGES = ' \n = One = \n \n It was 5 @.@ 5 m " long " . \n = = Part = = \n It \'s so . \n = Two = \n \n Yes , it is . \n'
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def words_of(text: str) -> Tokenizer:

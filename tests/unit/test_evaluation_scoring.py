@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,12 @@ from lmkit.config.training import Precision
 from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
-from lmkit.evaluation.scoring import Tally, perplexity, score_stream, summarize
+from lmkit.evaluation.plan import Reach, Segments, check_window, sliding, unbroken
+from lmkit.evaluation.scoring import Tally, perplexity, score, summarize
 from lmkit.models.base import LanguageModel
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 VOCAB, EOS = 31, 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text(num_tokens: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -53,23 +45,13 @@ def split(**counts: int) -> Split:
 
 
 def windows(model: LanguageModel, tokens: Any, *, context: int = 16, stride: int = 8, batch_size: int = 3) -> Any:
-    return score_stream(
-        model,
-        tokens,
-        EOS,
-        carries_state=False,
-        context=context,
-        stride=stride,
-        seq_len=1,
-        batch_size=batch_size,
-        device=CPU,
-    )
+    whole = Segments.whole(len(tokens), EOS)
+    return score(model, tokens, sliding(whole, context, stride), seq_len=context, batch_size=batch_size, device=CPU)
 
 
 def carried(model: LanguageModel, tokens: Any, seq_len: int) -> Any:
-    return score_stream(
-        model, tokens, EOS, carries_state=True, context=1, stride=1, seq_len=seq_len, batch_size=1, device=CPU
-    )
+    whole = Segments.whole(len(tokens), EOS)
+    return score(model, tokens, unbroken(whole), seq_len=seq_len, batch_size=1, device=CPU)
 
 
 def test_a_transformer_scored_in_windows_equals_plain_cross_entropy_of_each_window() -> None:
@@ -145,7 +127,7 @@ def test_a_model_that_has_diverged_is_refused_and_the_token_named() -> None:
 )
 def test_an_impossible_window_is_a_config_error(context: int, stride: int, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        windows(transformer(), text(30), context=context, stride=stride)
+        check_window(context, stride, 16)
 
 
 def test_an_empty_text_and_foreign_tokens_are_refused() -> None:
@@ -159,18 +141,10 @@ def test_an_empty_text_and_foreign_tokens_are_refused() -> None:
 def test_progress_grows_to_the_number_of_tokens(carries_state: bool) -> None:
     model = recurrent(Cell.gru) if carries_state else transformer()
     seen: list[int] = []
-    tally = perplexity(
-        model,
-        text(50),
-        EOS,
-        carries_state=carries_state,
-        context=16,
-        stride=5,
-        seq_len=9,
-        batch_size=2,
-        device=CPU,
-        progress=seen.append,
-    )
+    reach = Reach(None, None) if carries_state else Reach(16, 5)
+    windows_W = reach.windows(Segments.whole(50, EOS))
+    seq_len = 9 if carries_state else 16
+    tally = perplexity(model, text(50), windows_W, seq_len=seq_len, batch_size=2, device=CPU, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == tally.num_tokens == 50
     assert 0 <= tally.num_correct <= 50
@@ -207,9 +181,8 @@ def test_a_perplexity_that_overflows_is_infinite() -> None:
 def test_nats_are_summed_in_double_precision() -> None:
     model, tokens = transformer(), text(3000)
     scores = windows(model, tokens, batch_size=16)
-    tally = perplexity(
-        model, tokens, EOS, carries_state=False, context=16, stride=8, seq_len=1, batch_size=16, device=CPU
-    )
+    windows_W = sliding(Segments.whole(len(tokens), EOS), 16, 8)
+    tally = perplexity(model, tokens, windows_W, seq_len=16, batch_size=16, device=CPU)
     assert tally.nats == pytest.approx(math.fsum(scores.nats_N.tolist()), rel=1e-12)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -25,14 +24,6 @@ from lmkit.models.ngram import KneserNey
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 VOCAB, EOS, WIDTH = 17, 1, 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Toy(LanguageModel):
