@@ -14,15 +14,15 @@ CHUNK_ELEMENTS_CPU = 4_000_000
 """Logits held at a time on a CPU: 16 MB, few enough for the last-level cache between the product and the softmax, and
 at usual vocabularies several hundred rows, enough for the products to run at full speed."""
 CHUNK_ELEMENTS_GPU = 64_000_000
-MIN_ROWS = 64
-"""At very large vocabularies: with fewer, reading the weights from memory takes longer than the product (1.5 x at 267,735
-types with 16)."""
+MIN_ROWS, MAX_ELEMENTS = 64, 32_000_000
+"""At very large vocabularies the weights are read from memory for each chunk, which with few rows takes longer than the
+product: 64 are 1.5 x as fast as 16 at 267,735 types. They must not take more than 128 MB."""
 
 
 def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
     """How many positions are scored at a time."""
     elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
-    return max(MIN_ROWS, elements // vocab_size)
+    return max(1, elements // vocab_size, min(MIN_ROWS, MAX_ELEMENTS // vocab_size))
 
 
 @dataclass(frozen=True)
