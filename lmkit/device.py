@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from lmkit.config.training import DeviceConfig, DeviceType, Precision, Switch
+from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
 from lmkit.errors import ResourceError
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lmkit.config.training import BiasInit, EmbeddingInit, InitConfig
+from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel, seeded_generator

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lmkit.config.training import SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.optimization import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.models.base import IGNORE, Head
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,

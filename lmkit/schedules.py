@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     ConstantConfig,
     CosineConfig,
     InverseSqrtConfig,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lmkit.averaging import WeightAverage
-from lmkit.config.training import OptimizerConfig, Precision, ScheduleConfig
+from lmkit.config.machine import Precision
+from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
 from lmkit.data.batches import Batch
 from lmkit.device import Device
 from lmkit.models.base import IGNORE, LanguageModel, State

@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import TransformerConfig
-from lmkit.config.training import AdamwConfig, CosineConfig, DeviceConfig, DeviceType
+from lmkit.config.optimization import AdamwConfig, CosineConfig
 from lmkit.data.batches import Lanes, Windows
 from lmkit.device import resolve_device
 from lmkit.objectives import ExactSoftmax

@@ -27,8 +27,8 @@ import numpy as np
 import psutil
 import torch
 
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import TransformerConfig
-from lmkit.config.training import DeviceConfig, DeviceType
 from lmkit.device import resolve_device
 from lmkit.evaluation.checks import prove
 from lmkit.evaluation.plan import Segments, sliding

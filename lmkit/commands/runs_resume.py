@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.config.commands import PretrainConfig
-from lmkit.config.training import PlateauConfig
+from lmkit.config.optimization import PlateauConfig
 from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError
 from lmkit.store.browse import read_journal
 from lmkit.store.listing import list_checkpoints

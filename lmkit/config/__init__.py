@@ -6,7 +6,7 @@ torch; ``build`` methods import the code when it is needed. The line of text und
 
 from __future__ import annotations
 
-from lmkit.config import commands, data, evaluation, model, training
+from lmkit.config import commands, data, evaluation, machine, model, optimization
 
 ROOTS: dict[str, type] = {
     "prepare": commands.PrepareConfig,
@@ -38,25 +38,25 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "ngram": model.NgramConfig,
     },
     "optimizer": {
-        "sgd": training.SgdConfig,
-        "adagrad": training.AdagradConfig,
-        "adadelta": training.AdadeltaConfig,
-        "rmsprop": training.RmspropConfig,
-        "adam": training.AdamConfig,
-        "adamw": training.AdamwConfig,
-        "muon": training.MuonConfig,
+        "sgd": optimization.SgdConfig,
+        "adagrad": optimization.AdagradConfig,
+        "adadelta": optimization.AdadeltaConfig,
+        "rmsprop": optimization.RmspropConfig,
+        "adam": optimization.AdamConfig,
+        "adamw": optimization.AdamwConfig,
+        "muon": optimization.MuonConfig,
     },
     "schedule": {
-        "constant": training.ConstantConfig,
-        "cosine": training.CosineConfig,
-        "linear": training.LinearConfig,
-        "wsd": training.WsdConfig,
-        "inverse_sqrt": training.InverseSqrtConfig,
-        "plateau": training.PlateauConfig,
+        "constant": optimization.ConstantConfig,
+        "cosine": optimization.CosineConfig,
+        "linear": optimization.LinearConfig,
+        "wsd": optimization.WsdConfig,
+        "inverse_sqrt": optimization.InverseSqrtConfig,
+        "plateau": optimization.PlateauConfig,
     },
     "softmax": {
-        "exact": training.SoftmaxConfig,
-        "sampled": training.SampledSoftmaxConfig,
+        "exact": optimization.SoftmaxConfig,
+        "sampled": optimization.SampledSoftmaxConfig,
     },
     "protocol": {
         "stream": evaluation.StreamProtocolConfig,
@@ -76,6 +76,6 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "unigram": evaluation.UnigramCacheConfig,
         "neural": evaluation.NeuralCacheConfig,
     },
-    "device": {"device": training.DeviceConfig},
+    "device": {"device": machine.DeviceConfig},
 }
 """Group -> schema name -> dataclass: the one table from names to classes."""

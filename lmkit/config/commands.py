@@ -7,19 +7,16 @@ from dataclasses import dataclass, field
 from lmkit.config.check import Problems
 from lmkit.config.data import DatasetConfig, TokenizerConfig
 from lmkit.config.evaluation import CacheConfig, DynamicConfig, ProtocolConfig
+from lmkit.config.machine import DeviceConfig
 from lmkit.config.model import ModelConfig
+from lmkit.config.optimization import InitConfig, OptimizerConfig, ScheduleConfig, SoftmaxConfig
 from lmkit.config.training import (
-    DeviceConfig,
     EvalConfig,
     ExistingRunConfig,
-    InitConfig,
     LogConfig,
     NewRunConfig,
-    OptimizerConfig,
     RunConfig,
     SaveConfig,
-    ScheduleConfig,
-    SoftmaxConfig,
     TrainConfig,
 )
 

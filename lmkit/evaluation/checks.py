@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmkit.config.training import Precision
+from lmkit.config.machine import Precision
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.evaluation.plan import NO_PREFIX, Indices, Tokens, Windows

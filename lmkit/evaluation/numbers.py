@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lmkit.errors import DataError
 from lmkit.evaluation.plan import Indices, Windows
 from lmkit.evaluation.protocols import Material, Protocol, Source, line_enders
-from lmkit.evaluation.scoring import TokenScores, exp
+from lmkit.evaluation.scoring import TokenScores, exp, ratios
 
 Floats = NDArray[np.float64]
 
@@ -71,25 +71,23 @@ def summary(
     per_word = everything or tokenizer.ends_lines
     words = material.num_words if everything else int((scored_N & ~is_eos_N).sum())
     lines = material.num_lines if everything else int(is_eos_N.sum())
+    num_bytes, num_chars = (material.num_bytes, material.num_chars) if everything else (None, None)
     head = protocol.headline(nats_N, windows, material)
     result: dict[str, Any] = {
         "ppl": _ppl(head.nats, head.count),
         "ppl_per": head.per,
-        "word_ppl": _ppl(nats, words + lines) if per_word else None,
+        **ratios(nats, num_tokens, words + lines if per_word else None, num_bytes, num_chars),
         "word_ppl_eos_not_counted": _ppl(nats, words) if per_word else None,
-        "token_ppl": _ppl(nats, num_tokens),
-        "byte_ppl": _ppl(nats, material.num_bytes) if everything else None,
-        "char_ppl": _ppl(nats, material.num_chars) if everything else None,
-        "bits_per_byte": _bits(nats, material.num_bytes) if everything else None,
-        "bits_per_char": _bits(nats, material.num_chars) if everything else None,
+        "byte_ppl": _ppl(nats, num_bytes or 0),
+        "char_ppl": _ppl(nats, num_chars or 0),
         "accuracy": int(scores.correct_N.sum()) / num_tokens if has_accuracy else None,
         "nats": nats,
         "num_tokens": num_tokens,
         "num_tokens_left_out": len(nats_N) - num_tokens,
         "num_words": words + lines if per_word else None,
         "num_lines": lines,
-        "num_bytes": material.num_bytes if everything else None,
-        "num_chars": material.num_chars if everything else None,
+        "num_bytes": num_bytes,
+        "num_chars": num_chars,
         "num_unk": int(is_unk_N.sum()),
         "eos": _part(nats_N, is_eos_N, num_tokens, nats),
         "unk": _part(nats_N, is_unk_N, num_tokens, nats),
@@ -114,10 +112,6 @@ def _part(nats_N: NDArray[np.float32], mask_N: NDArray[np.bool_], num_tokens: in
 
 def _ppl(nats: float, count: float) -> float | None:
     return exp(nats / count) if count else None
-
-
-def _bits(nats: float, count: int) -> float | None:
-    return nats / count / math.log(2) if count else None
 
 
 def units_of(scores: TokenScores, material: Material, source: Source, count: float) -> Units:

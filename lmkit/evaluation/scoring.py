@@ -202,17 +202,9 @@ class ScoreSheet:
 
 
 def summarize(tally: Tally, split: Split) -> dict[str, Any]:
-    """The numbers of a scored split under the names that scripts depend on.
-
-    word_ppl = exp(nats / words), words being those of the original text plus one end of line each, whatever the
-    tokenizer; token_ppl = exp(nats / tokens); bits_per_byte = nats / (bytes ln 2); accuracy: share of tokens that were
-    the most probable one.
-    """
+    """The numbers of a wholly scored split; accuracy: share of tokens that were the most probable one."""
     return {
-        "word_ppl": exp(tally.nats / split.num_words),
-        "token_ppl": exp(tally.nats / tally.num_tokens),
-        "bits_per_byte": tally.nats / split.num_bytes / math.log(2),
-        "bits_per_char": tally.nats / split.num_chars / math.log(2),
+        **ratios(tally.nats, tally.num_tokens, split.num_words, split.num_bytes, split.num_chars),
         "nats": tally.nats,
         "num_tokens": tally.num_tokens,
         "num_words": split.num_words,
@@ -221,6 +213,22 @@ def summarize(tally: Tally, split: Split) -> dict[str, Any]:
         "num_unk": split.num_unk,
         "accuracy": tally.num_correct / tally.num_tokens,
         "eval_seconds": tally.seconds,
+    }
+
+
+def ratios(
+    nats: float, num_tokens: int, num_words: int | None, num_bytes: int | None, num_chars: int | None
+) -> dict[str, float | None]:
+    """One sum of nats over each count, under the names that scripts depend on; None where a count is None or 0.
+
+    word_ppl = exp(nats / words), words being those of the original text plus one end of line each, whatever the
+    tokenizer; token_ppl = exp(nats / tokens); bits_per_byte = nats / (bytes ln 2).
+    """
+    return {
+        "word_ppl": exp(nats / num_words) if num_words else None,
+        "token_ppl": exp(nats / num_tokens) if num_tokens else None,
+        "bits_per_byte": nats / num_bytes / math.log(2) if num_bytes else None,
+        "bits_per_char": nats / num_chars / math.log(2) if num_chars else None,
     }
 
 

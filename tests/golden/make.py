@@ -23,21 +23,17 @@ import torch
 from lmkit.commands import pretrain
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     AdamwConfig,
     CosineConfig,
-    DeviceConfig,
-    DeviceType,
-    EvalConfig,
-    ExistingRunConfig,
     OptimizerConfig,
     PlateauConfig,
-    RunConfig,
     ScheduleConfig,
     SgdConfig,
-    TrainConfig,
 )
+from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.loading import LoadedRun, load_run

@@ -11,16 +11,10 @@ import torch
 
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import (
-    AdamwConfig,
-    CosineConfig,
-    DeviceConfig,
-    DeviceType,
-    EvalConfig,
-    RunConfig,
-    TrainConfig,
-)
+from lmkit.config.optimization import AdamwConfig, CosineConfig
+from lmkit.config.training import EvalConfig, RunConfig, TrainConfig
 
 WORDS = [
     "the",

@@ -33,17 +33,10 @@ from lmkit.config.evaluation import (
     TransformerXlProtocolConfig,
     UnigramCacheConfig,
 )
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import (
-    AdamwConfig,
-    CosineConfig,
-    DeviceConfig,
-    DeviceType,
-    EvalConfig,
-    ExistingRunConfig,
-    RunConfig,
-    TrainConfig,
-)
+from lmkit.config.optimization import AdamwConfig, CosineConfig
+from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, TrainConfig
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.evaluation.scoring import score
 from lmkit.models.transformer import Transformer

@@ -23,15 +23,8 @@ from lmkit.commands import finetune, pretrain
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import RecurrentConfig
-from lmkit.config.training import (
-    LogConfig,
-    NonFinite,
-    OnSaveError,
-    OnUsr1,
-    PlateauConfig,
-    RunConfig,
-    SaveConfig,
-)
+from lmkit.config.optimization import PlateauConfig
+from lmkit.config.training import LogConfig, NonFinite, OnSaveError, OnUsr1, RunConfig, SaveConfig
 from lmkit.console import Console
 from lmkit.data.batches import Batch
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError

@@ -14,7 +14,7 @@ import torch
 from lmkit.commands import pretrain
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,

@@ -15,20 +15,17 @@ from lmkit import session
 from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     AdamwConfig,
     CosineConfig,
-    DeviceConfig,
-    DeviceType,
     EmbeddingInit,
     InitConfig,
-    RunConfig,
     SampledSoftmaxConfig,
-    SaveConfig,
     SgdConfig,
-    TrainConfig,
 )
+from lmkit.config.training import RunConfig, SaveConfig, TrainConfig
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.runs import read_metrics, read_result

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lmkit.config.commands import SamplingConfig
-from lmkit.config.training import Precision
+from lmkit.config.machine import Precision
 from lmkit.device import Device
 from lmkit.evaluation.plan import Reach, Segments, sliding, unbroken
 from lmkit.evaluation.scoring import TokenScores, perplexity, score

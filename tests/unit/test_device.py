@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmkit.config.training import DeviceConfig, DeviceType, Precision, Switch
+from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
 from lmkit.device import available_cores, resolve_device
 from lmkit.errors import ResourceError
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.evaluation import caches

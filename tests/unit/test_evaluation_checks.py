@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lmkit.config.machine import Precision
 from lmkit.config.model import Activation, Cell, NgramConfig, Norm, Positions, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.evaluation import checks

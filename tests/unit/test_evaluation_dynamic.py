@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lmkit.config.evaluation import DynamicConfig, DynamicRmsConfig, DynamicSgdConfig
+from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
 from lmkit.evaluation.dynamic import Steps, adaptable, score_dynamic, steps_for

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmkit.config.machine import Precision
 from lmkit.config.model import NgramConfig
-from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.evaluation.plan import (

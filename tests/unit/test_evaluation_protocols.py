@@ -19,8 +19,8 @@ from lmkit.config.evaluation import (
     SentenceProtocolConfig,
     TransformerXlProtocolConfig,
 )
+from lmkit.config.machine import Precision
 from lmkit.config.model import NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.data.tokenfiles import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lmkit import heads
+from lmkit.config.machine import Precision
 from lmkit.config.model import NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.evaluation.plan import Segments, sliding, unbroken
 from lmkit.evaluation.scoring import score

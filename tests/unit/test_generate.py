@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lmkit.config.commands import SamplingConfig
+from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.training import Precision
 from lmkit.device import Device
 from lmkit.errors import DivergedError
 from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt

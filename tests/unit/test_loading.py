@@ -18,9 +18,10 @@ from lmkit.commands import eval_ppl
 from lmkit.commands import generate as generate_command
 from lmkit.config.commands import EvalPplConfig, GenerateConfig, SamplingConfig
 from lmkit.config.data import TextConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.plain import to_plain
-from lmkit.config.training import DeviceConfig, DeviceType, RunConfig
+from lmkit.config.training import RunConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError

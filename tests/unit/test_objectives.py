@@ -8,13 +8,7 @@ import torch
 from torch import nn
 
 from lmkit.config.model import RecurrentConfig
-from lmkit.config.training import (
-    BiasInit,
-    EmbeddingInit,
-    InitConfig,
-    SampledSoftmaxConfig,
-    SoftmaxConfig,
-)
+from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.initialise import cooccurrence_embeddings, initialise_from_text, token_counts
 from lmkit.models.base import IGNORE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,

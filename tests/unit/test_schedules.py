@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lmkit.config.training import (
+from lmkit.config.optimization import (
     ConstantConfig,
     CosineConfig,
     InverseSqrtConfig,

@@ -12,17 +12,8 @@ from torch import Tensor, nn
 
 from lmkit import train
 from lmkit.averaging import WeightAverage
-from lmkit.config.training import (
-    AdamConfig,
-    AdamwConfig,
-    ConstantConfig,
-    DeviceConfig,
-    DeviceType,
-    MuonConfig,
-    OptimizerConfig,
-    Precision,
-    SgdConfig,
-)
+from lmkit.config.machine import DeviceConfig, DeviceType, Precision
+from lmkit.config.optimization import AdamConfig, AdamwConfig, ConstantConfig, MuonConfig, OptimizerConfig, SgdConfig
 from lmkit.data.batches import Batch
 from lmkit.device import resolve_device
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State

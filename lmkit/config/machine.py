@@ -1,0 +1,57 @@
+"""Configuration of the device and its precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lmkit.config.check import Problems
+
+
+class DeviceType(Enum):
+    """Where tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Precision(Enum):
+    """Number format of the matrix products; parameters and optimizer state stay in fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Switch(Enum):
+    """on, off, or let lmkit decide and say what it decided."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+@dataclass(kw_only=True)
+class DeviceConfig:
+    """Where and how to compute. ``auto`` picks what is fast there and the run says what was picked."""
+
+    type: DeviceType = DeviceType.auto
+    """Device: auto (cuda, then mps, then cpu), cpu, cuda or mps."""
+    index: int | None = None
+    """Number of the CUDA device; null: the current one."""
+    precision: Precision = Precision.auto
+    """auto: bf16 on CUDA cards that have it in hardware, fp32 elsewhere (never bf16 on a CPU)."""
+    compile: Switch = Switch.auto
+    """torch.compile; auto: on for CUDA, off elsewhere."""
+    fused: Switch = Switch.auto
+    """Fused optimizer kernels; auto: wherever torch has them."""
+    threads: int | None = None
+    """CPU threads (>= 1); null: one per physical core that this process may use."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.threads is None or self.threads >= 1, "device.threads", self.threads, "must be >= 1 or null")
+            check(self.index is None or self.index >= 0, "device.index", self.index, "must be >= 0 or null")

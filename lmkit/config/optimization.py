@@ -1,0 +1,289 @@
+"""Configuration of what makes a model learn: optimizers, schedules, the loss, and what weights start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lmkit.config.check import Problems
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Base of the ``optimizer`` group."""
+
+    lr: float = 1e-3
+    """Peak learning rate (> 0); the schedule multiplies it by a factor from 0 to 1."""
+    weight_decay: float = 0.0
+    """Weight decay (>= 0) on matrices only: decoupled for adamw and muon, an L2 term for the others."""
+    clip_norm: float | None = 1.0
+    """Clip the global gradient norm to this (> 0); null: no clipping."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "must be > 0 and finite")
+            check(0 <= self.weight_decay < float("inf"), "optimizer.weight_decay", self.weight_decay, "must be >= 0")
+            check(
+                self.clip_norm is None or self.clip_norm > 0,
+                "optimizer.clip_norm",
+                self.clip_norm,
+                "must be > 0 or null",
+            )
+            self._check(check)
+
+    def _check(self, check: Problems) -> None:
+        """Checks of the subclass, reported together with those of the base."""
+
+
+@dataclass(kw_only=True)
+class SgdConfig(OptimizerConfig):
+    """Stochastic gradient descent, with momentum and Nesterov's variant."""
+
+    lr: float = 1.0
+    """Peak learning rate (> 0)."""
+    momentum: float = 0.0
+    """Momentum (0 <= m < 1)."""
+    nesterov: bool = False
+    """Nesterov momentum; needs momentum > 0."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+        check(
+            not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "needs optimizer.momentum > 0"
+        )
+
+
+@dataclass(kw_only=True)
+class AdagradConfig(OptimizerConfig):
+    """Adagrad (Duchi et al. 2011)."""
+
+    lr: float = 0.02
+    """Peak learning rate (> 0)."""
+    eps: float = 1e-10
+    """Added to the denominator (> 0)."""
+
+    def _check(self, check: Problems) -> None:
+        check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
+
+
+@dataclass(kw_only=True)
+class AdadeltaConfig(OptimizerConfig):
+    """Adadelta (Zeiler 2012)."""
+
+    lr: float = 1.0
+    """Peak learning rate (> 0)."""
+    rho: float = 0.95
+    """Decay of the running averages (0 <= rho < 1)."""
+    eps: float = 1e-6
+    """Added under the square roots (> 0)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.rho < 1, "optimizer.rho", self.rho, "must be at least 0 and below 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
+
+
+@dataclass(kw_only=True)
+class RmspropConfig(OptimizerConfig):
+    """RMSprop (Tieleman & Hinton 2012)."""
+
+    lr: float = 1e-3
+    """Peak learning rate (> 0)."""
+    alpha: float = 0.99
+    """Decay of the squared-gradient average (0 <= alpha < 1)."""
+    momentum: float = 0.0
+    """Momentum (0 <= m < 1)."""
+    eps: float = 1e-8
+    """Added to the denominator (> 0)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.alpha < 1, "optimizer.alpha", self.alpha, "must be at least 0 and below 1")
+        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
+
+
+@dataclass(kw_only=True)
+class AdamConfig(OptimizerConfig):
+    """Adam (Kingma & Ba 2015); weight decay is an L2 term."""
+
+    beta1: float = 0.9
+    """Decay of the gradient average (0 <= beta1 < 1)."""
+    beta2: float = 0.999
+    """Decay of the squared-gradient average (0 <= beta2 < 1)."""
+    eps: float = 1e-8
+    """Added to the denominator (> 0)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "must be at least 0 and below 1")
+        check(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "must be at least 0 and below 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
+
+
+@dataclass(kw_only=True)
+class AdamwConfig(AdamConfig):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    lr: float = 2e-3
+    """Peak learning rate (> 0)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (>= 0)."""
+    beta2: float = 0.99
+    """Decay of the squared-gradient average (0 <= beta2 < 1)."""
+
+
+@dataclass(kw_only=True)
+class MuonConfig(OptimizerConfig):
+    """Muon (Jordan et al. 2024) on the hidden matrices, AdamW on embeddings, the head, gains and biases."""
+
+    lr: float = 0.02
+    """Peak learning rate of the hidden matrices (> 0)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (>= 0)."""
+    momentum: float = 0.95
+    """Nesterov momentum of the hidden matrices (0 <= m < 1)."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations (1 to 10), in fp32 on the CPU and bf16 on CUDA."""
+    adam_lr: float = 2e-3
+    """Peak learning rate of everything else (> 0)."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient average (0 <= beta1 < 1)."""
+    beta2: float = 0.99
+    """AdamW's decay of the squared-gradient average (0 <= beta2 < 1)."""
+    eps: float = 1e-8
+    """AdamW's addition to the denominator (> 0)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+        check(1 <= self.ns_steps <= 10, "optimizer.ns_steps", self.ns_steps, "must be between 1 and 10")
+        check(0 < self.adam_lr < float("inf"), "optimizer.adam_lr", self.adam_lr, "must be > 0 and finite")
+        check(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "must be at least 0 and below 1")
+        check(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "must be at least 0 and below 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Base of the ``schedule`` group. A schedule is a pure function of the step and of the run's progress (0 to 1)."""
+
+    warmup_steps: int | None = None
+    """Linear warm-up over this many steps (>= 0); null: ``warmup_ratio`` of the run."""
+    warmup_ratio: float = 0.02
+    """Linear warm-up over this share of the run, where warmup_steps is null (0 to 1)."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(
+                self.warmup_steps is None or self.warmup_steps >= 0,
+                "schedule.warmup_steps",
+                self.warmup_steps,
+                "must be >= 0 or null",
+            )
+            check(0 <= self.warmup_ratio <= 1, "schedule.warmup_ratio", self.warmup_ratio, "must be between 0 and 1")
+            self._check(check)
+
+    def _check(self, check: Problems) -> None:
+        """Checks of the subclass, reported together with those of the base."""
+
+
+@dataclass(kw_only=True)
+class ConstantConfig(ScheduleConfig):
+    """Constant after warm-up."""
+
+
+@dataclass(kw_only=True)
+class _DecayingConfig(ScheduleConfig):
+    final_ratio: float = 0.0
+    """Learning rate at the end, as a share of the peak (0 to 1)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.final_ratio <= 1, "schedule.final_ratio", self.final_ratio, "must be between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class CosineConfig(_DecayingConfig):
+    """Half a cosine from the peak to the final ratio (Loshchilov & Hutter 2017)."""
+
+
+@dataclass(kw_only=True)
+class LinearConfig(_DecayingConfig):
+    """A straight line from the peak to the final ratio."""
+
+
+@dataclass(kw_only=True)
+class WsdConfig(_DecayingConfig):
+    """Warm-up, stable, decay (Hu et al. 2024): constant, then a straight line to the final ratio."""
+
+    decay_ratio: float = 0.4
+    """Share of the run spent decaying (0 < r <= 1)."""
+
+    def _check(self, check: Problems) -> None:
+        super()._check(check)
+        check(0 < self.decay_ratio <= 1, "schedule.decay_ratio", self.decay_ratio, "must be above 0 and at most 1")
+
+
+@dataclass(kw_only=True)
+class InverseSqrtConfig(ScheduleConfig):
+    """Falls with the inverse square root of the step after warm-up (Vaswani et al. 2017, section 5.3)."""
+
+
+@dataclass(kw_only=True)
+class PlateauConfig(ScheduleConfig):
+    """Multiplies the rate by ``factor`` when the validation loss has not improved for ``patience`` evaluations."""
+
+    factor: float = 0.5
+    """Multiplier at a plateau (0 < f < 1)."""
+    patience: int = 1
+    """Evaluations without improvement that are tolerated before the rate falls (>= 0)."""
+    min_ratio: float = 0.001
+    """The rate never falls below this share of the peak (0 to 1)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 < self.factor < 1, "schedule.factor", self.factor, "must be between 0 and 1")
+        check(self.patience >= 0, "schedule.patience", self.patience, "must be >= 0")
+        check(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "must be between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class SoftmaxConfig:
+    """The loss in training: cross-entropy over the whole vocabulary. Also the base of the ``softmax`` group.
+
+    Evaluation always uses the exact softmax.
+    """
+
+
+@dataclass(kw_only=True)
+class SampledSoftmaxConfig(SoftmaxConfig):
+    """Cross-entropy over a sample of the vocabulary: much cheaper for large vocabularies and small models."""
+
+    num_frequent: int = 500
+    """This many of the most frequent tokens are always in the sample (>= 0)."""
+    num_sampled: int = 300
+    """Expected number of rarer tokens that are drawn for each batch (>= 1); the batch's targets come on top."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
+            check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
+
+
+class EmbeddingInit(Enum):
+    """Where embeddings start."""
+
+    random = "random"
+    cooccurrence = "cooccurrence"
+
+
+class BiasInit(Enum):
+    """Where the biases of the output layer start."""
+
+    zero = "zero"
+    log_frequency = "log_frequency"
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    """What of the training text goes into the initial parameters, before the first step."""
+
+    embeddings: EmbeddingInit = EmbeddingInit.random
+    """random, or cooccurrence: a singular value decomposition of the counts of neighbouring tokens."""
+    output_bias: BiasInit = BiasInit.log_frequency
+    """zero, or log_frequency: the log of each token's share of train, where the model has output biases."""
