@@ -187,7 +187,7 @@ class SaveConfig:
     every_steps: int | None = None
     """Save every so many steps (>= 1); null: after each evaluation, and at the end in any case."""
     keep: int = 2
-    """Keep this many of the newest checkpoints, beside the best one (>= 1)."""
+    """Keep this many of the newest checkpoints, beside the best one (>= 2)."""
     keep_every: int | None = None
     """Also keep the checkpoints whose step is a multiple of this (>= 1); null: none."""
     on_error: OnSaveError = OnSaveError["continue"]
@@ -201,7 +201,7 @@ class SaveConfig:
                 self.every_steps,
                 "must be >= 1 or null",
             )
-            check(self.keep >= 1, "save.keep", self.keep, "must be >= 1")
+            check(self.keep >= 2, "save.keep", self.keep, "must be >= 2, so that one is whole whatever happens")
             check(
                 self.keep_every is None or self.keep_every >= 1,
                 "save.keep_every",

@@ -123,7 +123,7 @@ def test_sampled_softmax_and_cooccurrence_start_learn_too(config: MakeConfig) ->
 
 
 def test_best_and_newest_checkpoints_are_kept(config: MakeConfig, tmp_path: Path) -> None:
-    pretrain.run(replace(config(), save=SaveConfig(keep=1)))
+    pretrain.run(replace(config(), save=SaveConfig(keep=2)))
     kept = list_checkpoints(tmp_path / "run")
     losses = {row["step"]: row["valid_loss"] for row in read_metrics(tmp_path / "run") if "valid_loss" in row}
     assert kept[-1].name == "step-000000000012"
