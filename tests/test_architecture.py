@@ -32,7 +32,7 @@ DOORS = {
     "filelock": {"store", "data"},
 }
 
-FORBIDDEN_NAMES = {"eval", "exec", "__import__"}
+FORBIDDEN_NAMES = {"eval", "exec", "__import__", "instantiate"}
 FORBIDDEN_MODULES = {"pickle", "shelve", "marshal", "dill"}
 
 
