@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from lmkit.config.training import EvalConfig, LogConfig, NonFinite, Order, SaveConfig, TrainConfig
+from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, TrainConfig
 from lmkit.console import Console, Progress, format_duration, format_number, plot_curves
-from lmkit.data.batches import Ahead, Lanes, Windows
-from lmkit.data.prepared import PreparedData
-from lmkit.errors import ConfigError, DivergedError, StoppedError
-from lmkit.evaluation import Reach, Segments, Tally, perplexity
+from lmkit.data.batches import Ahead
+from lmkit.errors import DivergedError, StoppedError
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
 from lmkit.store.runs import Run, read_metrics
 from lmkit.store.saving import Saves
+from lmkit.tasks import Task, Validation
 from lmkit.train import (
     Horizon,
     StepReport,
@@ -41,10 +40,6 @@ MIN_STEPS_BETWEEN_EVALS = 20
 """Short runs evaluate less often than that."""
 EXIT_RESERVE_S = 5.0
 """Under a time budget, kept back for what the clock does not see (loading torch) and for the final save and plot."""
-CARRIED_SEGMENT = 1024
-"""Tokens per forward pass in the validation of models with carried state; changes the speed only."""
-PROBE_TOKENS = 4096
-"""Under a time budget, validation is timed on this many tokens before the first step."""
 
 
 class _Interrupted(Exception):
@@ -76,13 +71,11 @@ class Session:
 
     run: Run
     trainer: Trainer
-    prepared: PreparedData
     stored_config: dict[str, Any]
     train: TrainConfig
     log: LogConfig
     eval: EvalConfig
     save: SaveConfig
-    carries_state: bool
     console: Console
     stop: StopRequests
     command: Sequence[str]
@@ -97,13 +90,13 @@ class Session:
     """How many of them were looked at."""
     _window_start: float = 0.0
     _last_step_s: float = 0.0
-    _last_tally: Tally | None = None
+    _last: Validation | None = None
 
     def __post_init__(self) -> None:
         self.state = self.trainer.state
+        self.task: Task = self.trainer.task
         self.elapsed_before_s, self._first_step = self.state.elapsed_s, self.state.step
-        batches = build_batches(self.prepared, self.train, self.trainer.seed, carries_state=self.carries_state)
-        self.batches = Ahead(batches, self.train.workers)
+        self.batches = Ahead(self.task.batches, self.train.workers)
         self.max_steps = last_step(self.train, self.batches.steps_per_epoch)
         self._set_horizon()
 
@@ -114,7 +107,7 @@ class Session:
         elif self.state.step == 0:
             self.state.horizon = Horizon(1e-9)
 
-    def execute(self) -> Tally:
+    def execute(self) -> Validation:
         """Train to the end, saving on the way; returns the last validation.
 
         Raises StoppedError after saving if a signal or a time limit asked to stop; DivergedError with the last
@@ -122,7 +115,9 @@ class Session:
         """
         self._window_start = time.monotonic()
         if self.train.budget_s is not None:
-            self._eval_estimate_s = self._probe_validation()
+            self._eval_estimate_s = self.task.validation_s(
+                device=self.trainer.device, micro_batch_size=self.trainer.micro_batch_size
+            )
         with self._saves() as saves, self._bar() as bar, self.batches, self._saved_without_memory(saves, bar):
             self.stop.deferring = True
             if self.train.nonfinite is NonFinite.rollback and not list_checkpoints(self.run.path):
@@ -225,14 +220,14 @@ class Session:
         return self.console.progress(total, "training" if budget_s is None else "training (s)")
 
     def _saves(self) -> Saves:
-        return Saves(self.run, self.prepared.tokenizer, self.save, self.console.warn)
+        return Saves(self.run, self.task.tokenizer, self.save, self.console.warn)
 
     def _log(self, bar: Progress) -> None:
         """Write the means of the steps since the last line to metrics.jsonl and show them."""
         window, self._window, self._num_read = self._window, [], 0
         now = time.monotonic()
         num_targets = sum(r.num_targets for r in window)
-        loss = sum(r.nats * r.num_targets for r in window) / max(num_targets, 1)
+        loss = sum(r.loss * r.num_targets for r in window) / max(num_targets, 1)
         tokens_per_s = num_targets / max(now - self._window_start, 1e-9)
         self._window_start = now
         state, last = self.state, window[-1]
@@ -254,15 +249,16 @@ class Session:
         fields = {
             "step": str(last.step),
             "loss": f"{loss:.3f}",
-            "ppl/token": format_number(_exp(loss)),
-            "tok/s": format_number(tokens_per_s),
+            **dict([self.task.shown(loss)]),
+            f"{self.task.unit}s/s": format_number(tokens_per_s),
             "lr": f"{last.lr:.2g}",
             "mem": f"{memory / 2**20:.0f}M",
         }
         if state.skipped_steps:
             fields["skipped"] = str(len(state.skipped_steps))
         if state.valid_losses:
-            fields["valid ppl/token"] = format_number(_exp(state.valid_losses[-1]))
+            name, value = self.task.shown(state.valid_losses[-1])
+            fields[f"valid {name}"] = value
         if self.train.budget_s is None:
             bar.update(state.step, **fields)
         else:
@@ -278,49 +274,35 @@ class Session:
         self.state.eval_pending = False
         return True
 
-    def _last_validation(self) -> Tally:
+    def _last_validation(self) -> Validation:
         """The validation of the last step, which may have been done before this session."""
-        if self._last_tally is None and not self._evaluate():
+        if self._last is None and not self._evaluate():
             self._raise_stopped(self.stop.requested or "")
-        return self._last_tally or self._validate()
+        return self._last or self._validate()
 
-    def _validate(self) -> Tally:
-        """Score the whole valid split and record it. Raises _Interrupted if the run is to stop."""
+    def _validate(self) -> Validation:
+        """Judge the model and record it. Raises _Interrupted if the run is to stop."""
         start = time.monotonic()
         with self._averaged():
-            tally = self._score(self.prepared.splits["valid"].tokens)
+            found = self.task.validate(
+                device=self.trainer.device,
+                micro_batch_size=self.trainer.micro_batch_size,
+                progress=self._interrupt,
+            )
         took_s = time.monotonic() - start
-        loss = tally.nats / tally.num_tokens
         state = self.state
         state.eval_s += took_s
         state.elapsed_s += took_s
         self._eval_estimate_s = took_s
         if state.valid_steps[-1:] != [state.step]:
-            state.valid_losses.append(loss)
+            state.valid_losses.append(found.loss)
             state.valid_steps.append(state.step)
-        accuracy = tally.num_correct / tally.num_tokens
-        row = {"step": state.step, "valid_loss": loss, "valid_ppl": _exp(loss), "valid_accuracy": accuracy}
+        row = {"step": state.step, "valid_loss": found.loss, **found.metrics}
         self.run.log_metrics({**row, "elapsed_s": state.elapsed_s})
-        self.console.say(
-            f"step {state.step}  valid loss {loss:.4f} nats/token  ppl {format_number(_exp(loss))} per token"
-            f"  accuracy {100 * accuracy:.1f} %  ({format_duration(took_s)})"
-        )
+        self.console.say(f"step {state.step}  {found.text}  ({format_duration(took_s)})")
         self._window_start += took_s
-        self._last_tally = tally
-        return tally
-
-    def _score(self, tokens: np.ndarray[Any, Any]) -> Tally:
-        side_by_side = None if self.carries_state else self.train.seq_len
-        whole = Segments.whole(len(tokens), self.prepared.tokenizer.eos_id)
-        return perplexity(
-            self.trainer.model,
-            tokens,
-            Reach(side_by_side, side_by_side).windows(whole),
-            seq_len=max(self.train.seq_len, CARRIED_SEGMENT),
-            batch_size=self.trainer.micro_batch_size,
-            device=self.trainer.device,
-            progress=self._interrupt,
-        )
+        self._last = found
+        return found
 
     def _interrupt(self, _num_tokens: int) -> None:
         if self.stop.deferring and self.stop.requested is not None:
@@ -329,15 +311,6 @@ class Session:
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         average = self.trainer.average
         return contextlib.nullcontext() if average is None else average.applied(self.trainer.model)
-
-    def _probe_validation(self) -> float:
-        """Seconds that validation will take, from timing its first tokens."""
-        tokens = self.prepared.splits["valid"].tokens
-        probe = tokens[:PROBE_TOKENS]
-        self._score(probe[:256])
-        start = time.monotonic()
-        self._score(probe)
-        return (time.monotonic() - start) * len(tokens) / len(probe)
 
     def _snapshot(self) -> Snapshot:
         state = self.state
@@ -373,9 +346,9 @@ class Session:
         state.num_targets -= report.num_targets
         file = self._record_batch(report)
         self.run.journal("nonfinite", {"step": report.step, "policy": policy.name, "file": file})
-        finite = math.isfinite(report.nats) and math.isfinite(report.grad_norm)
+        finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
         what = (
-            f"step {report.step} is {'a spike' if finite else 'not finite'} (loss {report.nats:.4g} nats, gradient norm"
+            f"step {report.step} is {'a spike' if finite else 'not finite'} (loss {report.loss:.4g}, gradient norm"
             f" {report.grad_norm:.4g}, learning rate {report.lr:.3g}); its batch is in {file}"
         )
         if policy is NonFinite.stop or len(state.skipped_steps) > self.train.max_skips:
@@ -396,8 +369,8 @@ class Session:
 
     def _record_batch(self, report: StepReport) -> str:
         """Write the batch of a step as ids and text into the run directory; returns the file's name."""
-        numbers = {"step": report.step, "loss": report.nats, "grad_norm": report.grad_norm, "lr": report.lr}
-        rows = self.batches[report.step - 1].rows(self.prepared.tokenizer.decode)
+        numbers = {"step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}
+        rows = self.batches[report.step - 1].rows(self.task.tokenizer.decode)
         try:
             return record_batch(self.run.path, {**numbers, "rows": rows, "config": self.stored_config}).name
         except OSError as error:
@@ -462,19 +435,3 @@ def last_step(train: TrainConfig, steps_per_epoch: int) -> int | None:
 def state_of(snapshot: Snapshot) -> dict[str, Any]:
     """What TrainState.from_json reads."""
     return {key: value for key, value in snapshot.state.items() if key != VALID_LOSS}
-
-
-def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carries_state: bool) -> Lanes | Windows:
-    """Training batches in the configured order."""
-    tokens, eos_id = prepared.splits["train"].tokens, prepared.tokenizer.eos_id
-    lanes = train.order is Order.lanes or (train.order is Order.auto and carries_state)
-    if lanes and not carries_state:
-        raise ConfigError("train.order=lanes needs a model with carried state (lstm, gru)", "use train.order=windows")
-    if lanes:
-        return Lanes(tokens, eos_id, train.batch_size, train.seq_len)
-    return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed)
-
-
-def _exp(nats: float) -> float:
-    """exp without overflow."""
-    return math.exp(nats) if nats < 700 else math.inf

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,16 @@ from torch.optim import Optimizer
 from lmkit.averaging import WeightAverage
 from lmkit.config.machine import Precision
 from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
-from lmkit.data.batches import Batch
+from lmkit.data.batches import Batches, TrainingBatch
 from lmkit.device import Device
-from lmkit.models.base import IGNORE, LanguageModel, State
-from lmkit.objectives import Objective
+from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
+from lmkit.tasks.base import Task
 
 SPIKE_MEAN_WEIGHT = 0.02
 """Share of a new batch in the running mean of the loss: a memory of about 50 batches."""
-
-
-class Batches(Protocol):
-    """Training data as a function of the step."""
-
-    steps_per_epoch: int
-
-    def __getitem__(self, step: int) -> Batch: ...
 
 
 @dataclass
@@ -66,7 +58,7 @@ class TrainState:
     step: int = 0
     """Batches done, those that were left out included."""
     num_targets: int = 0
-    """Targets trained on, repeats counted."""
+    """Targets (tokens, examples or pairs) trained on, repeats counted."""
     elapsed_s: float = 0.0
     """Wall-clock time spent by the run, over all its sessions."""
     eval_s: float = 0.0
@@ -103,7 +95,7 @@ class StepReport:
     """Learning rate of the first parameter group."""
     progress: float
     numbers: Tensor
-    """(2,) float32: summed loss in nats, norm of the gradient."""
+    """(2,) float32: summed loss, norm of the gradient."""
     bad: Tensor
     """Bool: whether the batch was not to change anything."""
 
@@ -112,8 +104,8 @@ class StepReport:
         return self.numbers.tolist()
 
     @property
-    def nats(self) -> float:
-        """Loss per target, nats."""
+    def loss(self) -> float:
+        """Loss per target; nats where it is a likelihood."""
         return self._read[0] / max(self.num_targets, 1)
 
     @property
@@ -131,11 +123,11 @@ class StepReport:
 class Trainer:
     """The parts of a run that change while it trains, and the step that changes them."""
 
-    model: LanguageModel
+    task: Task
+    model: nn.Module
     optimizer: Optimizer
     optimizer_config: OptimizerConfig
     schedule: ScheduleConfig
-    objective: Objective
     device: Device
     seed: int
     micro_batch_size: int
@@ -171,7 +163,7 @@ class Trainer:
         self._skips_left = max(0, self.max_skips - len(self.state.skipped_steps))
         self._has_updated = False
 
-    def train_step(self, batch: Batch) -> StepReport:
+    def train_step(self, batch: TrainingBatch) -> StepReport:
         """One update from one global batch, cut into micro-batches.
 
         The gradient is that of the summed loss divided by the number of targets of the whole batch, so it does not
@@ -184,8 +176,8 @@ class Trainer:
         progress = state.horizon.progress(step)
         factor = lr_factor(self.schedule, step, progress, state.valid_losses)
         set_lr(self.optimizer, factor)
-        num_targets = num_targets_of(batch)
-        total, carry = self._accumulate(batch, num_targets)
+        num_targets = batch.num_targets
+        total, carry = self._accumulate(batch, num_targets, progress)
         self.scaler.unscale_(self.optimizer)
         limit = self.optimizer_config.clip_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
@@ -230,7 +222,8 @@ class Trainer:
 
     def _zeroed(self, carried: State, bad: Tensor) -> State:
         """The carried state, or zeros, with which a text begins, after a bad batch."""
-        return self.model.state_from_tensors({k: torch.where(bad, 0.0, t) for k, t in carried.tensors().items()})
+        zeroed = {name: torch.where(bad, 0.0, t) for name, t in carried.tensors().items()}
+        return self.task.state_from_tensors(zeroed)
 
     def pass_over(self) -> StepReport:
         """Go on to the next batch without looking at this one, which was found bad before."""
@@ -239,14 +232,12 @@ class Trainer:
         progress = self.state.horizon.progress(self.state.step)
         return StepReport(self.state.step, 0, self.lr(), progress, torch.zeros(2), torch.zeros((), dtype=torch.bool))
 
-    def _accumulate(self, batch: Batch, num_targets: int) -> tuple[Tensor, list[State | None]]:
+    def _accumulate(self, batch: TrainingBatch, num_targets: int, progress: float) -> tuple[Tensor, list[State | None]]:
         """Add up the gradients of the micro-batches; return their summed loss and the new carried states."""
         total = torch.zeros((), device=self.device.torch_device)
         carry: list[State | None] = []
-        for micro in range(-(-batch.inputs_BT.shape[0] // self.micro_batch_size)):
-            hidden_ND, targets_N, new_state = self.run_micro_batch(batch, micro)
-            with self.device.autocast():
-                loss = self.objective(self.model.head, hidden_ND, targets_N)
+        for micro in range(self.num_micro_batches(batch)):
+            loss, new_state = self.run_micro_batch(batch, micro, progress)
             self.scaler.scale(loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
             carry.append(None if new_state is None else new_state.detach())
@@ -254,16 +245,22 @@ class Trainer:
             carry = []
         return total, carry
 
-    def run_micro_batch(self, batch: Batch, micro: int) -> tuple[Tensor, Tensor, State | None]:
-        """Hidden vectors (N, D), targets (N) and new state of one micro-batch of the next step, with its dropout."""
+    def num_micro_batches(self, batch: TrainingBatch) -> int:
+        """Forward passes that a batch takes."""
+        return -(-batch.num_rows // self.micro_batch_size)
+
+    def run_micro_batch(self, batch: TrainingBatch, micro: int, progress: float) -> tuple[Tensor, State | None]:
+        """Summed loss and new state of one micro-batch of the next step, with its dropout."""
+        part, state = self.micro_batch(batch, micro)
+        with self.device.autocast():
+            return self.task.loss(self.forward, part, state, progress)
+
+    def micro_batch(self, batch: TrainingBatch, micro: int) -> tuple[TrainingBatch, State | None]:
+        """One micro-batch of the next step and the state before it; sets torch's generator for its dropout."""
         rows = slice(micro * self.micro_batch_size, (micro + 1) * self.micro_batch_size)
         torch.manual_seed(derive_key(self.seed, "dropout", self.state.step, micro))
-        inputs_BT = batch.inputs_BT[rows].to(self.device.torch_device, non_blocking=True)
-        targets_BT = batch.targets_BT[rows].to(self.device.torch_device, non_blocking=True)
         fresh = batch.starts_text or micro >= len(self.carry)
-        with self.device.autocast():
-            hidden_BTD, new_state = self.forward(inputs_BT, None if fresh else self.carry[micro])
-        return hidden_BTD.flatten(0, 1), targets_BT.reshape(-1), new_state
+        return batch.cut(rows, self.device.torch_device), None if fresh else self.carry[micro]
 
     def lr(self) -> float:
         """Learning rate of the first parameter group."""
@@ -278,11 +275,6 @@ def fit(trainer: Trainer, batches: Batches) -> Iterator[StepReport]:
             yield trainer.pass_over()
         else:
             yield trainer.train_step(batches[step])
-
-
-def num_targets_of(batch: Batch) -> int:
-    """How many targets a batch has; it lies on the host."""
-    return int((batch.targets_BT != IGNORE).sum())
 
 
 def can_read_late(optimizer: Optimizer, device: Device) -> bool:
@@ -355,6 +347,6 @@ def _cut_carry(trainer: Trainer, carried: Mapping[str, list[tuple[int, Tensor]]]
     size = trainer.micro_batch_size
     starts = range(0, len(next(iter(rows_of.values()), ())), size)
     return [
-        trainer.model.state_from_tensors({slot: rows[start : start + size].clone() for slot, rows in rows_of.items()})
+        trainer.task.state_from_tensors({slot: rows[start : start + size].clone() for slot, rows in rows_of.items()})
         for start in starts
     ]

@@ -41,6 +41,7 @@ from lmkit.store import manifest, storage
 from lmkit.store.checkpoint import Snapshot, load_checkpoint
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.runs import Run
+from lmkit.tasks.language import NextToken
 from lmkit.tokenizers import ByteTokenizer
 from lmkit.train import Horizon, Trainer, TrainState, trainer_tensors
 
@@ -90,19 +91,20 @@ def make_trainer(name: str, vocab_size: int, threads: int | None) -> tuple[Train
     device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=threads))
     model = MODELS[name].build(vocab_size, seed=1)
     optimizer_config = AdamwConfig()
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000).astype(np.uint16)
+    batches = Windows(tokens, 0, BATCH, SEQ_LEN, seed=1)
     trainer = Trainer(
+        task=NextToken(model, batches, ExactSoftmax()),
         model=model,
         optimizer=build_optimizer(optimizer_config, model, fused=device.fused),
         optimizer_config=optimizer_config,
         schedule=CosineConfig(),
-        objective=ExactSoftmax(),
         device=device,
         seed=1,
         micro_batch_size=BATCH,
         state=TrainState(horizon=Horizon(1e-6)),
     )
-    tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000).astype(np.uint16)
-    return trainer, Windows(tokens, 0, BATCH, SEQ_LEN, seed=1)
+    return trainer, batches
 
 
 def distinct(trainer: Trainer) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "rng", "config"},
     {"models", "heads", "objectives", "initialise", "optim", "schedules", "averaging", "sampling"},
     {"store", "data", "tokenizers", "console", "device", "signals", "reporting"},
-    {"train", "evaluation", "generate", "loading", "session"},
+    {"train", "evaluation", "generate", "loading", "session", "tasks"},
     {"commands"},
     {"cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "__main__"},
 ]

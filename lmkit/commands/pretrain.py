@@ -10,10 +10,13 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.config.training import OnUsr1
 from lmkit.console import Console
-from lmkit.data.prepared import prepare
+from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import resolve_device
+from lmkit.models.base import LanguageModel
 from lmkit.signals import StopRequests, find_deadline
 from lmkit.store.runs import Run
+from lmkit.tasks import Task
+from lmkit.tasks.language import LanguageModelling
 
 
 def run(cfg: PretrainConfig) -> dict[str, Any]:
@@ -41,5 +44,19 @@ def _run(cfg: PretrainConfig, stop: StopRequests, started: float) -> dict[str, A
     ) as this_run:
         model = cfg.model.build(vocab_size, seed=cfg.seed)
         stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}
-        job = Job(cfg, this_run, model, cfg.model, prepared, stored, device, console, stop, started)
+        task = build_task(cfg, model, prepared)
+        job = Job(cfg, this_run, task, model, cfg.model, stored, device, console, stop, started)
         return execute(job)
+
+
+def build_task(cfg: PretrainConfig, model: LanguageModel, prepared: PreparedData) -> Task:
+    """What the run learns."""
+    return LanguageModelling(
+        model,
+        prepared,
+        cfg.train,
+        cfg.softmax,
+        seed=cfg.seed,
+        carries_state=cfg.model.carries_state,
+        init=cfg.init,
+    )

@@ -7,29 +7,32 @@ a run by the clock (train.budget) is replayed with the progress of its checkpoin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from lmkit.commands import finetune, pretrain
 from lmkit.commands.training import build_trainer
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
+from lmkit.config.training import RunConfig
 from lmkit.console import Console, format_number
-from lmkit.data.batches import Batch
-from lmkit.data.prepared import PreparedData, prepare
-from lmkit.device import resolve_device
+from lmkit.data.batches import Batches, TrainingBatch
+from lmkit.data.prepared import prepare
+from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
-from lmkit.session import build_batches, last_step
+from lmkit.session import last_step
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 from lmkit.store.incidents import BATCH_FILE
 from lmkit.store.manifest import step_directory, step_of
 from lmkit.store.records import read_object
 from lmkit.store.runs import read_info, read_metrics
-from lmkit.tokenizers import load_tokenizer
-from lmkit.train import Batches, Horizon, Trainer
+from lmkit.tasks import Task
+from lmkit.train import Horizon, Trainer
 
 NUM_SHOWN = 5
 """Rows that are printed, those with the highest loss first."""
@@ -87,24 +90,25 @@ def replay(run_dir: Path, step: int, console: Console) -> dict[str, Any]:
     if step < 1:
         raise ConfigError(f"step={step} must be >= 1")
     start = _find_start(run_dir, step, console)
-    trainer, prepared, batches = _prepare(run_dir, start, console)
+    trainer = _prepare(run_dir, start, console)
+    batches = trainer.task.batches
     console.say(f"replaying from {start.name}")
     before = trainer.state.step
     _advance(trainer, batches, run_dir, step, start.skipped_steps)
     batch = batches[step - 1]
     nats = _row_nats(trainer, batch)
     report = trainer.train_step(batch)
-    rows = batch.rows(prepared.tokenizer.decode)
+    rows = batch.rows(trainer.task.tokenizer.decode)
     return {
         "run": str(run_dir),
         "step": step,
         "from": start.name,
         "replayed": step - before,
         "lr": report.lr,
-        "loss": report.nats,
+        "loss": report.loss,
         "grad_norm": report.grad_norm,
         "num_targets": report.num_targets,
-        "rows": [{**row, "nats_per_token": nats[row["row"]] / len(row["ids"])} for row in rows],
+        "rows": [{**row, "nats_per_token": nats[row["row"]] / len(row["ids"])} for row in rows if nats],
     }
 
 
@@ -137,8 +141,8 @@ def _first_whole(paths: list[Path], console: Console, *, with_optimizer: bool) -
     return None
 
 
-def _prepare(run_dir: Path, start: _Start, console: Console) -> tuple[Trainer, PreparedData, Batches]:
-    """The trainer as it was at the start, and the data."""
+def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
+    """The trainer as it was at the start."""
     stored = start.config
     root: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig
     beside = ["command", "vocab_size", "run"]
@@ -149,23 +153,34 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> tuple[Trainer, P
     if model_config.trains_by_counting:
         raise ConfigError(f"{run_dir} was trained by counting", "it has no steps to replay")
     device = resolve_device(cfg.device)
-    if isinstance(cfg, FinetuneConfig):
-        prepared = prepare(cfg.dataset, load_tokenizer(Path(stored["base"]) / "tokenizer"), console)
-    else:
-        prepared = prepare(cfg.dataset, cfg.tokenizer, console)
+    task, model = _task_of(cfg, stored, model_config, device, console)
     digests = (read_info(run_dir) or {}).get("digests", {})
-    now = {"data": prepared.key, "tokenizer": prepared.tokenizer.digest}
+    now = {"data": task.data_digest, "tokenizer": task.tokenizer.digest}
     if changed := [key for key in now if digests.get(key) != now[key]]:
         raise DataError(f"{' and '.join(changed)} of {run_dir} changed since", "bring back what the run was trained on")
-    model = model_config.build(prepared.tokenizer.vocab_size, seed=cfg.seed)
-    if isinstance(cfg, FinetuneConfig) and start.snapshot is None:
-        model.load_state_dict(load_checkpoint(Path(stored["base"]), with_optimizer=False).model)
-    trainer = build_trainer(cfg, model, prepared, device, start.snapshot)
+    trainer = build_trainer(cfg, task, model, device, start.snapshot)
     trainer.reads_late = False
-    batches = build_batches(prepared, cfg.train, cfg.seed, carries_state=model_config.carries_state)
     if cfg.train.budget_s is None:
-        trainer.state.horizon = Horizon(1.0 / (last_step(cfg.train, batches.steps_per_epoch) or 1))
-    return trainer, prepared, batches
+        trainer.state.horizon = Horizon(1.0 / (last_step(cfg.train, task.batches.steps_per_epoch) or 1))
+    return trainer
+
+
+def _task_of(
+    cfg: PretrainConfig | FinetuneConfig,
+    stored: dict[str, Any],
+    model_config: ModelConfig,
+    device: Device,
+    console: Console,
+) -> tuple[Task, nn.Module]:
+    """What the run learnt, and its model before the first step."""
+    if isinstance(cfg, PretrainConfig):
+        prepared = prepare(cfg.dataset, cfg.tokenizer, console)
+        model = model_config.build(prepared.tokenizer.vocab_size, seed=cfg.seed)
+        return pretrain.build_task(cfg, model, prepared), model
+    base = Path(stored["base"])
+    cfg = replace(cfg, run=RunConfig(path=str(base.parents[1]), checkpoint=base.name))
+    begin = finetune.set_up(cfg, device, console)
+    return begin.task, begin.model
 
 
 def _advance(trainer: Trainer, batches: Batches, run_dir: Path, step: int, skipped: list[int]) -> None:
@@ -185,14 +200,12 @@ def _advance(trainer: Trainer, batches: Batches, run_dir: Path, step: int, skipp
 
 
 @torch.no_grad()
-def _row_nats(trainer: Trainer, batch: Batch) -> list[float]:
-    """Summed loss of each row under the exact softmax, with the dropout of the next step."""
+def _row_nats(trainer: Trainer, batch: TrainingBatch) -> list[float]:
+    """Summed loss of each row under the exact softmax with the next step's dropout; empty: the task has none."""
     trainer.model.train()
     nats: list[float] = []
-    num_rows, seq_len = batch.targets_BT.shape
-    for micro in range(-(-num_rows // trainer.micro_batch_size)):
-        hidden_ND, targets_N, _ = trainer.run_micro_batch(batch, micro)
+    for micro in range(trainer.num_micro_batches(batch)):
+        part, state = trainer.micro_batch(batch, micro)
         with trainer.device.autocast():
-            scores = trainer.model.head.score(hidden_ND, targets_N)
-        nats += scores.nats_N.view(-1, seq_len).double().sum(1).tolist()
+            nats += trainer.task.row_losses(trainer.forward, part, state) or []
     return nats

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from lmkit.averaging import WeightAverage
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.training import NonFinite
-from lmkit.console import Console, format_count, format_duration, format_number
+from lmkit.console import Console, format_count, format_duration
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError, DivergedError
 from lmkit.evaluation.plan import Segments, unbroken
-from lmkit.evaluation.scoring import Tally, perplexity, summarize
-from lmkit.initialise import initialise_from_text, token_counts
+from lmkit.evaluation.scoring import perplexity
 from lmkit.models.base import LanguageModel
-from lmkit.objectives import build_objective
 from lmkit.optim import build_optimizer
 from lmkit.session import Session, state_of
 from lmkit.signals import StopRequests
@@ -29,6 +29,8 @@ from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.environment import environment
 from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import Run, read_result
+from lmkit.tasks import Task, Validation
+from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer, TrainState, can_read_late, restore_trainer
 
 IMMUTABLE = ("model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order")
@@ -43,9 +45,9 @@ class Job:
 
     cfg: PretrainConfig | FinetuneConfig
     run: Run
-    model: LanguageModel
+    task: Task
+    model: nn.Module
     model_config: ModelConfig
-    prepared: PreparedData
     stored_config: dict[str, Any]
     """What goes into every checkpoint's config.json."""
     device: Device
@@ -53,6 +55,13 @@ class Job:
     stop: StopRequests
     started: float
     """time.monotonic() at which the command began."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, tied ones counted once; n-grams of a model that counts."""
+        if isinstance(self.model, LanguageModel):
+            return self.model.num_parameters()
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None:
@@ -71,7 +80,7 @@ def execute(job: Job) -> dict[str, Any]:
     job.run.begin(
         seed=job.cfg.seed,
         command=command_line(),
-        digests={"data": job.prepared.key, "tokenizer": job.prepared.tokenizer.digest},
+        digests={"data": job.task.data_digest, "tokenizer": job.task.tokenizer.digest},
     )
     found = load_latest(job.run.path, job.console.warn)
     changes = check_resumable(found[1].config, job.stored_config) if found is not None else []
@@ -95,24 +104,23 @@ def command_line() -> list[str]:
 
 def build_trainer(
     cfg: PretrainConfig | FinetuneConfig,
-    model: LanguageModel,
-    prepared: PreparedData,
+    task: Task,
+    model: nn.Module,
     device: Device,
     snapshot: Snapshot | None,
 ) -> Trainer:
     """The trainer of a configuration, at its first step or where a checkpoint of it was taken."""
-    train, tokens = cfg.train, prepared.splits["train"].tokens
-    counts_V = token_counts(tokens, prepared.tokenizer.vocab_size)
-    if snapshot is None and isinstance(cfg, PretrainConfig):
-        initialise_from_text(model, cfg.init, tokens, counts_V, seed=cfg.seed)
+    train = cfg.train
+    if snapshot is None:
+        task.begin()
     model = model.to(device.torch_device)
     optimizer = build_optimizer(cfg.optimizer, model, fused=device.fused)
     trainer = Trainer(
+        task=task,
         model=model,
         optimizer=optimizer,
         optimizer_config=cfg.optimizer,
         schedule=cfg.schedule,
-        objective=build_objective(cfg.softmax, counts_V),
         device=device,
         seed=cfg.seed,
         micro_batch_size=train.micro_batch_size or train.batch_size,
@@ -129,45 +137,42 @@ def build_trainer(
 
 def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
     cfg = job.cfg
-    trainer = build_trainer(cfg, job.model, job.prepared, job.device, snapshot)
+    trainer = build_trainer(cfg, job.task, job.model, job.device, snapshot)
     job.run.cut_metrics(0 if snapshot is None else snapshot.step)
     if snapshot is not None:
         job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
     session = Session(
         run=job.run,
         trainer=trainer,
-        prepared=job.prepared,
         stored_config=job.stored_config,
         train=cfg.train,
         log=cfg.log,
         eval=cfg.eval,
         save=cfg.save,
-        carries_state=job.model_config.carries_state,
         console=job.console,
         stop=job.stop,
         command=command_line(),
         started=job.started,
     )
     _say_plan(job, session)
-    tally = session.execute()
+    validation = session.execute()
     session.plot()
     state = trainer.state
     numbers = {
         "step": state.step,
         "epochs": state.step / session.batches.steps_per_epoch,
-        "trained_tokens": state.num_targets,
+        f"trained_{job.task.unit}s": state.num_targets,
         "elapsed_s": state.elapsed_s,
         "best_valid_loss": min(state.valid_losses),
     }
-    return _finish(job, tally, numbers)
+    return _finish(job, validation, numbers)
 
 
 def _say_plan(job: Job, session: Session) -> None:
-    train = job.prepared.splits["train"]
     steps = f"{session.max_steps} steps" if session.max_steps is not None else f"{job.cfg.train.budget}"
     job.console.say(
-        f"model: {format_count(job.model.num_parameters())} parameters; train: {format_count(train.num_tokens)} tokens,"
-        f" {session.batches.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
+        f"model: {format_count(job.num_parameters)} parameters; train: {format_count(job.task.num_targets)}"
+        f" {job.task.unit}s, {session.batches.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
     )
 
 
@@ -204,7 +209,8 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _count(job: Job) -> dict[str, Any]:
     """Estimate an n-gram model, save it as the checkpoint of step 1, and score valid."""
-    tokenizer, splits = job.prepared.tokenizer, job.prepared.splits
+    task = cast(LanguageModelling, job.task)
+    tokenizer, splits = task.tokenizer, task.prepared.splits
     job.console.say(f"counting {format_count(splits['train'].num_tokens)} tokens")
     from lmkit.models.ngram import KneserNey
 
@@ -220,20 +226,17 @@ def _count(job: Job) -> dict[str, Any]:
         state = {"step": 1, VALID_LOSS: loss}
         writer.submit(Snapshot(1, dict(model.state_dict()), {}, state, job.stored_config))
     numbers = {"step": 1, "epochs": 1.0, "trained_tokens": splits["train"].num_tokens, "best_valid_loss": loss}
-    return _finish(job, tally, numbers)
+    return _finish(job, task.validation_of(tally), numbers)
 
 
-def _finish(job: Job, tally: Tally, numbers: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[str, Any]:
     """Write result.json and show the table."""
-    valid = job.prepared.splits["valid"]
-    scores = summarize(tally, valid)
     result = {
         "command": job.stored_config["command"],
-        "dataset": job.prepared.name,
-        "split": "valid",
-        "num_parameters": job.model.num_parameters(),
+        "dataset": job.task.data_name,
+        "num_parameters": job.num_parameters,
         **numbers,
-        **scores,
+        **validation.result,
     }
     job.run.journal("finished", {"step": numbers["step"]})
     job.run.write_result(result)
@@ -241,13 +244,10 @@ def _finish(job: Job, tally: Tally, numbers: dict[str, Any]) -> dict[str, Any]:
     length = "counted" if counted else f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
     unit = "n-grams" if counted else "parameters"
     rows = [
-        ("dataset", job.prepared.name),
-        ("model", f"{job.stored_config['model']['kind']}, {format_count(job.model.num_parameters())} {unit}"),
-        ("trained", f"{length}, {format_count(numbers['trained_tokens'])} tokens"),
-        ("valid perplexity per token", format_number(scores["token_ppl"])),
-        ("valid perplexity per word", format_number(scores["word_ppl"])),
-        ("valid bits per byte", f"{scores['bits_per_byte']:.4f}"),
-        ("valid accuracy", f"{100 * scores['accuracy']:.2f} %"),
+        ("dataset", job.task.data_name),
+        ("model", f"{job.stored_config['model']['kind']}, {format_count(job.num_parameters)} {unit}"),
+        ("trained", f"{length}, {format_count(numbers[f'trained_{job.task.unit}s'])} {job.task.unit}s"),
+        *validation.rows,
         ("run", str(job.run.path)),
     ]
     if "elapsed_s" in numbers:

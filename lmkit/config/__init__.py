@@ -6,7 +6,7 @@ torch; ``build`` methods import the code when it is needed. The line of text und
 
 from __future__ import annotations
 
-from lmkit.config import commands, data, evaluation, machine, model, optimization
+from lmkit.config import commands, data, evaluation, machine, model, optimization, tasks
 
 ROOTS: dict[str, type] = {
     "prepare": commands.PrepareConfig,
@@ -57,6 +57,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "softmax": {
         "exact": optimization.SoftmaxConfig,
         "sampled": optimization.SampledSoftmaxConfig,
+    },
+    "task": {
+        "lm": tasks.LmTaskConfig,
     },
     "protocol": {
         "stream": evaluation.StreamProtocolConfig,

@@ -10,6 +10,7 @@ from lmkit.config.evaluation import CacheConfig, DynamicConfig, ProtocolConfig
 from lmkit.config.machine import DeviceConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.optimization import InitConfig, OptimizerConfig, ScheduleConfig, SoftmaxConfig
+from lmkit.config.tasks import LmTaskConfig, TaskConfig
 from lmkit.config.training import (
     EvalConfig,
     ExistingRunConfig,
@@ -85,10 +86,12 @@ class PretrainConfig:
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    """lmkit finetune: continue from the weights of a run on other data, as a new run with the run's tokenizer."""
+    """lmkit finetune: teach a run a task or more text, as a new run with the run's tokenizer."""
 
+    task: TaskConfig = field(default_factory=LmTaskConfig)
+    """What is learnt."""
     dataset: DatasetConfig
-    """Corpus to train on."""
+    """Corpus of task=lm."""
     optimizer: OptimizerConfig
     """Optimizer."""
     schedule: ScheduleConfig

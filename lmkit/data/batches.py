@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,46 @@ from lmkit.rng import derive_key
 Indices = NDArray[np.int64]
 
 
+class TrainingBatch(Protocol):
+    """The examples of one optimizer step, as rows. It lies on the host until it is cut."""
+
+    @property
+    def starts_text(self) -> bool:
+        """Whether the rows begin anew, so that carried state must be reset before this batch."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch, those that only fill it up included."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """What the summed loss is divided by: scored tokens, examples or pairs."""
+        ...
+
+    def cut(self, rows: slice, device: torch.device) -> Self:
+        """The micro-batch of these rows, on the device."""
+        ...
+
+    def rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        """Each row that has targets, with ``row``, ``text`` and ``ids``, for people."""
+        ...
+
+
+class Batches(Protocol):
+    """Training data as a function of the step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per pass over the data."""
+        ...
+
+    def __getitem__(self, step: int) -> TrainingBatch:
+        """The batch of any step >= 0."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass reads."""
@@ -34,6 +74,21 @@ class Batch:
     """int64; IGNORE where padded."""
     starts_text: bool
     """Whether the rows begin anew, so that carried state must be reset before this batch."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, padded ones included."""
+        return len(self.inputs_BT)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that are not IGNORE."""
+        return int((self.targets_BT != IGNORE).sum())
+
+    def cut(self, rows: slice, device: torch.device) -> Batch:
+        """These rows, on the device."""
+        inputs_BT, targets_BT = (t[rows].to(device, non_blocking=True) for t in (self.inputs_BT, self.targets_BT))
+        return Batch(inputs_BT, targets_BT, self.starts_text)
 
     def rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """The targets of each row that has any, as ids and text, for people."""
@@ -115,15 +170,15 @@ class Ahead:
     DEPTH = 2
     """Batches per thread that are kept ready."""
 
-    def __init__(self, batches: Lanes | Windows, workers: int) -> None:
+    def __init__(self, batches: Batches, workers: int) -> None:
         self.steps_per_epoch = batches.steps_per_epoch
         """Batches per epoch."""
         self._batches = batches
         self._depth = self.DEPTH * workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batches") if workers else None
-        self._ready: dict[int, Future[Batch]] = {}
+        self._ready: dict[int, Future[TrainingBatch]] = {}
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> TrainingBatch:
         """The batch of any step >= 0. Raises what making it raised."""
         if self._pool is None:
             return self._batches[step]

@@ -33,6 +33,7 @@ from lmkit.signals import SAVING, STOPPING
 from lmkit.store import checkpoint_writer, storage
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.runs import read_metrics
+from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -68,14 +69,14 @@ def poison(patch: pytest.MonkeyPatch, *steps: int, factor: float = math.nan, onl
     """Multiply the loss of these steps, or its gradient only, by a factor."""
     original = Trainer.run_micro_batch
 
-    def run_micro_batch(self: Trainer, batch: Batch, micro: int) -> Any:
-        hidden_ND, targets_N, state = original(self, batch, micro)
+    def run_micro_batch(self: Trainer, batch: Batch, micro: int, progress: float) -> Any:
+        loss, state = original(self, batch, micro, progress)
         if self.state.step + 1 in steps:
-            if only_gradient and hidden_ND.requires_grad:
-                hidden_ND.register_hook(lambda grad: grad * factor)
+            if only_gradient and loss.requires_grad:
+                loss.register_hook(lambda grad: grad * factor)
             elif not only_gradient:
-                hidden_ND = hidden_ND * factor
-        return hidden_ND, targets_N, state
+                loss = loss * factor
+        return loss, state
 
     patch.setattr(Trainer, "run_micro_batch", run_micro_batch)
 
@@ -262,13 +263,14 @@ def digest_of(folder: Path) -> str:
 def test_a_replayed_step_has_the_numbers_of_the_run_and_leaves_it_as_it_is(
     step: int, train: dict[str, Any], config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = Session._score
+    validate, losses = LanguageModelling.validate, [0]
 
-    def rising(self: Session, tokens: Any) -> Any:
-        tally = score(self, tokens)
-        return replace(tally, nats=tally.nats * (1 + 0.01 * len(self.state.valid_losses)))
+    def rising(self: LanguageModelling, **options: Any) -> Any:
+        found = validate(self, **options)
+        losses[0] += 1
+        return replace(found, loss=found.loss * (1 + 0.01 * losses[0]))
 
-    monkeypatch.setattr(Session, "_score", rising)
+    monkeypatch.setattr(LanguageModelling, "validate", rising)
     cfg = replace(config(LSTM, **train), log=LogConfig(every_steps=1), save=SaveConfig(every_steps=5))
     cfg = replace(cfg, schedule=PlateauConfig(patience=0))
     pretrain.run(cfg)
@@ -450,10 +452,10 @@ def test_row_35_out_of_memory_saves_the_last_step_and_says_what_would_fit(
     with monkeypatch.context() as patch:
         original = Trainer.run_micro_batch
 
-        def run_micro_batch(self: Trainer, batch: Batch, micro: int) -> Any:
+        def run_micro_batch(self: Trainer, batch: Batch, micro: int, progress: float) -> Any:
             if self.state.step == 6:
                 raise error
-            return original(self, batch, micro)
+            return original(self, batch, micro, progress)
 
         patch.setattr(Trainer, "run_micro_batch", run_micro_batch)
         with pytest.raises(
@@ -611,10 +613,10 @@ def test_row_79_a_stop_within_the_accumulation_waits_for_the_end_of_the_step(
     with monkeypatch.context() as patch:
         original = Trainer.run_micro_batch
 
-        def run_micro_batch(self: Trainer, batch: Batch, micro: int) -> Any:
+        def run_micro_batch(self: Trainer, batch: Batch, micro: int, progress: float) -> Any:
             if (self.state.step, micro) == (4, 2):
                 signal.raise_signal(signal.SIGTERM)
-            return original(self, batch, micro)
+            return original(self, batch, micro, progress)
 
         patch.setattr(Trainer, "run_micro_batch", run_micro_batch)
         with pytest.raises(StoppedError, match="after step 5"):

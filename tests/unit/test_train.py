@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmkit import train
 from lmkit.averaging import WeightAverage
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision
 from lmkit.config.optimization import AdamConfig, AdamwConfig, ConstantConfig, MuonConfig, OptimizerConfig, SgdConfig
@@ -19,6 +18,7 @@ from lmkit.device import resolve_device
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State
 from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer
+from lmkit.tasks.language import NextToken
 from lmkit.train import Horizon, Trainer, TrainState, can_read_late, fit, restore_trainer, trainer_tensors
 
 VOCAB = 11
@@ -96,10 +96,10 @@ def trainer(
     model = Toy(dropout)
     config = optimizer or SgdConfig(lr=0.5)
     return Trainer(
+        task=NextToken(model, Random(), ExactSoftmax()),
         model=model,
         optimizer=build_optimizer(config, model, fused=fused),
         optimizer_config=config,
-        objective=ExactSoftmax(),
         schedule=ConstantConfig(warmup_ratio=0.0),
         device=resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1)),
         seed=3,
@@ -113,7 +113,7 @@ def trainer(
 def test_the_update_does_not_depend_on_how_the_batch_is_cut(micro: int) -> None:
     whole, cut = trainer(6), trainer(micro)
     for a, b in zip(fit(whole, Random()), fit(cut, Random()), strict=True):
-        assert a.nats == pytest.approx(b.nats, rel=1e-5)
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.num_targets == b.num_targets == 6 * 5 - 4
     for p, q in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
@@ -121,9 +121,9 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(micro: int) -> None:
 
 def test_the_same_seed_trains_the_same_bits_and_dropout_is_keyed_by_the_step() -> None:
     first, second = trainer(3, dropout=0.5), trainer(3, dropout=0.5)
-    losses = [r.nats for r in fit(first, Random())]
+    losses = [r.loss for r in fit(first, Random())]
     torch.randn(1000)  # a draw elsewhere must not shift the run
-    assert losses == [r.nats for r in fit(second, Random())]
+    assert losses == [r.loss for r in fit(second, Random())]
 
 
 def poison(t: Trainer, *steps: int, where: str = "gradient") -> None:
@@ -165,7 +165,7 @@ def test_row_58_a_step_that_is_not_finite_changes_nothing_and_neither_do_those_a
     bad = t.train_step(Random()[1])
     assert same(weights(t), before)
     assert bad.left_out
-    assert not math.isfinite(bad.nats if where == "loss" else bad.grad_norm)
+    assert not math.isfinite(bad.loss if where == "loss" else bad.grad_norm)
     if late:  # at once, the caller knows before the next step
         assert not t.train_step(Random()[2]).left_out
         assert same(weights(t), before)
@@ -208,12 +208,12 @@ def test_reading_late_reads_nothing_from_the_device_within_a_step(monkeypatch: p
     def fail(*_: object) -> None:
         raise AssertionError("waits for the device")
 
-    monkeypatch.setattr(train, "num_targets_of", lambda _: count)
+    monkeypatch.setattr(Batch, "num_targets", count)
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(Tensor, name, fail)
     report = t.train_step(batch)
     with pytest.raises(AssertionError, match="waits"):
-        _ = report.nats
+        _ = report.loss
 
 
 def test_a_late_read_is_for_fused_optimizers_on_cuda_only() -> None:
@@ -255,7 +255,7 @@ def test_a_batch_that_is_passed_over_counts_as_a_step_without_targets() -> None:
     assert seen == [0, 1, 3]
     assert [r.num_targets for r in reports] == [26, 26, 0, 26]
     assert t.state.num_targets == 3 * 26
-    assert (reports[2].nats, reports[2].left_out) == (0.0, False)
+    assert (reports[2].loss, reports[2].left_out) == (0.0, False)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

@@ -1,0 +1,152 @@
+"""Language modelling: predict each token of a corpus from those before it. What pretrain and task=lm do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmkit.config.optimization import InitConfig, SoftmaxConfig
+from lmkit.config.training import Order, TrainConfig
+from lmkit.console import format_number
+from lmkit.data.batches import Batch, Batches, Lanes, Windows
+from lmkit.data.prepared import PreparedData
+from lmkit.device import Device
+from lmkit.errors import ConfigError
+from lmkit.evaluation.plan import Reach, Segments
+from lmkit.evaluation.scoring import Tally, exp, perplexity, summarize
+from lmkit.initialise import initialise_from_text, token_counts
+from lmkit.models.base import LanguageModel, State
+from lmkit.objectives import Objective, build_objective
+from lmkit.tasks.base import Task, Validation
+
+CARRIED_SEGMENT = 1024
+"""Tokens per forward pass in the validation of models with carried state; changes the speed only."""
+PROBE_TOKENS = 4096
+"""Validation is timed on this many tokens."""
+
+
+class NextToken(Task):
+    """Predict each token from those before it, without validation data: what benchmarks and notebooks need."""
+
+    def __init__(self, model: LanguageModel, batches: Batches, objective: Objective) -> None:
+        self.model, self.batches, self.objective = model, batches, objective
+
+    def loss(
+        self, forward: nn.Module, batch: Batch, state: State | None, progress: float
+    ) -> tuple[Tensor, State | None]:
+        hidden_BTD, new_state = forward(batch.inputs_BT, state)
+        return self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1)), new_state
+
+    def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
+        raise TypeError("there is no validation data")
+
+    def state_from_tensors(self, tensors: dict[str, Tensor]) -> State:
+        return self.model.state_from_tensors(tensors)
+
+    def shown(self, loss: float) -> tuple[str, str]:
+        return "ppl/token", format_number(exp(loss))
+
+    @torch.no_grad()
+    def row_losses(self, forward: nn.Module, batch: Batch, state: State | None) -> list[float]:
+        hidden_BTD, _ = forward(batch.inputs_BT, state)
+        scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+        row_nats: list[float] = scores.nats_N.view(batch.targets_BT.shape).double().sum(1).tolist()
+        return row_nats
+
+
+class LanguageModelling(NextToken):
+    """Every token of the corpus is a target once an epoch; validation scores the whole valid split exactly."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prepared: PreparedData,
+        train: TrainConfig,
+        softmax: SoftmaxConfig,
+        *,
+        seed: int,
+        carries_state: bool,
+        init: InitConfig | None = None,
+    ) -> None:
+        """init: what ``begin`` takes from the text; None: the parameters stay as they are."""
+        self.counts_V = token_counts(prepared.splits["train"].tokens, prepared.tokenizer.vocab_size)
+        batches = build_batches(prepared, train, seed, carries_state=carries_state)
+        super().__init__(model, batches, build_objective(softmax, self.counts_V))
+        self.prepared, self.train, self.init, self.seed = prepared, train, init, seed
+        self.carries_state = carries_state
+        self.tokenizer, self.data_name, self.data_digest = prepared.tokenizer, prepared.name, prepared.key
+        self.num_targets = prepared.splits["train"].num_tokens
+
+    def begin(self) -> None:
+        if self.init is not None:
+            tokens = self.prepared.splits["train"].tokens
+            initialise_from_text(self.model, self.init, tokens, self.counts_V, seed=self.seed)
+
+    def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
+        tokens = self.prepared.splits["valid"].tokens
+        return self.validation_of(self._score(tokens, device, micro_batch_size, progress))
+
+    def validation_of(self, tally: Tally) -> Validation:
+        """The numbers of a wholly scored valid split."""
+        scores = summarize(tally, self.prepared.splits["valid"])
+        accuracy = scores["accuracy"]
+        return Validation(
+            loss=tally.loss,
+            metrics={"valid_ppl": exp(tally.loss), "valid_accuracy": accuracy},
+            text=f"valid loss {tally.loss:.4f} nats/token  ppl {format_number(exp(tally.loss))} per token"
+            f"  accuracy {100 * accuracy:.1f} %",
+            result={"dataset": self.prepared.name, "split": "valid", **scores},
+            rows=[
+                ("valid perplexity per token", format_number(scores["token_ppl"])),
+                ("valid perplexity per word", format_number(scores["word_ppl"])),
+                ("valid bits per byte", f"{scores['bits_per_byte']:.4f}"),
+                ("valid accuracy", f"{100 * accuracy:.2f} %"),
+            ],
+        )
+
+    def validation_s(self, *, device: Device, micro_batch_size: int) -> float:
+        """Seconds that validation will take, from timing its first tokens."""
+        tokens = self.prepared.splits["valid"].tokens
+        probe = tokens[:PROBE_TOKENS]
+        self._score(probe[:256], device, micro_batch_size)
+        start = time.monotonic()
+        self._score(probe, device, micro_batch_size)
+        return (time.monotonic() - start) * len(tokens) / len(probe)
+
+    def _score(
+        self,
+        tokens: np.ndarray[Any, Any],
+        device: Device,
+        micro_batch_size: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tally:
+        side_by_side = None if self.carries_state else self.train.seq_len
+        whole = Segments.whole(len(tokens), self.tokenizer.eos_id)
+        return perplexity(
+            self.model,
+            tokens,
+            Reach(side_by_side, side_by_side).windows(whole),
+            seq_len=max(self.train.seq_len, CARRIED_SEGMENT),
+            batch_size=micro_batch_size,
+            device=device,
+            progress=progress,
+        )
+
+
+def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carries_state: bool) -> Lanes | Windows:
+    """Training batches in the configured order."""
+    tokens, eos_id = prepared.splits["train"].tokens, prepared.tokenizer.eos_id
+    lanes = train.order is Order.lanes or (train.order is Order.auto and carries_state)
+    if lanes and not carries_state:
+        raise ConfigError("train.order=lanes needs a model with carried state (lstm, gru)", "use train.order=windows")
+    if lanes:
+        return Lanes(tokens, eos_id, train.batch_size, train.seq_len)
+    return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed)
+
+
+__all__ = ["LanguageModelling", "NextToken", "build_batches"]
