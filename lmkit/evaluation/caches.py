@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmkit.errors import ConfigError
 from lmkit.evaluation.plan import Indices, Tokens
 from lmkit.evaluation.scoring import Scorer
-from lmkit.models.base import LanguageModel, Scores
+from lmkit.models.base import Scores
 
 ROWS = 512
 """Positions whose similarities to the cache are computed at once."""
@@ -42,14 +41,15 @@ def unigram_cache(tokens: Tokens, window: int) -> NDArray[np.float32]:
 
 class NeuralCache:
     """Continuous cache (Grave et al. 2017, eq. 3): p(w) proportional to the sum of exp(theta h_t . h_i) over the
-    cached i whose token is w; h_i is the hidden vector that token i was predicted from.
+    cached i whose token is w; h_i is the hidden vector that token i was predicted from. The hidden vector of an n-gram
+    model is its history, and there h_t . h_i stands for the number of last tokens that two histories have in common.
 
     Use ``scorer`` in place of the head's with one window read at a time, so that tokens come in the order of the text.
     K values of theta are computed in one pass.
     """
 
-    def __init__(self, model: LanguageModel, num_tokens: int, window: int, thetas: Sequence[float]) -> None:
-        self.model, self.window, self.thetas = model, window, list(thetas)
+    def __init__(self, num_tokens: int, window: int, thetas: Sequence[float]) -> None:
+        self.window, self.thetas = window, list(thetas)
         self.nats_KN = np.full((len(self.thetas), num_tokens), np.nan, dtype=np.float32)
         self._hidden_SD: Tensor | None = None
         self._tokens_S = torch.zeros(0, dtype=torch.int64)
@@ -58,10 +58,9 @@ class NeuralCache:
         """A scorer that gives the scores of ``own`` and fills ``nats_KN`` beside."""
 
         def scorer(hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
-            require_vectors(self.model, hidden_ND)
             for first in range(0, len(targets_N), ROWS):
                 rows = slice(first, first + ROWS)
-                self._add(hidden_ND[rows].float(), targets_N[rows], positions_N[rows])
+                self._add(hidden_ND[rows], targets_N[rows], positions_N[rows])
             return own(hidden_ND, targets_N, positions_N)
 
         return scorer
@@ -76,7 +75,7 @@ class NeuralCache:
         index_N1 = torch.arange(num_old, num_old + num_new, device=keys_SD.device)[:, None]
         index_S = torch.arange(len(keys_SD), device=keys_SD.device)
         seen_NS = (index_S < index_N1) & (index_S >= index_N1 - self.window)
-        similar_NS = hidden_ND @ keys_SD.T
+        similar_NS = similarities(hidden_ND, keys_SD)
         is_target_NS = tokens_S == targets_N[:, None]
         empty_N = ~seen_NS.any(1)
         for k, theta in enumerate(self.thetas):
@@ -93,16 +92,18 @@ def filled(cache_nats_N: NDArray[np.float32], model_nats_N: NDArray[np.float32])
     return np.where(np.isnan(cache_nats_N), model_nats_N, cache_nats_N)
 
 
-def theta_grid(model: LanguageModel, hidden_ND: Tensor) -> list[float]:
-    """Values of theta around the inverse mean square length of hidden vectors, which makes similarities of order 1."""
-    require_vectors(model, hidden_ND)
-    mean_square = float(hidden_ND.float().square().sum(-1).mean())
-    return [factor / mean_square for factor in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)]
+def similarities(hidden_ND: Tensor, keys_SD: Tensor) -> Tensor:
+    """(N, S) float32: inner products; of histories (integers, most recent token last) the length of the common end."""
+    if hidden_ND.is_floating_point():
+        return hidden_ND.float() @ keys_SD.float().T
+    same_NSD = (hidden_ND[:, None] == keys_SD) & (hidden_ND[:, None] >= 0)
+    return same_NSD.flip(2).cumprod(2).sum(2).float()
 
 
-def require_vectors(model: LanguageModel, hidden_ND: Tensor) -> None:
-    """Raise ConfigError for a model whose hidden values are no vectors."""
+def theta_grid(hidden_ND: Tensor) -> list[float]:
+    """Values of theta to try: around the inverse mean square length of vectors, so that similarities are of order 1."""
+    factors = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     if not hidden_ND.is_floating_point():
-        raise ConfigError(
-            f"a neural cache needs hidden vectors, which {type(model).__name__} has none of", "use cache=unigram"
-        )
+        return [factor / 4 for factor in factors]
+    mean_square = float(hidden_ND.float().square().sum(-1).mean())
+    return [factor / mean_square for factor in factors]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig, DatasetConfig
-from lmkit.config.evaluation import DynamicRmsConfig, NeuralCacheConfig, UnigramCacheConfig
+from lmkit.config.evaluation import DynamicRmsConfig, NeuralCacheConfig, SentenceProtocolConfig, UnigramCacheConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.benchmarks import BENCHMARKS
@@ -94,7 +94,9 @@ class Evaluator:
         self.cfg, self.loaded, self.device, self.console = cfg, loaded, device, console
         self.dataset: DatasetConfig = loaded.dataset if cfg.dataset is None else cfg.dataset
         word_level = isinstance(self.dataset, BenchmarkConfig) and BENCHMARKS[self.dataset.name].word_level
-        self.protocol: Protocol = build_protocol(cfg.protocol, word_level=word_level)
+        by_sentence = cfg.protocol is None and loaded.model_config.objective == "gan"
+        protocol = SentenceProtocolConfig() if by_sentence else cfg.protocol
+        self.protocol: Protocol = build_protocol(protocol, word_level=word_level)
         self.reach = self._reach(loaded, cfg.context, cfg.stride)
         self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
         self._passages: dict[str, Passage] = {}
@@ -218,7 +220,7 @@ class Evaluator:
         """Values of theta to try: that given, a grid, or None without a neural cache."""
         if not isinstance(self.cfg.cache, NeuralCacheConfig):
             return None
-        return [choice.theta] if choice.theta is not None else theta_grid(self.loaded.model, self._hidden(passage))
+        return [choice.theta] if choice.theta is not None else theta_grid(self._hidden(passage))
 
     def _hidden(self, passage: Passage) -> Tensor:
         """Hidden vectors of the first window, at most 256 of them."""
@@ -258,7 +260,7 @@ class Evaluator:
         scorer: Scorer = own_scores(model) if temperature == 1.0 else tempered(model, temperature)
         windows, cache = self.windows(passage), None
         if thetas is not None and cfg.cache is not None:
-            cache = NeuralCache(model, len(passage.material.tokens), cfg.cache.window, thetas)
+            cache = NeuralCache(len(passage.material.tokens), cfg.cache.window, thetas)
             scorer = cache.wrap(scorer)
         batch_size = 1 if cache is not None else cfg.batch_size
         if cfg.dynamic is not None:

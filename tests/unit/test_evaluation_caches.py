@@ -15,9 +15,8 @@ from torch import Tensor
 from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, NgramConfig, RecurrentConfig, TransformerConfig
 from lmkit.device import Device
-from lmkit.errors import ConfigError
 from lmkit.evaluation import caches
-from lmkit.evaluation.caches import NeuralCache, filled, theta_grid, unigram_cache
+from lmkit.evaluation.caches import NeuralCache, filled, similarities, theta_grid, unigram_cache
 from lmkit.evaluation.plan import Indices, Segments, Windows, sliding, unbroken
 from lmkit.evaluation.scoring import own_scores, score
 from lmkit.models.base import LanguageModel, Scores
@@ -52,7 +51,7 @@ def cached(
     one: LanguageModel, tokens: np.ndarray, windows: Windows, window: int, thetas: list[float], *, seq_len: int = 7
 ) -> NeuralCache:
     """The cache after the text has been scored through it."""
-    cache = NeuralCache(one, len(tokens), window, thetas)
+    cache = NeuralCache(len(tokens), window, thetas)
     seq_len = seq_len if one.context is None else one.context
     scorer = cache.wrap(own_scores(one))
     found = score(one, tokens, windows, seq_len=seq_len, batch_size=1, device=CPU, scorer=scorer)
@@ -232,20 +231,25 @@ def kneser_ney() -> KneserNey:
     return one
 
 
-def test_a_model_without_hidden_vectors_is_refused() -> None:
-    one, tokens = kneser_ney(), text(30)
-    with pytest.raises(ConfigError, match=r"needs hidden vectors, which KneserNey has none of; use cache=unigram"):
-        cached(one, tokens, unbroken(Segments.whole(30, EOS)), 10, [0.5])
-    hidden_BTH, _ = one(torch.from_numpy(tokens.astype(np.int64))[None])
-    with pytest.raises(ConfigError, match="use cache=unigram"):
-        theta_grid(one, hidden_BTH[0])
+def test_the_similarity_of_two_histories_is_the_number_of_last_tokens_that_they_share() -> None:
+    """-1 stands for no token, which is like nothing, not even itself."""
+    histories = torch.tensor([[7, 1, 2], [8, 1, 2], [7, 1, 3], [-1, 1, 2], [-1, -1, 2]])
+    expected = [[3, 2, 0, 2, 1], [2, 3, 0, 2, 1], [0, 0, 3, 0, 0], [2, 2, 0, 2, 1], [1, 1, 0, 1, 1]]
+    assert similarities(histories, histories).tolist() == expected
+
+
+def test_an_n_gram_model_has_a_neural_cache_that_prefers_what_followed_the_same_words() -> None:
+    one = kneser_ney()
+    tokens = np.array([2, 3, 4, 2, 5, 3, 6, 2, 3, 4], dtype=np.uint8)
+    found = cached(one, tokens, unbroken(Segments.whole(10, EOS)), 100, [0.0, 5.0])
+    np.testing.assert_allclose(found.nats_KN[0], unigram_cache(tokens, 100), rtol=1e-5, atol=1e-6)
+    assert found.nats_KN[1, -1] < 0.05 < found.nats_KN[0, -1], "4 followed 2 3 before"
 
 
 def test_the_thetas_to_try_make_similarities_of_order_one() -> None:
-    one = model("lstm")
     vectors = 10 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    grid = theta_grid(one, vectors)
+    grid = theta_grid(vectors)
     assert grid == sorted(grid)
     mean_square = float(vectors.square().sum(1).mean())
     assert grid[0] * mean_square == pytest.approx(1.0, rel=1e-5)
-    assert theta_grid(one, 10 * vectors)[0] == pytest.approx(grid[0] / 100, rel=1e-4)
+    assert theta_grid(10 * vectors)[0] == pytest.approx(grid[0] / 100, rel=1e-4)
