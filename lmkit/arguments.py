@@ -10,7 +10,7 @@ from pathlib import Path
 from lmkit.keys import every_key, flags_of
 from lmkit.presets import groups_of, names_in, nearest
 
-ALIASES = {"run": "run.path"}
+ALIASES = {"run": "run.path", "init": "init.weights"}
 OPTIONS = ("--help", "--cfg", "--multirun")
 TEXT_OPTIONS = ("--prompt", "-p", "--prompt-file", "--stop")
 GENERATE_OPTIONS = {

@@ -29,12 +29,18 @@ COMMANDS = {
     "finetune": "continue from the weights of a run on other data",
     "eval-ppl": "perplexity of a run over every token of a split",
     "generate": "continue a prompt",
+    "export": "write a run for other programs: transformers, llama.cpp, ONNX",
 }
 RUNS = "runs"
 """The command that has no presets: it looks at what the others have left."""
-RUNS_TEXT = "list, show, compare, verify, pin and remove runs"
+RUNS_TEXT = "list, show, compare, draw, report on, verify, pin and remove runs"
+EXPLAIN = "explain"
+EXPLAIN_TEXT = "what a key or group is, its default, and where it can be set"
 OPTIONS = ("--help", "--version", "--completion")
-PATH_KEYS = ("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path", "output", "report", "word_probs")
+PATH_KEYS = (
+    *("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path"),
+    *("adapter", "to", "output", "report", "word_probs", "predict"),
+)
 LONGEST_SHOWN = 200
 """Characters of a value that a message shows."""
 
@@ -81,16 +87,24 @@ def _answered(args: Sequence[str]) -> bool:
         from lmkit.runs_line import execute, parse_runs
 
         execute(parse_runs([*rest[1:2], "--help"]))
+    elif first in ("-h", "--help", "help") and rest[:1] == [EXPLAIN]:
+        from lmkit.explain import explain_words
+
+        show(explain_words([]))
     elif first in ("-h", "--help", "help"):
         from lmkit.help import overview
 
         if rest and not rest[0].startswith("-"):
             raise _unknown_command(rest[0])
-        show(overview({**COMMANDS, RUNS: RUNS_TEXT}))
+        show(overview({**COMMANDS, RUNS: RUNS_TEXT, EXPLAIN: EXPLAIN_TEXT}))
     elif first in ("-V", "--version"):
         from lmkit import __version__
 
         show(f"lmkit {__version__}")
+    elif first == EXPLAIN:
+        from lmkit.explain import explain_words
+
+        show(explain_words(rest))
     elif first == "--completion":
         from lmkit.completion import script
 
@@ -113,7 +127,7 @@ def _answered(args: Sequence[str]) -> bool:
 def _unknown_command(word: str) -> ConfigError:
     from lmkit.presets import nearest
 
-    return ConfigError(f"unknown command {word!r}", nearest(word, [*COMMANDS, RUNS]))
+    return ConfigError(f"unknown command {word!r}", nearest(word, [*COMMANDS, RUNS, EXPLAIN]))
 
 
 def _run(line: Line) -> int:
@@ -143,7 +157,7 @@ def run_command(line: Line, config: Any) -> Any:
     if None in line.prompts:  # kept in the line for the other jobs of a multirun
         piped = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
         line.prompts = [piped if text is None else text for text in line.prompts]
-    return module.run(config, line.prompts or [""])
+    return module.run(config, line.prompts or ([] if config.chat or config.interactive else [""]))
 
 
 # Composing the configuration

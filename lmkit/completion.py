@@ -65,7 +65,7 @@ def candidates(args: Sequence[str]) -> str:
 
     ``args`` are the words, or ``--line`` and the line up to the cursor.
     """
-    from lmkit.cli import COMMANDS, OPTIONS, RUNS
+    from lmkit.cli import COMMANDS, EXPLAIN, OPTIONS, RUNS
 
     words = _split(args[1] if len(args) > 1 else "") if args[:1] == ["--line"] else list(args)
     last = words[-1] if len(words) > 1 else ""
@@ -73,15 +73,17 @@ def candidates(args: Sequence[str]) -> str:
     if not words:
         return ""
     if len(words) <= 2:
-        found = [*COMMANDS, RUNS, *OPTIONS]
+        found = [*COMMANDS, RUNS, EXPLAIN, *OPTIONS]
     elif words[1] in COMMANDS:
         found = _arguments(words[1], words[2:-1], last)
     elif words[1] == RUNS:
         found = _runs_words(words[2:-1], last)
+    elif words[1] == EXPLAIN:
+        found = _explained(words[2:-1], last)
     elif words[1] == "--completion":
         found = list(SCRIPTS)
     elif words[1] in ("help", "--help", "-h"):
-        found = [*COMMANDS, RUNS]
+        found = [*COMMANDS, RUNS, EXPLAIN]
     return "".join(f"{word}\n" for word in found if word.startswith(last))
 
 
@@ -119,6 +121,20 @@ def _arguments(command: str, before: Sequence[str], last: str) -> list[str]:
     return [f"{key}=" for key in (*named, *(["run"] if "run.path" in keys else []), *keys)]
 
 
+def _explained(before: Sequence[str], last: str) -> list[str]:
+    """What may follow ``lmkit explain``: a key, a group or a preset, and then a command that has it."""
+    from lmkit.cli import COMMANDS
+    from lmkit.keys import every_key
+    from lmkit.presets import groups_of, names_in
+
+    if before:
+        return [*COMMANDS] if len(before) == 1 else []
+    group, equals, _ = last.partition("=")
+    if equals:
+        return [f"{group}={name}" for name in names_in(group)]
+    return list(dict.fromkeys(word for command in COMMANDS for word in (*groups_of(command), *every_key(command))))
+
+
 def _runs_words(before: Sequence[str], last: str) -> list[str]:
     """What may follow ``lmkit runs``: an action, its options, the runs in runs/, the steps of a checkpoint."""
     from lmkit.config.runs import ACTIONS
@@ -128,14 +144,16 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
     name, *words = before
     if name not in ACTIONS or "--steps" in words[-1:]:
         return []
-    options = [option.partition(" ")[0] for option in ACTIONS[name].options]
+    options = [option.partition(" ")[0] for option in ACTIONS[name].options if option[0] == "-"]
     if name == "verify-resume":
         return [*(options if last.startswith("-") else []), *_arguments("pretrain", words, last)]
     if last.startswith("-"):
         return [*options, "--help"]
-    given = [word for word in words if not word.startswith("-")]
+    given = [word for word in words if not word.startswith(("-", "to="))]
     most = ACTIONS[name].most
-    if name == "ls" or (most is not None and len(given) >= most):
+    if given and not last.startswith("to=") and any(option.startswith("to=") for option in ACTIONS[name].options):
+        return ["to=", *(_run_names() if most is None else [])]
+    if name in ("ls", "sweep") or (most is not None and len(given) >= most):
         return []
     return _steps_of(given[0]) if name in ("pin", "unpin", "replay") and given else _run_names()
 

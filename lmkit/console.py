@@ -31,10 +31,15 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Console:
-    """Writes for people. ``stream`` None means the standard error of the process, wherever it points then."""
+    """Writes for people. ``stream`` None means the standard error of the process, wherever it points then.
 
-    def __init__(self, stream: TextIO | None = None, *, plain_interval_s: float = PLAIN_INTERVAL_S) -> None:
-        self._out = _Stream(stream)
+    A ``silent`` one shows nothing: that of all processes of a job but the first.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, plain_interval_s: float = PLAIN_INTERVAL_S, silent: bool = False
+    ) -> None:
+        self._out = _Stream(stream, silent=silent)
         self.plain_interval_s = plain_interval_s
         self.is_terminal = self._out.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
         self._bars: list[Progress] = []
@@ -189,8 +194,8 @@ class Progress:
 class _Stream(io.TextIOBase):
     """A text stream that replaces what it cannot encode, and falls silent for good when it cannot write."""
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._target: TextIO | None = sys.stderr if stream is None else stream
+    def __init__(self, stream: TextIO | None, *, silent: bool) -> None:
+        self._target: TextIO | None = None if silent else sys.stderr if stream is None else stream
         self._encoding = (getattr(self._target, "encoding", None) or "utf-8").lower()
         self.ascii_only = not self._encoding.replace("-", "").startswith("utf")
 
@@ -303,9 +308,9 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_l
     """Write a PNG of a run's curves, name -> (xs, ys): losses above, learning rate below.
 
     A name that begins with ``train`` is drawn thin, with its running mean on top; one that begins with ``valid`` with
-    a mark at each point and its lowest value named; ``learning rate`` (or ``lr``) gets a panel of its own. Losses are
-    in nats per token, so the right axis reads as perplexity. Values that are not finite are left out; an empty curve
-    or a single point is no error.
+    a mark at each point and its lowest value named; ``learning rate`` (or ``lr``) gets a panel of its own. Where there
+    are several of either, ``train X`` and ``valid X`` share the colour of X. Losses are in nats per token, so the right
+    axis reads as perplexity. Values that are not finite are left out; an empty curve or a single point is no error.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -336,16 +341,20 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_l
 
 
 def _plot_losses(axes: Any, losses: Mapping[str, Curve]) -> None:
+    own = _run_colors(losses)
     colors = iter(["#ef5675", "#2f9e77", "#ffa600", "#955196"])
     for name, (xs, ys) in losses.items():
+        shared = own.get(name.partition(" ")[2])
         if _is_train(name):
-            axes.plot(xs, ys, color="#8fb3d9", linewidth=0.8, alpha=0.7)
-            marker = "o" if len(xs) == 1 else ""
-            axes.plot(xs, _smoothed(ys), color="#003f5c", linewidth=1.8, marker=marker, markersize=4, label=name)
+            if shared is None:
+                axes.plot(xs, ys, color="#8fb3d9", linewidth=0.8, alpha=0.7)
+            marker, width = "o" if len(xs) == 1 else "", 1.8 if shared is None else 0.9
+            color = shared or "#003f5c"
+            axes.plot(xs, _smoothed(ys), color=color, linewidth=width, marker=marker, markersize=4, label=name)
         else:
             best = f"{name}, lowest {min(ys):.3f} (perplexity {_perplexity_text(min(ys))})"
             marker = "o" if len(xs) <= 60 else ""
-            color = next(colors, "#555555")
+            color = shared or next(colors, "#555555")
             axes.plot(xs, ys, color=color, linewidth=1.6, marker=marker, markersize=4, label=best)
     low, high = _loss_limits(losses)
     axes.set_ylim(low, high)
@@ -359,6 +368,14 @@ def _plot_losses(axes: Any, losses: Mapping[str, Curve]) -> None:
     right.set_yticks([math.log(place) for place in places], [f"{place:,.10g}" for place in places])
     right.minorticks_off()
     right.spines["right"].set_visible(False)
+
+
+def _run_colors(losses: Mapping[str, Curve]) -> dict[str, str]:
+    """The colour of each run X of ``train X`` and ``valid X``; empty where there is one run only."""
+    runs = list(dict.fromkeys(name.partition(" ")[2] for name in losses))
+    is_one = sum(map(_is_train, losses)) <= 1 and sum(not _is_train(name) for name in losses) <= 1
+    colors = ["#2a6fbb", "#e4572e", "#2f9e77", "#a23e8c", "#c98a00", "#3d3d45", "#17a2b8", "#8a5a2b"]
+    return {} if is_one else {run: colors[i % len(colors)] for i, run in enumerate(runs) if run}
 
 
 def _plain_look(axes: Any) -> None:

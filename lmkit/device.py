@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
-from lmkit.errors import ResourceError
+from lmkit.distributed import SINGLE, World
+from lmkit.errors import ConfigError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Device:
         return int(psutil.Process().memory_info().rss)
 
 
-def resolve_device(config: DeviceConfig) -> Device:
-    """Turn the configuration into a device that exists here.
+def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
+    """Turn the configuration into a device that exists here; the processes on a machine share its cores and cards.
 
     Only ``auto`` chooses; a device or precision that was asked for by name and is not available is a ResourceError.
     On CPUs ``auto`` never picks bf16: without AVX512-BF16 or AMX it is emulated, a hundred times slower than fp32.
@@ -64,9 +65,9 @@ def resolve_device(config: DeviceConfig) -> Device:
         elif torch.backends.mps.is_available():
             kind = DeviceType.mps
     if config.threads is not None or kind is DeviceType.cpu:
-        torch.set_num_threads(config.threads or available_cores())
+        torch.set_num_threads(config.threads or max(1, available_cores() // world.local_size))
     if kind is DeviceType.cuda:
-        return _resolve_cuda(config)
+        return _resolve_cuda(config, world)
     if config.index is not None:
         raise ResourceError(f"device.index={config.index} needs device=cuda", "leave device.index out")
     if kind is DeviceType.mps:
@@ -84,11 +85,17 @@ def resolve_device(config: DeviceConfig) -> Device:
     return Device(torch.device(kind.name), precision, compiled, fused, _describe(name, precision, compiled))
 
 
-def _resolve_cuda(config: DeviceConfig) -> Device:
+def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
     if not torch.cuda.is_available():
         raise ResourceError("device.type=cuda is not available here", "use device=auto or device=cpu")
     count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if config.index is None else config.index
+    index = config.index
+    if world.local_size > 1:
+        if index is not None:
+            raise ConfigError(f"device.index={index} puts {world.local_size} processes on one card", "leave it out")
+        index = world.local_rank
+    elif index is None:
+        index = torch.cuda.current_device()
     if index >= count:
         raise ResourceError(f"device.index={index} is not there", f"this machine has {count}, numbered from 0")
     precision = config.precision
@@ -98,6 +105,7 @@ def _resolve_cuda(config: DeviceConfig) -> Device:
     elif precision is Precision.bf16 and not bf16:
         raise ResourceError("device.precision=bf16 is not supported by this GPU", "use device.precision=fp16 or fp32")
     torch.set_float32_matmul_precision("high")
+    torch.cuda.set_device(index)
     compiled = config.compile is not Switch.off
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
     device = torch.device("cuda", index)

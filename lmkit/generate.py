@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lmkit.config.commands import SamplingConfig
+from lmkit.config.machine import Precision
 from lmkit.device import Device
 from lmkit.models.base import LanguageModel
+from lmkit.models.stepping import MIN_TOKENS, TokenStep, token_step
 from lmkit.sampling import sample, uniforms
 from lmkit.tokenizers import Tokenizer
 
@@ -92,13 +94,15 @@ def generate(
     """
     limit = model.context if context is None else context
     model.eval()
+    plain_cpu = device.torch_device.type == "cpu" and device.precision is Precision.fp32
+    step = token_step(model) if plain_cpu and max_new_tokens >= MIN_TOKENS else None
     samples = []
     for first in range(0, num_samples, MAX_BATCH):
         numbers = range(first, min(first + MAX_BATCH, num_samples))
         writers = [_Writer(tokenizer, prompt, stop) for _ in numbers]
         if on_text is not None and first == 0:
             writers[0].on_text = on_text
-        decoding = _Decoding(model, device, prompt, len(numbers), limit, sampling)
+        decoding = _Decoding(model, step, device, prompt, len(numbers), limit, sampling)
         eos_id = None if tokenizer.ends_lines or not stop_at_eos else tokenizer.eos_id
         for position in range(max_new_tokens):
             tokens_B = decoding.next(uniforms(seed, prompt_index, numbers, position))
@@ -116,12 +120,14 @@ class _Decoding:
     def __init__(
         self,
         model: LanguageModel,
+        step: TokenStep | None,
         device: Device,
         prompt: Prompt,
         batch: int,
         context: int | None,
         sampling: SamplingConfig,
     ) -> None:
+        self.step = step
         self.model, self.device, self.context, self.sampling, self.batch = model, device, context, sampling, batch
         # Apple's GPU has no float64, which the draw needs.
         on_cpu = device.torch_device.type == "mps"
@@ -140,9 +146,12 @@ class _Decoding:
         if self.context is not None and self.num_cached + self.unread_BT.shape[1] > self.context:
             self.state, self.num_cached = None, 0
             self.unread_BT = self.recent_BT[:, -max(1, self.context // 2) :]
-        with self.device.autocast():
-            hidden_BTD, self.state = self.model(self.unread_BT, self.state, use_state=True)
-            logits_BV = self.model.head.logits(hidden_BTD[:, -1])
+        if self.step is not None and self.state is not None:
+            logits_BV, self.state = self.step(self.unread_BT[:, 0], self.state)
+        else:
+            with self.device.autocast():
+                hidden_BTD, self.state = self.model(self.unread_BT, self.state, use_state=True)
+                logits_BV = self.model.head.logits(hidden_BTD[:, -1])
         self.num_cached += self.unread_BT.shape[1]
         if len(logits_BV) < self.batch:
             rows_B = torch.zeros(self.batch, dtype=torch.int64, device=logits_BV.device)

@@ -62,27 +62,45 @@ class SoftmaxHead(Head):
         own_N = candidates.log_weight_C[targets_N.where(targets_N != IGNORE, 0)]
         return linear_cross_entropy(hidden_ND, weight_CD, bias_C, targets_N, own_N)
 
+    def lead(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """Summed difference between each target's logit and the mean logit (scalar, differentiable).
+
+        With a share e of each target spread evenly over the vocabulary, the cross-entropy is that of the targets plus e
+        times this; the N x V logits are not needed, since the mean logit is that of the mean row of W and b.
+        """
+        kept = (targets_N != IGNORE).nonzero().squeeze(1)
+        targets = targets_N[kept]
+        rows_ND = nn.functional.embedding(targets, self.weight) - self.weight.mean(0)
+        total = (hidden_ND[kept].float() * rows_ND.float()).sum()
+        if self.bias is not None:
+            total = total + (self.bias[targets] - self.bias.mean()).float().sum()
+        return total
+
     @torch.no_grad()
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
-        nats_N = torch.zeros(len(targets_N), device=hidden_ND.device)
-        correct_N = torch.zeros(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
-        size = rows_per_chunk(self.weight.shape[0], hidden_ND.device)
-        # Results are written in place and logits overwritten: small tensors that outlive a chunk would leave holes of
-        # its size in the heap, which at large vocabularies add up to gigabytes.
-        for first in range(0, len(targets_N), size):
-            rows = slice(first, first + size)
-            targets = targets_N[rows]
-            logits = self.logits(hidden_ND[rows])
-            scored = targets != IGNORE
-            safe = targets.where(scored, 0)
-            at_target, (top, best) = logits.gather(1, safe[:, None]).squeeze(1), logits.max(1)
-            log_total = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
-            nats_N[rows] = (log_total - at_target).where(scored, 0.0)
-            correct_N[rows] = (best == safe) & scored
-        return Scores(nats_N, correct_N)
+        return score_in_chunks(self, hidden_ND, targets_N, rows_per_chunk(self.weight.shape[0], hidden_ND.device))
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         return nn.functional.linear(hidden_ND, self.weight, self.bias).float()
+
+
+def score_in_chunks(head: Head, hidden_ND: Tensor, targets_N: Tensor, size: int) -> Scores:
+    """Head.score by way of the logits of ``size`` positions at a time."""
+    nats_N = torch.zeros(len(targets_N), device=hidden_ND.device)
+    correct_N = torch.zeros(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
+    # Results are written in place and logits overwritten: small tensors that outlive a chunk would leave holes of
+    # its size in the heap, which at large vocabularies add up to gigabytes.
+    for first in range(0, len(targets_N), size):
+        rows = slice(first, first + size)
+        targets = targets_N[rows]
+        logits = head.logits(hidden_ND[rows])
+        scored = targets != IGNORE
+        safe = targets.where(scored, 0)
+        at_target, (top, best) = logits.gather(1, safe[:, None]).squeeze(1), logits.max(1)
+        log_total = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
+        nats_N[rows] = (log_total - at_target).where(scored, 0.0)
+        correct_N[rows] = (best == safe) & scored
+    return Scores(nats_N, correct_N)
 
 
 def linear_cross_entropy(
@@ -184,4 +202,4 @@ def _softmax_minus_target(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor 
     return nats, logits_CV.scatter_add_(1, targets_C1, torch.full_like(at_target_C1, -1.0))
 
 
-__all__ = ["SoftmaxHead", "rows_per_chunk"]
+__all__ = ["SoftmaxHead", "linear_cross_entropy", "rows_per_chunk", "score_in_chunks"]

@@ -14,7 +14,8 @@ EXAMPLES = """\
   lmkit finetune run=runs/NAME dataset=text dataset.path=DIR
   lmkit eval-ppl split=test output=numbers.json
   lmkit generate --prompt "the company said" -n 50
-  lmkit runs ls"""
+  lmkit runs ls
+  lmkit explain train.budget"""
 
 EXIT_CODES = """\
   0 done                     5 run locked by another process
@@ -45,6 +46,7 @@ SWEEPS = {
     "finetune": "optimizer=adamw,sgd seed=1,2 run.dir=DIR (each run in a folder of DIR)",
     "eval-ppl": "run=runs/A,runs/B",
     "generate": "sampling.temperature=0.5,1",
+    "export": "run=runs/A,runs/B to=DIR",
 }
 
 
@@ -52,7 +54,7 @@ def overview(commands: Mapping[str, str]) -> str:
     """Text of ``lmkit --help``."""
     lines = ["Train, evaluate and sample language models.", "", "usage: lmkit COMMAND [GROUP=NAME] [KEY=VALUE] ...", ""]
     lines += [f"  {name:<10} {text}" for name, text in commands.items()]
-    lines += ["", "finetune, eval-ppl and generate use the newest finished run unless run=DIR names another."]
+    lines += ["", "finetune, eval-ppl, generate and export use the newest finished run unless run=DIR names another."]
     lines += ["", "examples:", EXAMPLES, "", "options:"]
     lines += [
         "  COMMAND --help             every group and key of a command, with defaults",
@@ -73,13 +75,15 @@ def command_help(command: str, text: str, config: Any, groups: Mapping[str, str]
     from lmkit.keys import keys_of
     from lmkit.presets import chosen, default_of, description, groups_of, names_in
 
-    usage = "[--prompt TEXT] [KEY=VALUE] ..." if command == "generate" else "[GROUP=NAME] [KEY=VALUE] ..."
     names = groups_of(command)
+    usage = "[GROUP=NAME] [KEY=VALUE] ..." if names else "[KEY=VALUE] ..."
+    usage = "[--prompt TEXT] [KEY=VALUE] ..." if command == "generate" else usage
     other = "model=lstm" if "model" in names else "dataset=hub" if "dataset" in names else ""
     example = f"; {other} --help shows the keys of that choice" if other else ""
     lines = [f"lmkit {command}: {text}", "", f"usage: lmkit {command} {usage}", "", "options:"]
     lines += [GENERATE_OPTIONS] if command == "generate" else []
-    lines += [OPTIONS.format(example=example, sweep=SWEEPS[command]), "", "groups (GROUP=NAME):"]
+    lines += [OPTIONS.format(example=example, sweep=SWEEPS[command])]
+    lines += ["", "groups (GROUP=NAME):"] if names else []
     for group in names:
         default = default_of(command, group)
         lines.append(f"  {group} (default: {'none' if default == 'null' else default})")

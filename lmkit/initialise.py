@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
+from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import LanguageModel, seeded_generator
+from lmkit.models.mixture import MixtureHead
 
 NUM_CONTEXTS = 2500
 """Neighbours that are counted: the most frequent tokens."""
@@ -37,8 +39,10 @@ def initialise_from_text(
 
     Raises ConfigError if co-occurrence embeddings are asked of a model that has no embedding table.
     """
-    head = model.head
-    if config.output_bias is BiasInit.log_frequency and isinstance(head, SoftmaxHead) and head.bias is not None:
+    head, log_frequency = model.head, config.output_bias is BiasInit.log_frequency
+    if isinstance(head, AdaptiveHead):
+        head.set_counts(counts_V, biases=log_frequency)
+    elif isinstance(head, SoftmaxHead | MixtureHead) and head.bias is not None and log_frequency:
         head.bias.copy_(torch.log(counts_V.double().clamp(min=0.5) / counts_V.sum()))
     if config.embeddings is EmbeddingInit.cooccurrence:
         table = getattr(model, "embedding", None)

@@ -16,12 +16,18 @@ from lmkit.presets import chosen, groups_of, names_in, schema_name
 def keys_of(command: str, groups: Mapping[str, str]) -> dict[str, Any]:
     """Dotted key -> type, for the presets that the command takes once ``groups`` are chosen."""
     presets = chosen(command, groups)
-    return dict(_walk(ROOTS[command], "", lambda group: _schemas(group, [presets[group]])))
+    return {key: hint for key, hint, _ in _walk(ROOTS[command], "", lambda group: _schemas(group, [presets[group]]))}
 
 
 def every_key(command: str) -> dict[str, Any]:
     """Dotted key -> type, with whatever presets."""
-    return dict(_walk(ROOTS[command], "", lambda group: _schemas(group, names_in(group))))
+    return {key: hint for key, hint, _ in _walk(ROOTS[command], "", lambda group: _schemas(group, names_in(group)))}
+
+
+def owners_of(command: str, key: str) -> list[type]:
+    """The dataclasses that a key is a field of: several, where presets of a group each have it."""
+    walked = _walk(ROOTS[command], "", lambda group: _schemas(group, names_in(group)))
+    return list(dict.fromkeys(owner for name, _, owner in walked if name == key))
 
 
 def flags_of(command: str) -> set[str]:
@@ -44,14 +50,15 @@ def _schemas(group: str, presets: Sequence[str]) -> list[type]:
 
 def _fields(classes: Sequence[type]) -> Iterator[tuple[str, Any]]:
     for cls in classes:
-        yield from _walk(cls, "", lambda group: [])
+        yield from ((name, hint) for name, hint, _ in _walk(cls, "", lambda group: []))
 
 
-def _walk(cls: type, prefix: str, members: Callable[[str], Sequence[type]]) -> Iterator[tuple[str, Any]]:
+def _walk(cls: type, prefix: str, members: Callable[[str], Sequence[type]]) -> Iterator[tuple[str, Any, type]]:
+    """Dotted key, type, and the dataclass that it is a field of."""
     for name, hint in typing.get_type_hints(cls).items():
         inner = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
         if inner is None:
-            yield f"{prefix}{name}", hint
+            yield f"{prefix}{name}", hint, cls
         elif name in SCHEMAS and not prefix:
             for member in members(name):
                 yield from _walk(member, f"{name}.", members)

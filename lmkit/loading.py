@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lmkit.config.adapter import AdapterConfig
 from lmkit.config.data import DatasetConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
@@ -16,11 +18,18 @@ from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
+from lmkit.hf import import_hf, resolve_hf
+from lmkit.hf.adapters import read_adapter
+from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
 from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import newest_finished_run, open_run
 from lmkit.tokenizers import Tokenizer, load_tokenizer
+from lmkit.tuning import language_model_in
+
+NO_LANGUAGE_MODEL = {"classify": "classifier", "regress": "regression"}
+"""Tasks after which a run predicts no text, and what it is then."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class LoadedRun:
     """The run directory."""
     checkpoint: Path
     checkpoint_digest: str
-    """SHA-256 of the checkpoint's manifest, which pins every file in it."""
+    """SHA-256 of the checkpoint's manifest, which pins every file in it; with an adapter, of that and the adapter's."""
     step: int
     model: LanguageModel
     model_config: ModelConfig
@@ -94,16 +103,36 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     return StoredRun(found.path, checkpoint, snapshot, tokenizer, model_config, dataset, seed, seq_len)
 
 
-def load_run(config: ExistingRunConfig, *, device: Device, console: Console) -> LoadedRun:
-    """The language model of a run: see ``read_run``. Raises CheckpointError also if the weights do not fit."""
+def load_run(
+    config: ExistingRunConfig, *, device: Device, console: Console, adapter: str | None = None, latent: bool = False
+) -> LoadedRun:
+    """The language model of a run: see ``read_run``. Adapters, the run's own and that of a folder, are merged into it.
+
+    ``latent``: the caller knows what to do with a sentence VAE, whose next words depend on a latent vector. Raises
+    CheckpointError also if the weights or the adapter do not fit, ConfigError for a run that is no language model.
+    """
     stored = read_run(config, console)
+    if stored.model_config.objective == "vae" and not latent:
+        raise ConfigError(
+            f"{stored.path} is a sentence VAE, which has no probability of a next word",
+            "use it as run= of eval-ppl or generate",
+        )
+    if stored.task in NO_LANGUAGE_MODEL:
+        what = NO_LANGUAGE_MODEL[stored.task]
+        raise ConfigError(f"{stored.path} is a {what}", f"use lmkit finetune run={stored.path} predict=FILE")
     model = stored.model_config.build(stored.tokenizer.vocab_size, seed=stored.seed)
-    load_weights(model, stored.snapshot.model, stored.checkpoint)
+    put_weights(stored, model)
+    digest = read_manifest(stored.checkpoint).digest
+    if adapter is not None:
+        found = read_adapter(Path(adapter), model, digest)
+        merge_adapter(model)
+        console.say(f"adapter: {adapter}, {found.description}")
+        digest = hashlib.sha256(f"{digest}{found.digest}".encode()).hexdigest()
     model.to(device.torch_device).eval()
     return LoadedRun(
         path=stored.path,
         checkpoint=stored.checkpoint,
-        checkpoint_digest=read_manifest(stored.checkpoint).digest,
+        checkpoint_digest=digest,
         step=stored.snapshot.step,
         model=model,
         model_config=stored.model_config,
@@ -112,6 +141,55 @@ def load_run(config: ExistingRunConfig, *, device: Device, console: Console) -> 
         context=None if model.context is None else min(model.context, stored.seq_len),
         config=stored.config,
     )
+
+
+def load_hf(name: str, dataset: DatasetConfig, *, device: Device, console: Console) -> LoadedRun:
+    """A model of a Hugging Face folder or of the hub, as if it were a run; ``dataset``: what it will be trained on.
+
+    Raises what ``lmkit.hf.import_hf`` raises.
+    """
+    folder = resolve_hf(name)
+    imported = import_hf(folder)
+    console.say(f"start: {folder}, {imported.family}")
+    model = imported.build().to(device.torch_device)
+    return LoadedRun(
+        path=folder,
+        checkpoint=folder,
+        checkpoint_digest=_digest(imported.state_dict),
+        step=0,
+        model=model,
+        model_config=imported.model_config,
+        dataset=dataset,
+        tokenizer=imported.tokenizer,
+        context=model.context,
+        config={"task": {"kind": "hf"}},
+    )
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode())
+        found.update(weights[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def put_weights(stored: StoredRun, model: nn.Module) -> None:
+    """Put a run's weights into the model of its task, and merge the adapter that the run was finetuned with, if any.
+
+    Raises CheckpointError if they do not fit.
+    """
+    data = stored.config.get("adapter")
+    found = None if data is None else language_model_in(model)
+    if found is not None:
+        try:
+            add_adapter(found[1], from_plain(AdapterConfig, data, where="adapter"), seed=stored.seed)
+        except ConfigError as error:
+            raise CheckpointError(f"{stored.checkpoint}/config.json does not describe a run: {error}") from None
+    load_weights(model, stored.snapshot.model, stored.checkpoint)
+    if found is not None:
+        merge_adapter(found[1])
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:

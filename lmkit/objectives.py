@@ -7,24 +7,56 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lmkit.config.optimization import SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.optimization import AdaptiveSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.errors import ConfigError
 from lmkit.heads import Candidates, SoftmaxHead
+from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import IGNORE, Head
 
 
 class Objective(ABC):
     """Loss of a batch's hidden vectors."""
 
+    ar_alpha = tar_beta = 0.0
+    """Weights of the two parts of ``penalty``."""
+
     @abstractmethod
     def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Summed loss (nats, scalar, differentiable) over the targets that are not IGNORE."""
 
+    def penalty(self, hidden_BTD: Tensor, undropped_BTD: Tensor, targets_BT: Tensor) -> Tensor | None:
+        """AR and TAR (Merity et al. 2017, "Revisiting activation regularization"), summed over targets; None: neither.
+
+        alpha mean(h^2) of what the head reads and beta mean((h[t] - h[t + 1])^2) of what dropout has not touched, each
+        times the number of targets. Padded positions count nothing, and a sum over rows is the sum of theirs.
+        """
+        if self.ar_alpha == 0.0 and self.tar_beta == 0.0:
+            return None
+        scored_BT1 = (targets_BT != IGNORE).unsqueeze(-1)
+        length, width = hidden_BTD.shape[1:]
+        total = torch.zeros((), device=hidden_BTD.device)
+        if self.ar_alpha > 0.0:
+            total = total + self.ar_alpha / width * (hidden_BTD.float().square() * scored_BT1).sum()
+        if self.tar_beta > 0.0 and length > 1:
+            change_BTD = undropped_BTD[:, 1:].float() - undropped_BTD[:, :-1].float()
+            both_BT1 = scored_BT1[:, 1:] & scored_BT1[:, :-1]
+            total = total + self.tar_beta / width * length / (length - 1) * (change_BTD.square() * both_BT1).sum()
+        return total
+
 
 class ExactSoftmax(Objective):
-    """The negative log-likelihood itself."""
+    """The negative log-likelihood itself, or that of smoothed targets (Szegedy et al. 2016, section 7)."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
 
     def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        return head.loss(hidden_ND, targets_N)
+        nats = head.loss(hidden_ND, targets_N)
+        if self.label_smoothing == 0.0:
+            return nats
+        if not isinstance(head, SoftmaxHead):
+            raise TypeError(f"softmax.label_smoothing cannot train a {type(head).__name__}")
+        return nats + self.label_smoothing * head.lead(hidden_ND, targets_N)
 
 
 class SampledSoftmax(Objective):
@@ -66,8 +98,22 @@ class SampledSoftmax(Objective):
         return head.sampled_loss(hidden_ND, candidates, positions_N)
 
 
+def check_head(config: SoftmaxConfig, head: Head) -> None:
+    """Raise ConfigError unless the loss can train the model's output layer."""
+    if isinstance(config, AdaptiveSoftmaxConfig) and not isinstance(head, AdaptiveHead):
+        raise ConfigError("softmax=adaptive cannot train a model that began with another softmax", "use softmax=exact")
+    plain = isinstance(config, SampledSoftmaxConfig) or config.label_smoothing > 0
+    if plain and not isinstance(head, SoftmaxHead):
+        raise ConfigError(
+            "softmax=sampled and softmax.label_smoothing cannot train a mixture of softmaxes or an adaptive softmax",
+            "use softmax=exact without label_smoothing",
+        )
+
+
 def build_objective(config: SoftmaxConfig, counts_V: Tensor) -> Objective:
     """The objective of the ``softmax`` group; counts_V: how often each token occurs in train."""
+    objective: Objective = ExactSoftmax(config.label_smoothing)
     if isinstance(config, SampledSoftmaxConfig):
-        return SampledSoftmax(config, counts_V)
-    return ExactSoftmax()
+        objective = SampledSoftmax(config, counts_V)
+    objective.ar_alpha, objective.tar_beta = config.ar_alpha, config.tar_beta
+    return objective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,28 +14,50 @@ from lmkit.config.optimization import (
     AdagradConfig,
     AdamConfig,
     AdamwConfig,
+    Decay,
     MuonConfig,
+    NadamConfig,
     OptimizerConfig,
     RmspropConfig,
     SgdConfig,
 )
 
+HOST_SLOTS = ("step", "mu_product")
+"""Numbers that torch's optimizers keep on the host."""
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, *, fused: bool) -> Optimizer:
+
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, *, fused: bool, lr_factors: Mapping[str, float] | None = None
+) -> Optimizer:
     """The optimizer of ``config`` for the trainable parameters of ``model``.
 
     Each parameter group holds ``peak_lr``, which set_lr multiplies by the schedule's factor. Weight decay applies to
-    parameters with two or more dimensions, not to gains and biases (as in GPT-2's and nanoGPT's training).
+    parameters with two or more dimensions, not to gains and biases (as in GPT-2's and nanoGPT's training), unless
+    ``decay_on`` is all.
+    lr_factors: name -> what the parameter's peak learning rate is multiplied by (default 1).
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factors = {id(p): (lr_factors or {}).get(name, 1.0) for name, p in named}
     if isinstance(config, MuonConfig):
-        return _finish(_build_muon(config, model, named))
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+        return _finish(_build_muon(config, model, named, factors))
     lr = config.lr
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": lr},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": _gain_decay(config), "lr": lr},
+    ]
+    groups = list(_split(groups, factors))
+    if isinstance(config, NadamConfig):
+        betas = (config.beta1, config.beta2)
+        return _finish(
+            torch.optim.NAdam(
+                groups,
+                lr=lr,
+                betas=betas,
+                eps=config.eps,
+                momentum_decay=config.momentum_decay,
+                decoupled_weight_decay=True,
+            )
+        )
     if isinstance(config, AdamConfig):
         kind: type[torch.optim.Adam] = torch.optim.AdamW if isinstance(config, AdamwConfig) else torch.optim.Adam
         betas = (config.beta1, config.beta2)
@@ -53,21 +75,34 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, *, fused: bool) -
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
-def _build_muon(config: MuonConfig, model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> Optimizer:
+def _gain_decay(config: OptimizerConfig) -> float:
+    """Weight decay of gains and biases."""
+    return config.weight_decay if config.decay_on is Decay.all else 0.0
+
+
+def _split(groups: Iterable[dict[str, Any]], factors: Mapping[int, float]) -> Iterator[dict[str, Any]]:
+    """The groups cut by learning rate, the highest first; empty ones are left out. factors: by id of the parameter."""
+    for group in groups:
+        for factor in sorted({factors[id(p)] for p in group["params"]}, reverse=True):
+            params = [p for p in group["params"] if factors[id(p)] == factor]
+            yield {**group, "params": params, "lr": group["lr"] * factor}
+
+
+def _build_muon(
+    config: MuonConfig, model: nn.Module, named: list[tuple[str, nn.Parameter]], factors: Mapping[int, float]
+) -> Optimizer:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for name, p in named if p.ndim == 2 and id(p) not in tables and not name.startswith("head.")]
     chosen = {id(p) for p in matrices}
     tables_and_head = [p for _, p in named if p.ndim >= 2 and id(p) not in chosen]
     rest = [p for _, p in named if p.ndim < 2]
     adam: dict[str, Any] = {"kind": "adam", "lr": config.adam_lr}
-    return Muon(
-        [
-            {"params": matrices, "kind": "muon", "lr": config.lr, "weight_decay": config.weight_decay},
-            {"params": tables_and_head, "weight_decay": config.weight_decay, **adam},
-            {"params": rest, "weight_decay": 0.0, **adam},
-        ],
-        config,
-    )
+    groups = [
+        {"params": matrices, "kind": "muon", "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": tables_and_head, "weight_decay": config.weight_decay, **adam},
+        {"params": rest, "weight_decay": _gain_decay(config), **adam},
+    ]
+    return Muon(_split(groups, factors), config)
 
 
 def _finish(optimizer: Optimizer) -> Optimizer:
@@ -107,7 +142,7 @@ class Muon(Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: MuonConfig) -> None:
-        super().__init__([group for group in groups if group["params"]], {})
+        super().__init__(list(groups), {})
         self.config = config
 
     @torch.no_grad()
@@ -170,7 +205,7 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict
         if name not in parameters:
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
         p = parameters[name]
-        on_host = slot == "step" and not _steps_live_on_device(optimizer)
+        on_host = slot in HOST_SLOTS and not _steps_live_on_device(optimizer)
         optimizer.state[p][slot] = value.clone() if on_host else value.to(p.device, copy=True)
 
 

@@ -30,10 +30,13 @@ def parse_runs(args: Sequence[str]) -> RunsConfig:
             config.debug = True
         elif name == "verify-resume":
             problems += _take_steps(config, word, words)
+        elif word.startswith("to=") and _takes_file(ACTIONS[name]):
+            config.to = word.removeprefix("to=")
+            problems += [] if config.to else ["to= is empty: name a file"]
         elif word in ACTIONS[name].options:
             setattr(config, word.removeprefix("--"), True)
         elif word.startswith("-"):
-            options = [*ACTIONS[name].options, "--help", "--debug"]
+            options = [*(option for option in ACTIONS[name].options if option[0] == "-"), "--help", "--debug"]
             problems.append(f"lmkit runs {name} has no option {word}: {nearest(word, options)}")
         else:
             config.words.append(word.removeprefix("run="))
@@ -55,6 +58,10 @@ def _take_steps(config: RunsConfig, word: str, words: list[str]) -> list[str]:
         return [f"--steps {value} must be a whole number >= {LEAST_STEPS}".replace("  ", " ")]
     config.steps = int(value)
     return []
+
+
+def _takes_file(action: Action) -> bool:
+    return any(option.startswith("to=") for option in action.options)
 
 
 def _word_problems(name: str, action: Action, words: Sequence[str]) -> list[str]:
@@ -83,7 +90,7 @@ def runs_help(name: str) -> str:
     lines = [f"lmkit runs {name}: {action.summary}", "", f"usage: lmkit runs {name} {words}"]
     if action.details:
         lines += ["", *textwrap.wrap(action.details, WIDTH, break_on_hyphens=False)]
-    return "\n".join([*lines, "", "options:", *(f"  {option:<12} {text}" for option, text in options.items())])
+    return "\n".join([*lines, "", "options:", *(f"  {option:<13} {text}" for option, text in options.items())])
 
 
 def execute(config: RunsConfig) -> None:

@@ -22,10 +22,10 @@ def sample(logits_NV: Tensor, config: SamplingConfig, uniforms_N: Tensor, seen_N
     if not bool(torch.isfinite(best_N1).all()):
         raise DivergedError("the model's logits are not finite", "the model has diverged: use an earlier checkpoint")
     logits_NV = filtered(logits_NV, config, seen_NV)
-    best_N1 = logits_NV.amax(1, keepdim=True)
     if config.temperature == 0.0:
-        return (logits_NV == best_N1).int().argmax(1)
-    cumulative_NV = (logits_NV - best_N1).double().exp_().cumsum(1)
+        return logits_NV.argmax(1)
+    best_N1 = logits_NV.amax(1, keepdim=True)
+    cumulative_NV = (logits_NV - best_N1).double().exp_().cumsum_(1)
     total_N1 = cumulative_NV[:, -1:]
     below_total_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
     threshold_N1 = torch.minimum(uniforms_N[:, None] * total_N1, below_total_N1)

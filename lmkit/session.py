@@ -19,7 +19,7 @@ from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
 from lmkit.store.runs import Run, read_metrics
-from lmkit.store.saving import Saves
+from lmkit.store.saving import NoSaves, Saves
 from lmkit.tasks import Task, Validation
 from lmkit.train import (
     Horizon,
@@ -38,6 +38,8 @@ NUM_EVALS = 10
 """Evaluations over a run where eval.every_steps is null."""
 MIN_STEPS_BETWEEN_EVALS = 20
 """Short runs evaluate less often than that."""
+ANOTHER = "a request to another process"
+"""Who asked to stop or save, where it was not this process that was asked."""
 EXIT_RESERVE_S = 5.0
 """Under a time budget, kept back for what the clock does not see (loading torch) and for the final save and plot."""
 
@@ -56,16 +58,20 @@ class Due:
     save: bool
     stop: str | None
     """What asked to stop."""
+    asked: str | None
+    """The signal that asked to save."""
 
     @property
     def anything(self) -> bool:
-        return self.log or self.evaluate or self.save or self.stop is not None
+        return self.log or self.evaluate or self.save or self.stop is not None or self.asked is not None
 
 
 @dataclass
 class Session:
     """One process's part of a run: the trainer, its data and the policy.
 
+    Of several processes that train together the first one watches the clock, validates, saves and says what happens;
+    the others do as it decides, at the same step.
     ``started`` is the time.monotonic() at which the command began; a time budget counts from there.
     """
 
@@ -95,6 +101,7 @@ class Session:
     def __post_init__(self) -> None:
         self.state = self.trainer.state
         self.task: Task = self.trainer.task
+        self.world = self.trainer.world
         self.elapsed_before_s, self._first_step = self.state.elapsed_s, self.state.step
         self.batches = Ahead(self.task.batches, self.train.workers)
         self.max_steps = last_step(self.train, self.batches.steps_per_epoch)
@@ -145,14 +152,14 @@ class Session:
             state.eval_pending = True
             if due.stop is None and self._evaluate():
                 done = done or self._out_of_patience()
-        stop = due.stop or self.stop.requested
+        stop = due.stop or (self._stop_requested() if due.evaluate else None)
         if stop is not None and not (done and not state.eval_pending):
             saves.finish(self._snapshot())
             self._raise_stopped(stop)
         if done:
             saves.finish(self._snapshot())
             return True
-        asked = self.stop.take_save_request()
+        asked = due.asked
         if due.save or asked is not None:
             saves.save(self._snapshot())
         if asked is not None:
@@ -169,7 +176,28 @@ class Session:
         every = self.save.every_steps
         save = saves.retry_due or (evaluate if every is None else step % every == 0)
         self.stop.notice_s = self._last_step_s + 2 * saves.last_s
-        return Due(done, done or step % self.log.every_steps == 0, evaluate, save, self.stop.requested)
+        log, asked = done or step % self.log.every_steps == 0, self.stop.take_save_request()
+        return self._agreed(Due(done, log, evaluate, save, self.stop.requested, asked))
+
+    def _agreed(self, due: Due) -> Due:
+        """What the first process finds due, and the end of the run as it sees it; a request may come to any of them."""
+        if self.world.size == 1:
+            return due
+        line = self.state.horizon
+        found = [due.done, due.log, due.evaluate, due.save, line.per_step, line.fit_step, line.fit_progress]
+        found, requests = self.world.agree(found, [due.stop is not None, due.asked is not None])
+        self.state.horizon = Horizon(found[4], int(found[5]), found[6])
+        done, log, evaluate, save = map(bool, found[:4])
+        stop, asked = (
+            own or ANOTHER if made else None for own, made in zip((due.stop, due.asked), requests, strict=True)
+        )
+        return Due(done, log, evaluate, save, stop, asked)
+
+    def _stop_requested(self) -> str | None:
+        """What asks any of the processes to stop."""
+        requested = self.stop.requested
+        _, (anywhere,) = self.world.agree([], [requested is not None])
+        return (requested or ANOTHER) if anywhere else None
 
     def _follow_clock(self) -> None:
         """Under a time budget, re-fit the horizon to the time that is left.
@@ -220,6 +248,8 @@ class Session:
         return self.console.progress(total, "training" if budget_s is None else "training (s)")
 
     def _saves(self) -> Saves:
+        if not self.world.is_first:
+            return NoSaves()
         return Saves(self.run, self.task.tokenizer, self.save, self.console.warn)
 
     def _log(self, bar: Progress) -> None:
@@ -282,14 +312,16 @@ class Session:
 
     def _validate(self) -> Validation:
         """Judge the model and record it. Raises _Interrupted if the run is to stop."""
+        found = sample = None
         start = time.monotonic()
-        with self._averaged():
-            found = self.task.validate(
-                device=self.trainer.device,
-                micro_batch_size=self.trainer.micro_batch_size,
-                progress=self._interrupt,
-            )
-        took_s = time.monotonic() - start
+        with contextlib.suppress(_Interrupted):
+            if self.world.is_first:
+                found, sample = self._judge()
+        loss, took_s = math.nan if found is None else found.loss, time.monotonic() - start
+        (judged, loss, took_s), _ = self.world.agree([found is not None, loss, took_s])
+        if not judged:
+            raise _Interrupted
+        found = found or Validation(loss, {}, "", {})
         state = self.state
         state.eval_s += took_s
         state.elapsed_s += took_s
@@ -297,12 +329,26 @@ class Session:
         if state.valid_steps[-1:] != [state.step]:
             state.valid_losses.append(found.loss)
             state.valid_steps.append(state.step)
-        row = {"step": state.step, "valid_loss": found.loss, **found.metrics}
+        row: dict[str, Any] = {"step": state.step, "valid_loss": found.loss, **found.metrics}
+        if sample is not None:
+            row["sample"] = sample
         self.run.log_metrics({**row, "elapsed_s": state.elapsed_s})
         self.console.say(f"step {state.step}  {found.text}  ({format_duration(took_s)})")
         self._window_start += took_s
         self._last = found
         return found
+
+    def _judge(self) -> tuple[Validation, str | None]:
+        """The validation of the weights to use, and what they write where that is asked for."""
+        with self._averaged():
+            found = self.task.validate(
+                device=self.trainer.device,
+                micro_batch_size=self.trainer.micro_batch_size,
+                progress=self._interrupt,
+            )
+            if not self.eval.sample_tokens:
+                return found, None
+            return found, self.task.sample(self.eval.sample_tokens, device=self.trainer.device)
 
     def _interrupt(self, _num_tokens: int) -> None:
         if self.stop.deferring and self.stop.requested is not None:
@@ -369,6 +415,8 @@ class Session:
 
     def _record_batch(self, report: StepReport) -> str:
         """Write the batch of a step as ids and text into the run directory; returns the file's name."""
+        if not self.world.is_first:
+            return ""
         numbers = {"step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr}
         rows = self.batches[report.step - 1].rows(self.task.tokenizer.decode)
         try:
@@ -380,6 +428,7 @@ class Session:
     def _roll_back(self, saves: Saves) -> None:
         """Go back to the newest checkpoint, keeping the list of the batches to leave out."""
         saves.wait()
+        self.world.wait()
         found = load_latest(self.run.path, self.console.warn)
         if found is None:
             raise DivergedError("there is no checkpoint to go back to", "set train.nonfinite=skip")
@@ -403,7 +452,8 @@ class Session:
             trainer, state = self.trainer, self.state
             trainer.optimizer.zero_grad(set_to_none=True)
             swapping = state.eval_pending and trainer.average is not None
-            if not trainer.updating and not swapping and self._all_good(saves, bar):
+            alone = self.world.size == 1  # others wait elsewhere
+            if alone and not trainer.updating and not swapping and self._all_good(saves, bar):
                 saves.finish(self._snapshot())
             where = f"the validation after step {state.step}" if state.eval_pending else f"step {state.step + 1}"
             shape = (self.train.batch_size, trainer.micro_batch_size, self.train.seq_len)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from operator import itemgetter
@@ -18,6 +18,7 @@ from lmkit.config.machine import Precision
 from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
 from lmkit.data.batches import Batches, TrainingBatch
 from lmkit.device import Device
+from lmkit.distributed import SINGLE, World
 from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 from lmkit.rng import derive_key
@@ -70,6 +71,8 @@ class TrainState:
     """The steps they belong to."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
+    averaged_since: int | None = None
+    """The step with which a uniform average of the weights began; None: it did not yet."""
     skipped_steps: list[int] = field(default_factory=list)
     """The batches, by the step they belong to, that changed nothing because of train.nonfinite, in order."""
     eval_pending: bool = False
@@ -133,12 +136,18 @@ class Trainer:
     micro_batch_size: int
     state: TrainState
     average: WeightAverage | None = None
+    average_begins: Callable[[TrainState], bool] | None = None
+    """Whether a uniform average begins with the step that follows this state; None: never."""
     carry: list[State | None] = field(default_factory=list)
     """Carried model state of each micro-batch; empty for models without one."""
     max_skips: int = 0
     """Once more updates than this were left out, no further one is made."""
     spike_nats: float | None = None
     """Leave out batches whose loss is this far above its running mean (nats per target); None: none."""
+    frozen_until: Mapping[str, float] = field(default_factory=dict)
+    """Share of the run (0 to 1) before which a parameter, by its name, stays as it is; gradual unfreezing."""
+    world: World = SINGLE
+    """The processes that train together; each has all of this, and takes every ``world.size``-th micro-batch."""
     reads_late: bool = False
     """Decide on the device, so that no step waits for it (see ``can_read_late``); reports may be read later."""
 
@@ -174,10 +183,13 @@ class Trainer:
         self.model.train()
         state, step = self.state, self.state.step
         progress = state.horizon.progress(step)
+        if state.averaged_since is None and self.average_begins is not None and self.average_begins(state):
+            state.averaged_since = step
         factor = lr_factor(self.schedule, step, progress, state.valid_losses)
-        set_lr(self.optimizer, factor)
+        set_lr(self.optimizer, factor * self.task.lr_scale(batch))
         num_targets = batch.num_targets
         total, carry = self._accumulate(batch, num_targets, progress)
+        self._drop_frozen(progress)
         self.scaler.unscale_(self.optimizer)
         limit = self.optimizer_config.clip_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
@@ -188,9 +200,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         state.step, state.num_targets = step + 1, state.num_targets + num_targets
         if self.average is not None:
-            self.average.update(self.model, state.step)
+            self.average.update(self.model, state.step, state.averaged_since)
         self.updating = False
         return StepReport(state.step, num_targets, self.lr(), state.horizon.progress(state.step), numbers, bad)
+
+    def _drop_frozen(self, progress: float) -> None:
+        """Drop the gradients of what is frozen until later, so that clipping and optimizer pass over it."""
+        for name, p in self.model.named_parameters() if self.frozen_until else ():
+            if progress < self.frozen_until.get(name, 0.0):
+                p.grad = None
 
     def _is_bad(self, numbers: Tensor, num_targets: int) -> Tensor:
         """Whether this batch must not change anything, as a bool on the device; keeps the mean for spikes."""
@@ -235,12 +253,14 @@ class Trainer:
     def _accumulate(self, batch: TrainingBatch, num_targets: int, progress: float) -> tuple[Tensor, list[State | None]]:
         """Add up the gradients of the micro-batches; return their summed loss and the new carried states."""
         total = torch.zeros((), device=self.device.torch_device)
-        carry: list[State | None] = []
-        for micro in range(self.num_micro_batches(batch)):
+        number = self.num_micro_batches(batch)
+        carry: list[State | None] = [None] * number
+        for micro in range(self.world.rank, number, self.world.size):
             loss, new_state = self.run_micro_batch(batch, micro, progress)
             self.scaler.scale(loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
-            carry.append(None if new_state is None else new_state.detach())
+            carry[micro] = None if new_state is None else new_state.detach()
+        self.world.sum_gradients(self.parameters, total)
         if all(state is None for state in carry):
             carry = []
         return total, carry
@@ -296,7 +316,7 @@ def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tens
     """The tensors of a trainer: the weights to use (averaged if there is an average), and the rest for resuming."""
     model = dict(trainer.model.state_dict())
     extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, trainer.model).items()}
-    for micro, carried in enumerate(trainer.carry):
+    for micro, carried in enumerate(_gathered_carry(trainer)):
         if carried is not None:
             extra.update({f"carry/{micro}/{name}": t for name, t in carried.tensors().items()})
     if trainer.spike_nats is not None:
@@ -307,6 +327,21 @@ def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tens
         storage_of = {p.data_ptr(): average[name] for name, p in trainer.model.named_parameters()}
         model = {name: storage_of.get(t.data_ptr(), t) for name, t in model.items()}
     return model, extra
+
+
+def _gathered_carry(trainer: Trainer) -> list[State | None]:
+    """The carried state of each micro-batch, from the process that has it; called in all of them at once."""
+    world, carry = trainer.world, list(trainer.carry)
+    own = [c.tensors() for c in carry[world.rank :: world.size] if c is not None]
+    if world.size == 1 or not own:
+        return carry
+    stacked = {name: torch.stack([tensors[name] for tensors in own]) for name in sorted(own[0])}
+    of_rank = {name: world.gather(tensor) for name, tensor in stacked.items()}
+    for micro in range(len(carry)):
+        turn, rank = divmod(micro, world.size)
+        tensors = {name: gathered[rank][turn] for name, gathered in of_rank.items()}
+        carry[micro] = trainer.task.state_from_tensors(tensors)
+    return carry
 
 
 def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmkit.commands import eval_vae
 from lmkit.commands.eval_table import table
 from lmkit.commands.output import output_path, write_file, write_json, write_text
 from lmkit.config.commands import EvalPplConfig
@@ -48,7 +49,9 @@ def run(cfg: EvalPplConfig) -> dict[str, Any]:
     word_probs = None if cfg.word_probs is None else output_path(cfg.word_probs, "word_probs")
     report = None if cfg.report is None else output_path(cfg.report, "report")
     device = resolve_device(cfg.device)
-    loaded = load_run(cfg.run, device=device, console=console)
+    loaded = load_run(cfg.run, device=device, console=console, adapter=cfg.adapter, latent=True)
+    if loaded.model_config.objective == "vae":
+        return eval_vae.run(cfg, loaded, device, console)
     evaluator = Evaluator(cfg, loaded, device, console)
     passage = evaluator.passage(cfg.split)
     checks.check_vocabulary(loaded.model, passage.material.tokens, f"{passage.source.name} {cfg.split}")
@@ -106,6 +109,7 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         "split": cfg.split,
         "run": str(loaded.path),
         "checkpoint": loaded.checkpoint.name,
+        "adapter": cfg.adapter,
         "step": loaded.step,
         "checkpoint_digest": loaded.checkpoint_digest,
         "text_digest": passage.source.split.text_digest,

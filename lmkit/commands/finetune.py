@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from lmkit.commands.training import Job, check_data, execute
+from lmkit.commands.forgetting import Forgetting, corpus_of
+from lmkit.commands.predict import check_prediction, predict_file
+from lmkit.commands.training import Job, check_data, deal, execute, open_run
+from lmkit.config.adapter import AdapterConfig
+from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import kind_of, to_plain
-from lmkit.config.tasks import LmTaskConfig
-from lmkit.config.training import OnUsr1
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
+from lmkit.config.training import ExistingRunConfig, OnUsr1
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
+from lmkit.data.survey import digest_of
 from lmkit.device import Device, resolve_device
+from lmkit.distributed import World, find_world
 from lmkit.errors import ConfigError
-from lmkit.loading import LoadedRun, load_run
+from lmkit.hf.adapters import write_adapter
+from lmkit.loading import LoadedRun, load_hf, load_run
+from lmkit.loggers import require_logger
+from lmkit.lora import adapter_tensors
 from lmkit.signals import StopRequests, find_deadline
+from lmkit.store import storage
+from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
 from lmkit.store.runs import Run
-from lmkit.tasks import Task
-from lmkit.tasks.language import LanguageModelling
+from lmkit.tasks import Task, classify, regress
+from lmkit.tasks.instruct import build_instruct
+from lmkit.tasks.language import LanguageModelling, with_replay
+from lmkit.tasks.prefer import build_prefer
+from lmkit.tokenizers import ByteTokenizer
+from lmkit.tuning import choose_trainable, language_model_in
 
 
 @dataclass(frozen=True)
@@ -32,53 +47,134 @@ class SetUp:
     task: Task
     model: nn.Module
     model_config: ModelConfig
-    base: LoadedRun
+    base: LoadedRun | None
+    """None: nothing but the data is needed, as for task=regress without text."""
 
 
 def run(cfg: FinetuneConfig) -> dict[str, Any]:
-    """Train, and return what was written to the new run's result.json."""
+    """Train, and return what was written to the new run's result.json; predict=FILE alone only predicts."""
+    if cfg.predict is not None and isinstance(cfg.task, LmTaskConfig):
+        return predict_file(cfg, cfg.run)
+    if cfg.predict is not None:
+        check_prediction(cfg)  # before the training, not after it
     started = time.monotonic()
     deadline = find_deadline(cfg.train.time_limit_s, started)
-    with StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop:
-        return _run(cfg, stop, started)
+    world = find_world(cfg.parallel)
+    device = resolve_device(cfg.device, world)
+    with (
+        StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop,
+        world.joined(device.torch_device, cfg.parallel),
+    ):
+        return _run(cfg, world, device, stop, started)
 
 
-def _run(cfg: FinetuneConfig, stop: StopRequests, started: float) -> dict[str, Any]:
-    console = Console()
-    device = resolve_device(cfg.device)
-    console.say(f"device: {device.description}")
-    begin = set_up(cfg, device, console)
-    with Run.create(
-        cfg.run.dir,
-        root=cfg.run.root,
-        dataset=begin.task.data_name,
-        model=kind_of(begin.model_config),
-        resume=cfg.resume,
-        warn=console.warn,
-    ) as this_run:
+def _run(cfg: FinetuneConfig, world: World, device: Device, stop: StopRequests, started: float) -> dict[str, Any]:
+    console = Console(silent=not world.is_first)
+    require_logger(cfg.logger)
+    cfg = replace(cfg, train=deal(cfg.train, world))
+    console.say(f"device: {device.description}{world.description}")
+    begin = world.first_alone(lambda: set_up(cfg, device, console))
+    corpus = None if begin.base is None else corpus_of(begin.base)
+    forgetting = None
+    if begin.base is not None and world.is_first:
+        rows = cfg.train.micro_batch_size or cfg.train.batch_size
+        forgetting = Forgetting.watch(begin.base, corpus, device=device, micro_batch_size=rows, console=console)
+    with open_run(cfg, begin.task.data_name, kind_of(begin.model_config), world, console) as this_run:
         stored = {
             "command": "finetune",
-            "vocab_size": begin.base.tokenizer.vocab_size,
+            "vocab_size": begin.task.tokenizer.vocab_size,
             **to_plain(cfg),
             "model": to_plain(begin.model_config),
-            "base": str(begin.base.checkpoint),
+            "base": None if begin.base is None else str(begin.base.checkpoint),
+            "corpus": None if corpus is None else to_plain(corpus),
         }
-        job = Job(cfg, this_run, begin.task, begin.model, begin.model_config, stored, device, console, stop, started)
-        return execute(job)
+        if fitted := begin.task.fitted():
+            stored["fitted"] = fitted
+        job = Job(
+            *(cfg, this_run, begin.task, begin.model, begin.model_config, stored, device, console, stop, started),
+            world=world,
+            forgetting=forgetting,
+        )
+        result = execute(job)
+        if cfg.adapter is not None and begin.base is not None and world.is_first:
+            _save_adapter(cfg.adapter, this_run, begin.model, begin.base, console)
+    if cfg.predict is None or not world.is_first:
+        return result
+    trained = ExistingRunConfig(root=cfg.run.root, path=str(this_run.path))
+    return {**result, "prediction": predict_file(cfg, trained)}
+
+
+def _save_adapter(adapter: AdapterConfig, run: Run, model: nn.Module, base: LoadedRun, console: Console) -> None:
+    """Write the adapter of the run's best checkpoint into the run, without the model and what a task put on it."""
+    weights = load_checkpoint(resolve_checkpoint(run.path, "best", console.warn), with_optimizer=False).model
+    found = language_model_in(model)
+    prefix = found[0] if found is not None else ""
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in adapter_tensors(weights).items()}
+    folder = run.path / "adapter"
+    try:
+        write_adapter(folder, adapter, tensors, base=base.checkpoint, base_digest=base.checkpoint_digest)
+    except OSError as error:
+        raise storage.resource_error("save the adapter", folder, error) from error
+    console.say(f"adapter: {folder}, as the peft library writes them")
 
 
 def set_up(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
-    """Load the base run and the data, and build the task. Raises LmkitError where they do not fit together."""
-    base = load_run(cfg.run, device=device, console=console)
+    """Build task and model, and choose what of the model is trained. Raises LmkitError where things do not fit."""
+    begin = _begin(cfg, device, console)
+    choose_trainable(begin.model, cfg.adapter, cfg.tune, seed=cfg.seed)
+    num_trained = sum(p.numel() for p in begin.model.parameters() if p.requires_grad)
+    num_all = sum(p.numel() for p in begin.model.parameters())
+    if num_trained < num_all:
+        console.say(f"training {num_trained:,} of {num_all:,} parameters ({100 * num_trained / num_all:.2f} %)")
+    return begin
+
+
+def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
+    """Load the base run and the data, and build the task."""
+    if isinstance(cfg.task, RegressTaskConfig) and cfg.task.text is None:
+        return _numbers(cfg.task, cfg, console)
+    if cfg.init.hf_name is not None:
+        base = load_hf(cfg.init.hf_name, cfg.dataset, device=device, console=console)
+    else:
+        base = load_run(cfg.run, device=device, console=console)
     if base.model_config.trains_by_counting:
         raise ConfigError(f"run={base.path} is an n-gram model, which cannot be finetuned", "name a neural run")
     if isinstance(cfg.task, LmTaskConfig):
         return SetUp(_language(cfg, base, console), base.model, base.model_config, base)
+    if isinstance(cfg.task, ClassifyTaskConfig):
+        task = classify.build_task(cfg.task, base.model, base.tokenizer, cfg.train, console, seed=cfg.seed)
+        return SetUp(task, task.model, base.model_config, base)
+    if isinstance(cfg.task, RegressTaskConfig):
+        regression = regress.build_task(cfg.task, base.model, base.tokenizer, cfg.train, console, seed=cfg.seed)
+        return SetUp(regression, regression.model, base.model_config, base)
+    if isinstance(cfg.task, ChatTaskConfig):
+        cfg.dataset = base.dataset  # what eval-ppl then measures: how much of it was forgotten
+        if isinstance(cfg.task, InstructTaskConfig):
+            return SetUp(build_instruct(cfg, cfg.task, base, console), base.model, base.model_config, base)
+        if isinstance(cfg.task, PreferTaskConfig):
+            return SetUp(build_prefer(cfg, cfg.task, base, device, console), base.model, base.model_config, base)
     raise TypeError(f"no task for {type(cfg.task).__name__}")
+
+
+def _numbers(task_config: RegressTaskConfig, cfg: FinetuneConfig, console: Console) -> SetUp:
+    """Regression on numbers alone: no run is needed; the byte tokenizer stands in, since every checkpoint has one."""
+    task = regress.build_task(task_config, None, ByteTokenizer(), cfg.train, console, seed=cfg.seed)
+    return SetUp(task, task.model, task_config.network, None)
 
 
 def _language(cfg: FinetuneConfig, base: LoadedRun, console: Console) -> Task:
     prepared = prepare(cfg.dataset, base.tokenizer, console)
     check_data(prepared, base.model_config, cfg.train.seq_len)
     carries_state = base.model_config.carries_state
-    return LanguageModelling(base.model, prepared, cfg.train, cfg.softmax, seed=cfg.seed, carries_state=carries_state)
+    task = LanguageModelling(base.model, prepared, cfg.train, cfg.softmax, seed=cfg.seed, carries_state=carries_state)
+    share = cfg.task.replay if isinstance(cfg.task, LmTaskConfig) else 0.0
+    if share > 0:
+        corpus = corpus_of(base)
+        if corpus is None:
+            raise ConfigError(
+                f"task.replay={share}: it is not known what run={base.path} was trained on", "set it to 0"
+            )
+        old = prepare(corpus, base.tokenizer, console)
+        task.batches = with_replay(prepared, old, cfg.train, share, cfg.seed, carries_state=carries_state)
+        task.data_digest = digest_of([prepared.key, old.key, share])
+    return task

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
+from lmkit.commands import generate_vae
+from lmkit.commands.chat import Chat, answer_prompts, converse
 from lmkit.commands.output import write_text
 from lmkit.config.commands import GenerateConfig
 from lmkit.console import Console, format_number
 from lmkit.device import resolve_device
+from lmkit.errors import ConfigError
 from lmkit.generate import Prompt, generate, read_prompt
 from lmkit.loading import load_run
 
@@ -21,10 +25,16 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     """
     console = Console()
     device = resolve_device(cfg.device)
-    loaded = load_run(cfg.run, device=device, console=console)
+    loaded = load_run(cfg.run, device=device, console=console, adapter=cfg.adapter, latent=True)
+    if loaded.model_config.objective == "vae":
+        return generate_vae.run(cfg, loaded, prompts, device, console)
+    generate_vae.refuse(cfg, loaded)
+    if cfg.chat or cfg.interactive:
+        return _chat(Chat.begin(cfg, loaded, device, console), prompts)
     several = len(prompts) * cfg.num_samples > 1
     streams = cfg.stream and not several
     results: list[dict[str, Any]] = []
+    stop = [*cfg.stop, "\n"] if loaded.model_config.objective == "gan" else cfg.stop  # it learnt single sentences
     start = time.monotonic()
     for index, text in enumerate(prompts):
         prompt = read_prompt(loaded.tokenizer, text, context=loaded.context, max_new_tokens=cfg.max_new_tokens)
@@ -39,7 +49,7 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
             device=device,
             max_new_tokens=cfg.max_new_tokens,
             num_samples=cfg.num_samples,
-            stop=cfg.stop,
+            stop=stop,
             stop_at_eos=cfg.stop_at_eos,
             seed=cfg.seed,
             prompt_index=index,
@@ -55,6 +65,16 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     num_tokens = sum(result["num_tokens"] for result in results)
     console.say(f"{num_tokens:,} tokens, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
     return results
+
+
+def _chat(chat: Chat, prompts: list[str]) -> list[dict[str, Any]]:
+    if chat.cfg.interactive and prompts:
+        raise ConfigError("--interactive reads the prompts itself", "leave out --prompt, or use --chat")
+    if prompts:
+        return answer_prompts(chat, prompts)
+    if not chat.cfg.interactive and not sys.stdin.isatty():
+        raise ConfigError("--chat needs --prompt TEXT", "write --interactive to read lines from standard input")
+    return converse(chat)
 
 
 def _warn_about(prompt: Prompt, context: int | None, console: Console) -> None:

@@ -3,54 +3,115 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
-from lmkit.commands.training import Job, check_data, execute
+from lmkit.commands.training import Job, build_trainer, check_data, deal, execute, open_run
 from lmkit.config.commands import PretrainConfig
+from lmkit.config.model import HeadConfig, ModelConfig
+from lmkit.config.objectives import GanObjectiveConfig, VaeObjectiveConfig
+from lmkit.config.optimization import AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.config.training import OnUsr1
 from lmkit.console import Console
 from lmkit.data.prepared import PreparedData, prepare
-from lmkit.device import resolve_device
+from lmkit.device import Device, resolve_device
+from lmkit.distributed import World, find_world
+from lmkit.errors import ConfigError
+from lmkit.hf import ImportedModel, import_hf, resolve_hf
+from lmkit.loggers import require_logger
 from lmkit.models.base import LanguageModel
+from lmkit.models.gan import Relgan
+from lmkit.models.vae import VaeLstm
+from lmkit.planning import plan
 from lmkit.signals import StopRequests, find_deadline
-from lmkit.store.runs import Run
 from lmkit.tasks import Task
+from lmkit.tasks.gan import AdversarialSentences
 from lmkit.tasks.language import LanguageModelling
+from lmkit.tasks.vae import SentenceVae
 
 
 def run(cfg: PretrainConfig) -> dict[str, Any]:
     """Train, and return what was written to the run's result.json."""
     started = time.monotonic()
     deadline = find_deadline(cfg.train.time_limit_s, started)
-    with StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop:
-        return _run(cfg, stop, started)
+    world = find_world(cfg.parallel)
+    device = resolve_device(cfg.device, world)
+    with (
+        StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop,
+        world.joined(device.torch_device, cfg.parallel),
+    ):
+        return _run(cfg, world, device, stop, started)
 
 
-def _run(cfg: PretrainConfig, stop: StopRequests, started: float) -> dict[str, Any]:
-    console = Console()
-    device = resolve_device(cfg.device)
-    console.say(f"device: {device.description}")
-    prepared = prepare(cfg.dataset, cfg.tokenizer, console)
-    check_data(prepared, cfg.model, cfg.train.seq_len)
+def _run(cfg: PretrainConfig, world: World, device: Device, stop: StopRequests, started: float) -> dict[str, Any]:
+    console = Console(silent=not world.is_first)
+    require_logger(cfg.logger)
+    cfg = replace(cfg, train=deal(cfg.train, world))
+    console.say(f"device: {device.description}{world.description}")
+    prepared, imported = world.first_alone(lambda: prepare_data(cfg, console))
     vocab_size = prepared.tokenizer.vocab_size
-    with Run.create(
-        cfg.run.dir,
-        root=cfg.run.root,
-        dataset=prepared.name,
-        model=kind_of(cfg.model),
-        resume=cfg.resume,
-        warn=console.warn,
-    ) as this_run:
-        model = cfg.model.build(vocab_size, seed=cfg.seed)
+    if imported is not None:
+        cfg = replace(cfg, model=imported.model_config)
+    check_data(prepared, cfg.model, cfg.train.seq_len)
+    cfg = replace(cfg, model=with_head(cfg.model, cfg.softmax, vocab_size))
+    if cfg.plan and not world.is_first:
+        return {}
+    if cfg.plan:
+        return _plan(cfg, prepared, imported, device, console)
+    with open_run(cfg, prepared.name, kind_of(cfg.model), world, console) as this_run:
+        model = build_model(cfg, imported, vocab_size)
         stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}
         task = build_task(cfg, model, prepared)
-        job = Job(cfg, this_run, task, model, cfg.model, stored, device, console, stop, started)
+        job = Job(cfg, this_run, task, model, cfg.model, stored, device, console, stop, started, world)
         return execute(job)
+
+
+def _plan(
+    cfg: PretrainConfig, prepared: PreparedData, imported: ImportedModel | None, device: Device, console: Console
+) -> dict[str, Any]:
+    """Say what the run would take; nothing is written."""
+    if cfg.model.trains_by_counting:
+        raise ConfigError("plan=true: a model that counts takes seconds", "leave plan out")
+    model = build_model(cfg, imported, prepared.tokenizer.vocab_size)
+    trainer = build_trainer(cfg, build_task(cfg, model, prepared), model, device, None)
+    rows = list(plan(trainer, cfg.train, cfg.eval, cfg.save).rows())
+    console.table("Plan", rows)
+    return dict(rows)
+
+
+def prepare_data(cfg: PretrainConfig, console: Console) -> tuple[PreparedData, ImportedModel | None]:
+    """The data, and the model of ``init.weights``, whose tokenizer they are prepared with, if there is one."""
+    if cfg.init.hf_name is None:
+        return prepare(cfg.dataset, cfg.tokenizer, console), None
+    imported = import_hf(resolve_hf(cfg.init.hf_name))
+    console.say(f"model and tokenizer: {cfg.init.hf_name}, {imported.family}")
+    return prepare(cfg.dataset, imported.tokenizer, console), imported
+
+
+def build_model(cfg: PretrainConfig, imported: ImportedModel | None, vocab_size: int) -> LanguageModel:
+    """The model before the first step, but for what its task takes from the text."""
+    return cfg.model.build(vocab_size, seed=cfg.seed) if imported is None else imported.build(seed=cfg.seed)
+
+
+def with_head(model: ModelConfig, softmax: SoftmaxConfig, vocab_size: int) -> ModelConfig:
+    """The model with the output layer that the loss asks for. Raises ConfigError if it cannot have it."""
+    if not isinstance(softmax, AdaptiveSoftmaxConfig):
+        return model
+    if not isinstance(model, HeadConfig):
+        raise ConfigError(f"softmax=adaptive cannot train model={kind_of(model)}", "use softmax=exact")
+    cutoffs = softmax.cutoffs or [max(1, vocab_size * 2 // 25), max(2, vocab_size // 4)]
+    return replace(model, cutoffs=list(cutoffs), div_value=softmax.div_value)
 
 
 def build_task(cfg: PretrainConfig, model: LanguageModel, prepared: PreparedData) -> Task:
     """What the run learns."""
+    if isinstance(cfg.objective, VaeObjectiveConfig):
+        vae = cast(VaeLstm, model)
+        return SentenceVae(vae, prepared, cfg.train, cfg.softmax, cfg.objective, seed=cfg.seed, init=cfg.init)
+    if isinstance(cfg.objective, GanObjectiveConfig):
+        gan = cast(Relgan, model)
+        return AdversarialSentences(gan, prepared, cfg.train, cfg.softmax, cfg.objective, seed=cfg.seed, init=cfg.init)
     return LanguageModelling(
         model,
         prepared,
@@ -58,5 +119,5 @@ def build_task(cfg: PretrainConfig, model: LanguageModel, prepared: PreparedData
         cfg.softmax,
         seed=cfg.seed,
         carries_state=cfg.model.carries_state,
-        init=cfg.init,
+        init=cfg.init if cfg.init.weights is None else None,
     )

@@ -22,7 +22,6 @@ from lmkit.config.plain import from_plain
 from lmkit.config.training import RunConfig
 from lmkit.console import Console, format_number
 from lmkit.data.batches import Batches, TrainingBatch
-from lmkit.data.prepared import prepare
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.session import last_step
@@ -145,9 +144,9 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     """The trainer as it was at the start."""
     stored = start.config
     root: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig
-    beside = ["command", "vocab_size", "run"]
+    beside = ["command", "vocab_size", "run", "resume"]
     if stored.get("command") == "finetune":
-        root, beside = FinetuneConfig, [*beside, "model", "base"]
+        root, beside = FinetuneConfig, [*beside, "model", "base", "corpus", "fitted"]
     cfg = from_plain(root, {key: value for key, value in stored.items() if key not in beside})
     model_config = from_plain(ModelConfig, stored["model"], where="model")
     if model_config.trains_by_counting:
@@ -174,11 +173,12 @@ def _task_of(
 ) -> tuple[Task, nn.Module]:
     """What the run learnt, and its model before the first step."""
     if isinstance(cfg, PretrainConfig):
-        prepared = prepare(cfg.dataset, cfg.tokenizer, console)
-        model = model_config.build(prepared.tokenizer.vocab_size, seed=cfg.seed)
+        prepared, imported = pretrain.prepare_data(cfg, console)
+        model = pretrain.build_model(replace(cfg, model=model_config), imported, prepared.tokenizer.vocab_size)
         return pretrain.build_task(cfg, model, prepared), model
-    base = Path(stored["base"])
-    cfg = replace(cfg, run=RunConfig(path=str(base.parents[1]), checkpoint=base.name))
+    if stored["base"] is not None and cfg.init.weights is None:
+        base = Path(stored["base"])
+        cfg = replace(cfg, run=RunConfig(path=str(base.parents[1]), checkpoint=base.name))
     begin = finetune.set_up(cfg, device, console)
     return begin.task, begin.model
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lmkit.commands.output import write_text
 from lmkit.commands.runs_show import diff, show
+from lmkit.commands.runs_sweep import sweep_table
 from lmkit.commands.runs_text import (
     columns,
     format_bytes,
@@ -20,7 +21,7 @@ from lmkit.commands.runs_text import (
     format_time,
 )
 from lmkit.commands.runs_verify import verify
-from lmkit.config.runs import DEFAULT_ROOT, RunsConfig
+from lmkit.config.runs import DEFAULT_PLOT, DEFAULT_ROOT, RunsConfig
 from lmkit.errors import CheckpointError, ConfigError, RunLockedError
 from lmkit.store import storage
 from lmkit.store.browse import RunSummary, find_runs, named_run, read_summary
@@ -41,6 +42,10 @@ def run(cfg: RunsConfig) -> None:
         write_text(show(named_run(words[0])))
     elif cfg.action == "diff":
         write_text(diff(named_run(words[0]), named_run(words[1])))
+    elif cfg.action in ("compare", "plot", "report"):
+        write_text(_look(cfg))
+    elif cfg.action == "sweep":
+        write_text(sweep_table(Path(os.path.expanduser(words[0]))))
     elif cfg.action == "verify":
         verify(words)
     elif cfg.action in ("pin", "unpin"):
@@ -52,6 +57,18 @@ def run(cfg: RunsConfig) -> None:
     else:
         once = {path.resolve(): path for path in map(named_run, words)}
         remove(list(once.values()), ask=not cfg.yes)
+
+
+def _look(cfg: RunsConfig) -> str:
+    """What compare, plot and report print. What they read with matplotlib or numpy is imported here only."""
+    runs = [named_run(word) for word in cfg.words]
+    if cfg.action == "report":
+        from lmkit.commands.runs_report import write_report
+
+        return write_report(runs[0], cfg.to)
+    from lmkit.commands.runs_compare import compare, plot
+
+    return compare(runs) if cfg.action == "compare" else plot(runs, cfg.to or DEFAULT_PLOT)
 
 
 def list_runs(root: Path, *, as_json: bool, is_default: bool) -> None:

@@ -7,6 +7,7 @@ TerminateProcess on Windows), which no program can catch.
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.optimization import PlateauConfig
-from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError
+from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.store.browse import read_journal
 from lmkit.store.listing import list_checkpoints
 from lmkit.store.manifest import read_manifest, step_of
@@ -87,6 +88,7 @@ def run(cfg: PretrainConfig, words: Sequence[str], steps: int) -> None:
     if isinstance(cfg.schedule, PlateauConfig) and cfg.eval.every_steps is None:
         words = [*words, f"eval.every_steps={save_interval(steps)}"]  # the schedule follows the validation losses
     folder = Path(tempfile.mkdtemp(prefix="lmkit-verify-resume-"))
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         console.say(f"1/3 undisturbed: {steps} steps")
         whole = folder / "undisturbed"
@@ -105,8 +107,14 @@ def run(cfg: PretrainConfig, words: Sequence[str], steps: int) -> None:
         same = compare(final_snapshot(whole, steps), final_snapshot(killed, steps))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     way = f"killed (kill -9) after step {kill.step} and resumed from the checkpoint of step {kill.checkpoint}"
     print(f"identical: {same} are the same bytes after {steps} steps, undisturbed or {way}")
+
+
+def _stop(*_: object) -> None:
+    """End on SIGTERM as on any error: the copy is killed and the folder removed."""
+    raise StoppedError("stopped by SIGTERM; nothing is kept of the copies", "start it again")
 
 
 def _start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

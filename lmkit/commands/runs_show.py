@@ -30,8 +30,10 @@ from lmkit.store.pins import read_pins
 from lmkit.store.records import read_object
 from lmkit.store.runs import LOCK_INFO, METRICS, read_info, read_metrics, read_result
 
-NOT_COMPARED = ("run", "resume", "debug", "command")
+NOT_COMPARED = ("run", "resume", "debug", "command", "logger")
 """Parts of a configuration that do not decide what is computed."""
+SCORES = ("accuracy", "macro_f1", "rmse", "mae", "r2")
+"""Numbers of result.json beside likelihoods that are shown."""
 
 
 def show(run_dir: Path) -> str:
@@ -132,7 +134,7 @@ def _number_rows(run_dir: Path) -> list[tuple[str, str]]:
     except CheckpointError as error:
         return [*rows, ("result", str(error))]
     if result is not None:
-        keys = ("word_ppl", "token_ppl", "bits_per_byte", "accuracy", "epochs", "elapsed_s")
+        keys = ("word_ppl", "token_ppl", "bits_per_byte", *SCORES, "epochs", "elapsed_s")
         rows.append(("result (valid)", ", ".join(f"{key} {_short(result[key])}" for key in keys if key in result)))
     if not metrics and result is None:
         rows.append((METRICS, "no rows yet"))
@@ -147,9 +149,9 @@ def _short(value: Any) -> str:
 def diff(first: Path, second: Path) -> str:
     """What differs between two runs, in two columns."""
     lines = []
-    settings = [_settings(path) for path in (first, second)]
+    asked = [settings(path) for path in (first, second)]
     numbers = [_numbers(path) for path in (first, second)]
-    for name, (left, right) in (("configuration", settings), ("numbers", numbers)):
+    for name, (left, right) in (("configuration", asked), ("numbers", numbers)):
         keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
         if name == "configuration":
             keys.sort()
@@ -162,7 +164,7 @@ def diff(first: Path, second: Path) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def _settings(run_dir: Path) -> dict[str, str]:
+def settings(run_dir: Path) -> dict[str, str]:
     """What was asked for: the configuration, or where no checkpoint has it yet the command."""
     info = readable(read_info, run_dir)
     _, config = read_newest_config(run_dir)
@@ -192,7 +194,7 @@ def _numbers(run_dir: Path) -> dict[str, str]:
         values["tokens/s (median)"] = format_number(sorted(speeds)[len(speeds) // 2])
     if isinstance(result.get("elapsed_s"), float):
         values["time"] = format_duration(result["elapsed_s"])
-    for key in ("epochs", "trained_tokens", "word_ppl", "token_ppl", "bits_per_byte", "accuracy"):
+    for key in ("epochs", "trained_tokens", "word_ppl", "token_ppl", "bits_per_byte", *SCORES):
         if key in result:
             values[f"result: {key}"] = _short(result[key])
     return values

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from lmkit.averaging import WeightAverage
+from lmkit.averaging import average_begins, build_average
+from lmkit.commands.forgetting import Forgetting
+from lmkit.commands.runs_text import columns, format_value
+from lmkit.config.adapter import TuneConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
-from lmkit.config.training import NonFinite
+from lmkit.config.plain import with_defaults
+from lmkit.config.training import NonFinite, TrainConfig
 from lmkit.console import Console, format_count, format_duration
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
-from lmkit.errors import ConfigError, DataError, DivergedError
+from lmkit.distributed import SINGLE, World
+from lmkit.errors import CheckpointError, ConfigError, DataError, DivergedError
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import perplexity
+from lmkit.loggers import attach_logger
 from lmkit.models.base import LanguageModel
 from lmkit.optim import build_optimizer
 from lmkit.session import Session, state_of
@@ -28,12 +36,18 @@ from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.environment import environment
 from lmkit.store.manifest import read_manifest
-from lmkit.store.runs import Run, read_result
+from lmkit.store.runs import Run, SharedRun, read_result
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer, TrainState, can_read_late, restore_trainer
+from lmkit.tuning import lr_factors, unfreezing
 
-IMMUTABLE = ("model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order")
+IMMUTABLE = (
+    "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
+    "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective",
+    "task.kind", "task.class_weights", "task.dropout", "task.metric", "task.network", "task.pooling",
+    "task.beta", "task.label_smoothing", "task.sft_weight",
+)  # fmt: skip
 """Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
 LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience")
 """Keys with another value of which a finished run goes on."""
@@ -55,6 +69,10 @@ class Job:
     stop: StopRequests
     started: float
     """time.monotonic() at which the command began."""
+    world: World = SINGLE
+    """The processes that train together."""
+    forgetting: Forgetting | None = None
+    """What finetuning does to the perplexity on the text that the base run learnt; None: it is not measured."""
 
     @property
     def num_parameters(self) -> int:
@@ -75,15 +93,58 @@ def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None
             raise DataError(f"the dataset has no {name} split", "raise dataset.valid_fraction, or add the files")
 
 
+def deal(train: TrainConfig, world: World) -> TrainConfig:
+    """The training loop with micro-batches that can be dealt to the processes.
+
+    Raises ConfigError if they would not all get the same number.
+    """
+    if world.size == 1:
+        return train
+    share, rest = divmod(train.batch_size, world.size)
+    if rest:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} cannot be dealt to {world.size} processes",
+            f"make it a multiple of {world.size}",
+        )
+    micro = share if train.micro_batch_size is None else train.micro_batch_size
+    if share % micro:
+        raise ConfigError(
+            f"train.micro_batch_size={micro} makes {train.batch_size // micro} micro-batches of a step, which cannot"
+            f" be dealt to {world.size} processes",
+            f"use train.micro_batch_size={math.gcd(share, micro)}",
+        )
+    return replace(train, micro_batch_size=micro)
+
+
+@contextlib.contextmanager
+def open_run(
+    cfg: PretrainConfig | FinetuneConfig, dataset: str, model: str, world: World, console: Console
+) -> Iterator[Run]:
+    """The run directory of a command; the first process makes and locks it, and the others are told where it is."""
+    made: list[Run] = []
+
+    def make() -> str:
+        run_dir, root = cfg.run.dir, cfg.run.root
+        made.append(Run.create(run_dir, root=root, dataset=dataset, model=model, resume=cfg.resume, warn=console.warn))
+        return str(made[0].path)
+
+    path = Path(world.tell(make))
+    with made[0] if made else SharedRun(path) as run:
+        yield run
+
+
 def execute(job: Job) -> dict[str, Any]:
     """Train (or count), evaluate on valid, save, write result.json, and show the result."""
+    if job.world.size > 1 and job.model_config.trains_by_counting:
+        raise ConfigError("parallel=ddp: a model that counts is made by one process", "leave parallel out")
     job.run.begin(
         seed=job.cfg.seed,
-        command=command_line(),
+        command=command_line(job.world),
         digests={"data": job.task.data_digest, "tokenizer": job.task.tokenizer.digest},
     )
     found = load_latest(job.run.path, job.console.warn)
-    changes = check_resumable(found[1].config, job.stored_config) if found is not None else []
+    _check_shared(job, -1 if found is None else found[1].step)
+    changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, job.console)
     if changes:
         job.run.journal("changed", {"keys": changes})
     before = read_result(job.run.path)
@@ -97,9 +158,20 @@ def execute(job: Job) -> dict[str, Any]:
     return _train(job, found[1] if found is not None else None)
 
 
-def command_line() -> list[str]:
-    """The words that started this process, for people."""
-    return ["lmkit", *sys.argv[1:]]
+def _check_shared(job: Job, step: int) -> None:
+    """Raise CheckpointError unless all processes have found the checkpoint of the same step (-1: none)."""
+    (first,), _ = job.world.agree([float(step)])
+    _, (other,) = job.world.agree([], [step != first])
+    if other:
+        raise CheckpointError(
+            f"not all processes find the checkpoint of step {first:.0f} in {job.run.path}",
+            "put run.dir on a file system that all machines share",
+        )
+
+
+def command_line(world: World) -> list[str]:
+    """The words that started the job, for people."""
+    return [*world.launcher, *sys.argv[1:]]
 
 
 def build_trainer(
@@ -108,13 +180,15 @@ def build_trainer(
     model: nn.Module,
     device: Device,
     snapshot: Snapshot | None,
+    world: World = SINGLE,
 ) -> Trainer:
     """The trainer of a configuration, at its first step or where a checkpoint of it was taken."""
     train = cfg.train
     if snapshot is None:
         task.begin()
     model = model.to(device.torch_device)
-    optimizer = build_optimizer(cfg.optimizer, model, fused=device.fused)
+    tune = cfg.tune if isinstance(cfg, FinetuneConfig) else TuneConfig()
+    optimizer = build_optimizer(cfg.optimizer, model, fused=device.fused, lr_factors=lr_factors(model, tune))
     trainer = Trainer(
         task=task,
         model=model,
@@ -125,20 +199,30 @@ def build_trainer(
         seed=cfg.seed,
         micro_batch_size=train.micro_batch_size or train.batch_size,
         state=TrainState() if snapshot is None else TrainState.from_json(state_of(snapshot)),
-        average=None if train.ema_decay is None else WeightAverage(model, train.ema_decay),
+        average=build_average(train, model),
+        average_begins=lambda state: average_begins(train, state.horizon.progress(state.step), state.valid_losses),
         max_skips=train.max_skips if train.nonfinite is NonFinite.skip else 0,
         spike_nats=train.spike_nats,
+        frozen_until=unfreezing(model, tune),
+        world=world,
         reads_late=can_read_late(optimizer, device),
     )
     if snapshot is not None:
         restore_trainer(trainer, snapshot.model, snapshot.optimizer)
+    else:
+        world.copy_first(model.state_dict().values())
     return trainer
 
 
 def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
-    cfg = job.cfg
-    trainer = build_trainer(cfg, job.task, job.model, job.device, snapshot)
+    cfg, forgetting = job.cfg, job.forgetting
+    if forgetting is not None:
+        forgetting.measure_before(job.task)
+    reserved_s = 0.0 if forgetting is None or cfg.train.budget_s is None else forgetting.seconds
+    trainer = build_trainer(cfg, job.task, job.model, job.device, snapshot, job.world)
     job.run.cut_metrics(0 if snapshot is None else snapshot.step)
+    if job.world.is_first:
+        attach_logger(cfg.logger, job.run, job.stored_config, job.console.warn)
     if snapshot is not None:
         job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
     session = Session(
@@ -151,12 +235,17 @@ def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
         save=cfg.save,
         console=job.console,
         stop=job.stop,
-        command=command_line(),
-        started=job.started,
+        command=command_line(job.world),
+        started=job.started - reserved_s,
     )
     _say_plan(job, session)
     validation = session.execute()
-    session.plot()
+    if job.world.is_first:
+        session.plot()
+    if forgetting is not None:
+        average = trainer.average
+        with contextlib.nullcontext() if average is None else average.applied(trainer.model):
+            validation = forgetting.added_to(validation)
     state = trainer.state
     numbers = {
         "step": state.step,
@@ -185,16 +274,20 @@ def _say_environment(job: Job, checkpoint: Path) -> None:
         job.console.say(f"the order is the same, but not promised bit for bit: {', '.join(changed)}")
 
 
-def check_resumable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console | None = None) -> list[str]:
     """Differences between a stored and a new configuration that are allowed, as text.
 
-    Raises ConfigError listing old and new value of every key that must not change.
+    Raises ConfigError naming every key that must not change; the console is shown their values in two columns.
     """
     before, after = dict(_flat(old)), dict(_flat(new))
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    fatal = [key for key in changed if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
+    told = [key for key in changed if key.partition(".")[0] in old]  # other sections are newer than the run
+    fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
     if fatal:
         pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
+        if console is not None:
+            rows = [[key, format_value(before.get(key)), format_value(after.get(key))] for key in fatal]
+            console.say("\n".join(columns([["key", "the run", "now"], *rows], indent=2)))
         raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
 
@@ -242,7 +335,8 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
     job.run.write_result(result)
     counted = job.model_config.trains_by_counting
     length = "counted" if counted else f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
-    unit = "n-grams" if counted else "parameters"
+    whole = all(p.requires_grad for p in job.model.parameters())
+    unit = "n-grams" if counted else "parameters" if whole else "trained parameters"
     rows = [
         ("dataset", job.task.data_name),
         ("model", f"{job.stored_config['model']['kind']}, {format_count(job.num_parameters)} {unit}"),
@@ -253,5 +347,5 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
     if "elapsed_s" in numbers:
         rows.insert(3, ("time", format_duration(numbers["elapsed_s"])))
     job.console.table("Result", rows)
-    job.console.say(f"next: lmkit eval-ppl run={job.run.path}   lmkit generate run={job.run.path} --prompt TEXT")
+    job.console.say(f"next: {job.task.advice(job.run.path)}")
     return result

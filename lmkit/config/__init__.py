@@ -6,7 +6,21 @@ torch; ``build`` methods import the code when it is needed. The line of text und
 
 from __future__ import annotations
 
-from lmkit.config import commands, data, evaluation, machine, model, optimization, tasks
+from lmkit.config import (
+    adapter,
+    chat,
+    commands,
+    data,
+    evaluation,
+    export,
+    loggers,
+    machine,
+    model,
+    objectives,
+    optimization,
+    parallel,
+    tasks,
+)
 
 ROOTS: dict[str, type] = {
     "prepare": commands.PrepareConfig,
@@ -14,6 +28,7 @@ ROOTS: dict[str, type] = {
     "finetune": commands.FinetuneConfig,
     "eval-ppl": commands.EvalPplConfig,
     "generate": commands.GenerateConfig,
+    "export": export.ExportConfig,
 }
 """Subcommand -> root dataclass."""
 
@@ -36,6 +51,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "transformer": model.TransformerConfig,
         "recurrent": model.RecurrentConfig,
         "ngram": model.NgramConfig,
+        "vae_lstm": model.VaeLstmConfig,
+        "relgan": model.RelganConfig,
+        "network": tasks.NetworkConfig,
+    },
+    "objective": {
+        "lm": objectives.ObjectiveConfig,
+        "vae": objectives.VaeObjectiveConfig,
+        "gan": objectives.GanObjectiveConfig,
     },
     "optimizer": {
         "sgd": optimization.SgdConfig,
@@ -44,6 +67,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "rmsprop": optimization.RmspropConfig,
         "adam": optimization.AdamConfig,
         "adamw": optimization.AdamwConfig,
+        "nadam": optimization.NadamConfig,
         "muon": optimization.MuonConfig,
     },
     "schedule": {
@@ -57,9 +81,15 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "softmax": {
         "exact": optimization.SoftmaxConfig,
         "sampled": optimization.SampledSoftmaxConfig,
+        "adaptive": optimization.AdaptiveSoftmaxConfig,
     },
+    "adapter": {"lora": adapter.AdapterConfig},
     "task": {
         "lm": tasks.LmTaskConfig,
+        "classify": tasks.ClassifyTaskConfig,
+        "regress": tasks.RegressTaskConfig,
+        "instruct": chat.InstructTaskConfig,
+        "prefer": chat.PreferTaskConfig,
     },
     "protocol": {
         "stream": evaluation.StreamProtocolConfig,
@@ -79,6 +109,17 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "unigram": evaluation.UnigramCacheConfig,
         "neural": evaluation.NeuralCacheConfig,
     },
+    "logger": {
+        "none": loggers.LoggerConfig,
+        "tensorboard": loggers.TensorboardLoggerConfig,
+        "wandb": loggers.WandbLoggerConfig,
+        "mlflow": loggers.MlflowLoggerConfig,
+        "trackio": loggers.TrackioLoggerConfig,
+    },
     "device": {"device": machine.DeviceConfig},
+    "parallel": {
+        "none": parallel.ParallelConfig,
+        "ddp": parallel.DdpConfig,
+    },
 }
 """Group -> schema name -> dataclass: the one table from names to classes."""

@@ -31,3 +31,9 @@ class Problems:
     ) -> None:
         if kind is None and self.found:
             raise ConfigError("; ".join(self.found))
+
+
+def check_cutoffs(check: Problems, key: str, cutoffs: list[int]) -> None:
+    """Cutoffs of an adaptive softmax: positive and rising."""
+    rising = all(a < b for a, b in zip([0, *cutoffs], cutoffs, strict=False))
+    check(rising, key, cutoffs, "must be positive and rising, e.g. [2000, 10000]")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lmkit.config.adapter import AdapterConfig, TuneConfig
 from lmkit.config.check import Problems
 from lmkit.config.data import DatasetConfig, TokenizerConfig
 from lmkit.config.evaluation import CacheConfig, DynamicConfig, ProtocolConfig
+from lmkit.config.loggers import LoggerConfig
 from lmkit.config.machine import DeviceConfig
 from lmkit.config.model import ModelConfig
-from lmkit.config.optimization import InitConfig, OptimizerConfig, ScheduleConfig, SoftmaxConfig
-from lmkit.config.tasks import LmTaskConfig, TaskConfig
+from lmkit.config.objectives import ObjectiveConfig
+from lmkit.config.optimization import InitConfig, OptimizerConfig, ScheduleConfig, SoftmaxConfig, StartConfig
+from lmkit.config.parallel import ParallelConfig
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, TaskConfig
 from lmkit.config.training import (
     EvalConfig,
     ExistingRunConfig,
@@ -46,6 +50,8 @@ class PretrainConfig:
     """Tokenizer."""
     model: ModelConfig
     """Model."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is learnt."""
     optimizer: OptimizerConfig
     """Optimizer."""
     schedule: ScheduleConfig
@@ -56,10 +62,14 @@ class PretrainConfig:
     """Loss over the vocabulary."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes that train together."""
     train: TrainConfig
     """Training loop."""
     log: LogConfig = field(default_factory=LogConfig)
     """Logging."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Where metrics go besides the run's metrics.jsonl."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Validation."""
     save: SaveConfig = field(default_factory=SaveConfig)
@@ -68,6 +78,8 @@ class PretrainConfig:
     """Run directory."""
     resume: bool = False
     """Continue the run in run.dir, or start it when there is nothing yet."""
+    plan: bool = False
+    """Only say what the run would take: parameters, memory, disk, time, and the largest micro-batch that fits."""
     seed: int = 1
     """Seed of initialisation, order and dropout (>= 0)."""
     debug: bool = False
@@ -82,14 +94,28 @@ class PretrainConfig:
                 self.resume,
                 "needs run.dir=DIR, the run to continue",
             )
+            check(
+                self.objective.name == self.model.objective,
+                "objective",
+                self.objective.name,
+                f"does not train this model, which needs objective={self.model.objective}",
+            )
 
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
     """lmkit finetune: teach a run a task or more text, as a new run with the run's tokenizer."""
 
-    task: TaskConfig = field(default_factory=LmTaskConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     """What is learnt."""
+    predict: str | None = None
+    """Rows to predict for, after training; without task=, nothing is trained and run=DIR, a classifier, predicts."""
+    output: str | None = None
+    """Where the predictions go (.jsonl); null: beside the file of ``predict``, as NAME.predictions.jsonl."""
+    adapter: AdapterConfig | None = None
+    """Low-rank adapters to train instead of the model's weights; null: none."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Which parameters are trained, when, and how fast."""
     dataset: DatasetConfig
     """Corpus of task=lm."""
     optimizer: OptimizerConfig
@@ -100,14 +126,20 @@ class FinetuneConfig:
     """Loss over the vocabulary."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes that train together."""
     train: TrainConfig
     """Training loop."""
     log: LogConfig = field(default_factory=LogConfig)
     """Logging."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Where metrics go besides the run's metrics.jsonl."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Validation."""
     save: SaveConfig = field(default_factory=SaveConfig)
     """Checkpoints."""
+    init: StartConfig = field(default_factory=StartConfig)
+    """init=hf:NAME_OR_DIR: the model to start from, instead of a run."""
     run: RunConfig = field(default_factory=RunConfig)
     """run=DIR: the run to start from; run.dir=DIR: the run to make."""
     resume: bool = False
@@ -118,6 +150,8 @@ class FinetuneConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        if type(self.task) is TaskConfig:  # a default of a subclass would not let Hydra choose another one
+            self.task = LmTaskConfig()
         with Problems() as check:
             check(self.seed >= 0, "seed", self.seed, "must be >= 0")
             check(
@@ -126,6 +160,19 @@ class FinetuneConfig:
                 self.resume,
                 "needs run.dir=DIR, the run to continue",
             )
+            check(
+                self.init.weights is None or self.run.path is None,
+                "init.weights",
+                self.init.weights,
+                "and run= both say what to start from: leave one out",
+            )
+            check(
+                self.predict is None or isinstance(self.task, LmTaskConfig | ClassifyTaskConfig | RegressTaskConfig),
+                "predict",
+                self.predict,
+                "needs task=classify or task=regress, or no task and run=DIR of such a run",
+            )
+            check(self.output is None or self.predict is not None, "output", self.output, "needs predict=FILE")
 
 
 @dataclass(kw_only=True)
@@ -134,6 +181,8 @@ class EvalPplConfig:
 
     run: ExistingRunConfig = field(default_factory=ExistingRunConfig)
     """Run to evaluate."""
+    adapter: str | None = None
+    """Folder of an adapter that was finetuned from the run, as in RUN/adapter; null: none."""
     dataset: DatasetConfig | None = None
     """Corpus to evaluate on; null: the corpus the run was trained on."""
     split: str = "test"
@@ -152,6 +201,8 @@ class EvalPplConfig:
     """Divide the logits by this number (> 0); ``valid``: by the one that is best on valid."""
     mc_samples: int = 0
     """Average the probabilities of this many passes with dropout (MC dropout; Gal & Ghahramani 2016); 0: none."""
+    latent_samples: int = 50
+    """Samples of the latent vector behind the bound of a sentence VAE (>= 1): more make it tighter and cost as much."""
     dynamic: DynamicConfig | None = None
     """Dynamic evaluation."""
     cache: CacheConfig | None = None
@@ -190,7 +241,7 @@ class EvalPplConfig:
             check(self.split in ("train", "valid", "test"), "split", self.split, "must be train, valid or test")
             check(self.context is None or self.context >= 1, "context", self.context, "must be >= 1 or null")
             check(self.stride is None or self.stride >= 1, "stride", self.stride, "must be >= 1 or null")
-            for name in ("seq_len", "batch_size"):
+            for name in ("seq_len", "batch_size", "latent_samples"):
                 check(getattr(self, name) >= 1, name, getattr(self, name), "must be >= 1")
             for name in ("mc_samples", "bootstrap", "report_tokens", "seed"):
                 check(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
@@ -271,11 +322,37 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
+class VaeGenerateConfig:
+    """What a sentence VAE writes instead of sentences from the prior."""
+
+    reconstruct: str | None = None
+    """Read this sentence, and write it again from its latent vector."""
+    interpolate_from: str | None = None
+    """Write sentences on the straight line from the latent vector of this sentence."""
+    interpolate_to: str | None = None
+    """To that of this one."""
+    steps: int = 7
+    """Sentences on the line, both ends included (>= 2)."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(self.steps >= 2, "vae.steps", self.steps, "must be >= 2")
+            check(
+                (self.interpolate_from is None) == (self.interpolate_to is None),
+                "vae.interpolate_to" if self.interpolate_to is None else "vae.interpolate_from",
+                None,
+                "is missing: give both ends",
+            )
+
+
+@dataclass(kw_only=True)
 class GenerateConfig:
     """lmkit generate: continue a prompt. Text goes to stdout, everything else to stderr."""
 
     run: ExistingRunConfig = field(default_factory=ExistingRunConfig)
     """Run to generate with."""
+    adapter: str | None = None
+    """Folder of an adapter that was finetuned from the run, as in RUN/adapter; null: none."""
     max_new_tokens: int = 100
     """Tokens to generate per sample (>= 0); also -n N."""
     num_samples: int = 1
@@ -286,8 +363,16 @@ class GenerateConfig:
     """End a sample at an end-of-document token (for ``word``: never, since <eos> only ends a line)."""
     stream: bool = True
     """Print the text as it is generated when there is one sample."""
+    chat: bool = False
+    """Take each prompt as what a user says to a run of task=instruct or prefer, and print the answers only."""
+    interactive: bool = False
+    """Read what the user says line by line and answer; also --chat without a prompt on a terminal."""
+    system: str | None = None
+    """System prompt of the conversation; null: that of the run; empty: none."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling."""
+    vae: VaeGenerateConfig = field(default_factory=VaeGenerateConfig)
+    """Sentence VAEs only."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     """Device."""
     seed: int = 1
@@ -299,4 +384,6 @@ class GenerateConfig:
         with Problems() as check:
             check(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "must be >= 0")
             check(self.num_samples >= 1, "num_samples", self.num_samples, "must be >= 1")
+            chats = self.chat or self.interactive
+            check(self.system is None or chats, "system", self.system, "needs --chat or --interactive")
             check(self.seed >= 0, "seed", self.seed, "must be >= 0")

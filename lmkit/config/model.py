@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from lmkit.config.check import Problems
+from lmkit.config.check import Problems, check_cutoffs
 
 if TYPE_CHECKING:
     from lmkit.models.base import LanguageModel
@@ -35,6 +35,11 @@ class ModelConfig:
         """True if the model is estimated in one pass over the counts of train rather than by gradient."""
         return False
 
+    @property
+    def objective(self) -> str:
+        """Name of the ``objective`` that trains it."""
+        return "lm"
+
 
 class Activation(Enum):
     """Pointwise non-linearities of the feed-forward block."""
@@ -62,7 +67,27 @@ class Norm(Enum):
 
 
 @dataclass(kw_only=True)
-class TransformerConfig(ModelConfig):
+class HeadConfig(ModelConfig):
+    """What the output layers of neural language models have in common."""
+
+    num_softmaxes: int = 1
+    """Softmaxes whose mixture the output layer is (>= 1; Yang et al. 2018)."""
+    cutoffs: list[int] = field(default_factory=list)
+    """Adaptive softmax: frequency rank at which each cluster of rarer tokens begins; softmax=adaptive sets it."""
+    div_value: float = 4.0
+    """Adaptive softmax: each cluster is this many times narrower than the one before it (>= 1)."""
+
+    def _check_head(self, check: Problems, *, tied: bool) -> None:
+        check(self.num_softmaxes >= 1, "model.num_softmaxes", self.num_softmaxes, "must be >= 1")
+        check_cutoffs(check, "model.cutoffs", self.cutoffs)
+        check(1 <= self.div_value < float("inf"), "model.div_value", self.div_value, "must be >= 1 and finite")
+        if self.cutoffs:
+            check(self.num_softmaxes == 1, "model.num_softmaxes", self.num_softmaxes, "must be 1 with softmax=adaptive")
+            check(not tied, "model.tie_embeddings", tied, "must be false with softmax=adaptive")
+
+
+@dataclass(kw_only=True)
+class TransformerConfig(HeadConfig):
     """Decoder-only Transformer. The defaults are Llama-shaped; ``gpt2`` and ``vanilla`` are other settings of it."""
 
     d_model: int = 256
@@ -70,9 +95,11 @@ class TransformerConfig(ModelConfig):
     num_layers: int = 6
     """Number of blocks."""
     num_heads: int = 8
-    """Query heads; must divide d_model."""
+    """Query heads; must divide d_model unless head_channels is given."""
     num_kv_heads: int | None = None
     """Key/value heads for grouped-query attention; must divide num_heads; null: num_heads."""
+    head_channels: int | None = None
+    """Channels of a head; null: d_model / num_heads."""
     d_ff: int | None = None
     """Width of the feed-forward block; null: 8/3 d_model rounded up to 32 if gated, else 4 d_model."""
     context: int = 512
@@ -93,6 +120,10 @@ class TransformerConfig(ModelConfig):
     """Gate the feed-forward block (SwiGLU with silu; Shazeer 2020)."""
     bias: bool = False
     """Biases in the linear layers and in layernorm."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections (Qwen2); null: as ``bias``."""
+    qk_norm: bool | None = None
+    """RMSNorm over the channels of each query and key head (Qwen3; Henry et al. 2020); null: none."""
     tie_embeddings: bool = True
     """Share the input embedding with the output layer."""
     scale_embeddings: bool = False
@@ -101,6 +132,14 @@ class TransformerConfig(ModelConfig):
     """Dropout on the embeddings and on each sublayer's output (0 <= p < 1)."""
     attention_dropout: float = 0.0
     """Dropout on the attention weights (0 <= p < 1)."""
+    memory_tokens: int = 0
+    """Tokens before each that it sees whatever the segment, through a carried memory; 0: none, windows begin anew."""
+    dropout_embed: float = 0.0
+    """Word-type dropout: rows of the embedding table dropped for a whole batch (0 <= p < 1)."""
+    dropout_locked: bool = False
+    """One mask of ``dropout`` for all positions of a sequence (Gal & Ghahramani 2016) in place of one for each."""
+    drop_path: float = 0.0
+    """Stochastic depth: a sequence skips the last block's sublayers with this probability, others less (0 <= p < 1)."""
 
     def __post_init__(self) -> None:
         kv = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -109,33 +148,57 @@ class TransformerConfig(ModelConfig):
                 check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
             heads = max(self.num_heads, 1)
             check(
-                self.d_model % heads == 0,
+                self.head_channels is None or self.head_channels >= 1,
+                "model.head_channels",
+                self.head_channels,
+                "must be >= 1 or null",
+            )
+            check(
+                self.head_channels is not None or self.d_model % heads == 0,
                 "model.d_model",
                 self.d_model,
                 f"must be a multiple of model.num_heads={heads}",
             )
-            if self.positions is Positions.rotary and self.d_model % heads == 0:
+            if self.positions is Positions.rotary and (self.head_channels is not None or self.d_model % heads == 0):
                 check(
-                    self.d_model // heads % 2 == 0,
-                    "model.d_model/num_heads",
-                    self.d_model // heads,
+                    (self.head_channels or self.d_model // heads) % 2 == 0,
+                    "model.d_model/num_heads" if self.head_channels is None else "model.head_channels",
+                    self.head_channels or self.d_model // heads,
                     "must be even for rotary positions",
                 )
             check(kv >= 1 and heads % max(kv, 1) == 0, "model.num_kv_heads", kv, f"must divide model.num_heads={heads}")
             check(self.d_ff is None or self.d_ff >= 1, "model.d_ff", self.d_ff, "must be >= 1 or null")
             check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be > 0")
             check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must be between 0 and 1")
-            check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and below 1")
-            check(
-                0 <= self.attention_dropout < 1,
-                "model.attention_dropout",
-                self.attention_dropout,
-                "must be at least 0 and below 1",
-            )
+            check(self.memory_tokens >= 0, "model.memory_tokens", self.memory_tokens, "must be >= 0")
+            if self.memory_tokens > 0:
+                rotary = self.positions is Positions.rotary
+                check(rotary, "model.positions", self.positions.name, "must be rotary with model.memory_tokens > 0")
+            for name in ("dropout", "attention_dropout", "dropout_embed", "drop_path"):
+                check(
+                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
+                )
+            self._check_head(check, tied=self.tie_embeddings)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a head."""
+        return self.head_channels or self.d_model // self.num_heads
+
+    @property
+    def carries_state(self) -> bool:
+        return self.memory_tokens > 0
+
+    @property
+    def memory(self) -> str:
+        return f"each layer sees {self.memory_tokens} tokens back, across all segments"
 
     def build(self, vocab_size: int, *, seed: int) -> LanguageModel:
         from lmkit.models.transformer import Transformer
+        from lmkit.models.transformer_xl import MemoryTransformer
 
+        if self.memory_tokens > 0:
+            return MemoryTransformer(self, vocab_size, seed=seed)
         return Transformer(self, vocab_size, seed=seed)
 
 
@@ -147,7 +210,7 @@ class Cell(Enum):
 
 
 @dataclass(kw_only=True)
-class RecurrentConfig(ModelConfig):
+class RecurrentConfig(HeadConfig):
     """LSTM or GRU language model with tied weights and variational (locked) dropout (Gal & Ghahramani 2016)."""
 
     cell: Cell = Cell.lstm
@@ -158,6 +221,10 @@ class RecurrentConfig(ModelConfig):
     """Width of the hidden layers below the last."""
     num_layers: int = 2
     """Number of layers."""
+    mogrifier_rounds: int = 0
+    """Rounds in which input and state of an LSTM gate each other before each step (>= 0; Melis et al. 2020); slow."""
+    mogrifier_rank: int | None = None
+    """Rank of the matrices of these rounds (>= 1); null: full."""
     dropout_embed: float = 0.0
     """Word-type dropout: rows of the embedding table dropped for a whole batch (0 <= p < 1)."""
     dropout_input: float = 0.2
@@ -175,10 +242,16 @@ class RecurrentConfig(ModelConfig):
         with Problems() as check:
             for name in ("d_embed", "d_hidden", "num_layers"):
                 check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+            check(self.mogrifier_rounds >= 0, "model.mogrifier_rounds", self.mogrifier_rounds, "must be >= 0")
+            plain = self.cell is Cell.lstm or self.mogrifier_rounds == 0
+            check(plain, "model.cell", self.cell.name, "must be lstm with model.mogrifier_rounds > 0")
+            rank = self.mogrifier_rank
+            check(rank is None or rank >= 1, "model.mogrifier_rank", rank, "must be >= 1 or null")
             for name in ("dropout_embed", "dropout_input", "dropout_hidden", "dropout_output", "dropout_recurrent"):
                 check(
                     0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
                 )
+            self._check_head(check, tied=self.tie_embeddings)
 
     @property
     def carries_state(self) -> bool:
@@ -217,3 +290,88 @@ class NgramConfig(ModelConfig):
         from lmkit.models.ngram import KneserNey
 
         return KneserNey(self, vocab_size)
+
+
+@dataclass(kw_only=True)
+class VaeLstmConfig(ModelConfig):
+    """Sentence VAE with an LSTM encoder and an LSTM decoder, tied weights (Bowman et al. 2016)."""
+
+    d_embed: int = 256
+    """Width of the embedding and of the decoder (they are tied)."""
+    d_encoder: int = 256
+    """Width of the encoder."""
+    d_latent: int = 32
+    """Latent units; 0: none, that is an LSTM language model of sentences of the same size."""
+    dropout_word: float = 0.0
+    """Words that the decoder does not see as its input (0 <= p < 1; Bowman et al. 2016)."""
+    dropout_input: float = 0.3
+    """Locked dropout on the decoder's embedded input (0 <= p < 1)."""
+    dropout_output: float = 0.4
+    """Locked dropout on the decoder's output (0 <= p < 1)."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            for name in ("d_embed", "d_encoder"):
+                check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+            check(self.d_latent >= 0, "model.d_latent", self.d_latent, "must be >= 0")
+            for name in ("dropout_word", "dropout_input", "dropout_output"):
+                check(
+                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
+                )
+
+    @property
+    def memory(self) -> str:
+        return "state carried from start to end of a sentence"
+
+    @property
+    def objective(self) -> str:
+        return "vae"
+
+    def build(self, vocab_size: int, *, seed: int) -> LanguageModel:
+        from lmkit.models.vae import VaeLstm
+
+        return VaeLstm(self, vocab_size, seed=seed)
+
+
+@dataclass(kw_only=True)
+class RelganConfig(ModelConfig):
+    """LSTM generator and convolutional discriminator (after Nie et al. 2019); a language model of sentences."""
+
+    d_embed: int = 256
+    """Width of the generator: its embedding and its only layer (tied)."""
+    dropout_input: float = 0.3
+    """Locked dropout on the generator's input while it learns by maximum likelihood (0 <= p < 1)."""
+    dropout_output: float = 0.4
+    """Locked dropout on its output then (0 <= p < 1)."""
+    num_representations: int = 8
+    """Embeddings of a sentence that the discriminator judges one by one (>= 1)."""
+    d_representation: int = 8
+    """Width of each (>= 1)."""
+    num_filters: int = 64
+    """Convolution filters of each length from 2 to 5 words (>= 1)."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            for name in ("d_embed", "num_representations", "d_representation", "num_filters"):
+                check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+            for name in ("dropout_input", "dropout_output"):
+                check(
+                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
+                )
+
+    @property
+    def carries_state(self) -> bool:
+        return True
+
+    @property
+    def memory(self) -> str:
+        return "state carried from start to end; trained on single sentences"
+
+    @property
+    def objective(self) -> str:
+        return "gan"
+
+    def build(self, vocab_size: int, *, seed: int) -> LanguageModel:
+        from lmkit.models.gan import Relgan
+
+        return Relgan(self, vocab_size, seed=seed)

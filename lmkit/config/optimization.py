@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from lmkit.config.check import Problems
+from lmkit.config.check import Problems, check_cutoffs
+
+
+class Decay(Enum):
+    """Which parameters weight decay applies to."""
+
+    matrices = "matrices"
+    all = "all"
 
 
 @dataclass(kw_only=True)
@@ -15,7 +22,9 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate (> 0); the schedule multiplies it by a factor from 0 to 1."""
     weight_decay: float = 0.0
-    """Weight decay (>= 0) on matrices only: decoupled for adamw and muon, an L2 term for the others."""
+    """Weight decay (>= 0): decoupled for adamw, nadam and muon, an L2 term for the others."""
+    decay_on: Decay = Decay.matrices
+    """What decays: matrices (embeddings among them), or all, that is gains and biases too."""
     clip_norm: float | None = 1.0
     """Clip the global gradient norm to this (> 0); null: no clipping."""
 
@@ -128,6 +137,21 @@ class AdamwConfig(AdamConfig):
     """Decoupled weight decay on matrices (>= 0)."""
     beta2: float = 0.99
     """Decay of the squared-gradient average (0 <= beta2 < 1)."""
+
+
+@dataclass(kw_only=True)
+class NadamConfig(AdamConfig):
+    """Adam with Nesterov momentum (Dozat 2016) and decoupled weight decay."""
+
+    lr: float = 2e-3
+    """Peak learning rate (> 0)."""
+    momentum_decay: float = 4e-3
+    """How fast the momentum grows to beta1 (>= 0): the factor is 1 - 0.96^(step x this) / 2."""
+
+    def _check(self, check: Problems) -> None:
+        super()._check(check)
+        value = self.momentum_decay
+        check(0 <= value < float("inf"), "optimizer.momentum_decay", value, "must be >= 0 and finite")
 
 
 @dataclass(kw_only=True)
@@ -246,8 +270,31 @@ class PlateauConfig(ScheduleConfig):
 class SoftmaxConfig:
     """The loss in training: cross-entropy over the whole vocabulary. Also the base of the ``softmax`` group.
 
-    Evaluation always uses the exact softmax.
+    Evaluation always uses the exact softmax, without smoothing and penalties.
     """
+
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over the whole vocabulary (0 <= e < 1; Szegedy et al. 2016)."""
+    ar_alpha: float = 0.0
+    """Activation regularisation: weight (>= 0) of the mean square of the hidden vectors (Merity et al. 2017)."""
+    tar_beta: float = 0.0
+    """Temporal activation regularisation: weight (>= 0) of the mean square of their change from token to token."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(
+                0 <= self.label_smoothing < 1,
+                "softmax.label_smoothing",
+                self.label_smoothing,
+                "must be at least 0 and below 1",
+            )
+            for name in ("ar_alpha", "tar_beta"):
+                value = getattr(self, name)
+                check(0 <= value < float("inf"), f"softmax.{name}", value, "must be >= 0 and finite")
+            self._check(check)
+
+    def _check(self, check: Problems) -> None:
+        """Checks of the subclass, reported together with those of the base."""
 
 
 @dataclass(kw_only=True)
@@ -259,10 +306,25 @@ class SampledSoftmaxConfig(SoftmaxConfig):
     num_sampled: int = 300
     """Expected number of rarer tokens that are drawn for each batch (>= 1); the batch's targets come on top."""
 
-    def __post_init__(self) -> None:
-        with Problems() as check:
-            check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
-            check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
+    def _check(self, check: Problems) -> None:
+        check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
+        check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
+        check(self.label_smoothing == 0, "softmax.label_smoothing", self.label_smoothing, "needs softmax=exact")
+
+
+@dataclass(kw_only=True)
+class AdaptiveSoftmaxConfig(SoftmaxConfig):
+    """Adaptive softmax: few parameters and little work for rare tokens (Grave et al. 2017). Needs untied embeddings."""
+
+    cutoffs: list[int] = field(default_factory=list)
+    """Frequency rank at which each cluster of rarer tokens begins, rising; empty: 8 % and 25 % of the vocabulary."""
+    div_value: float = 4.0
+    """Each cluster is this many times narrower than the one before it (>= 1)."""
+
+    def _check(self, check: Problems) -> None:
+        check_cutoffs(check, "softmax.cutoffs", self.cutoffs)
+        check(1 <= self.div_value < float("inf"), "softmax.div_value", self.div_value, "must be >= 1 and finite")
+        check(self.label_smoothing == 0, "softmax.label_smoothing", self.label_smoothing, "needs softmax=exact")
 
 
 class EmbeddingInit(Enum):
@@ -280,8 +342,30 @@ class BiasInit(Enum):
 
 
 @dataclass(kw_only=True)
-class InitConfig:
-    """What of the training text goes into the initial parameters, before the first step."""
+class StartConfig:
+    """A model to start from; on the command line ``init=hf:NAME_OR_DIR`` is short for ``init.weights=...``."""
+
+    weights: str | None = None
+    """hf:NAME_OR_DIR: model and tokenizer of a Hugging Face folder or of the hub; null: none."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(
+                self.weights is None or (self.weights.startswith("hf:") and len(self.weights) > 3),
+                "init.weights",
+                self.weights,
+                "must be hf:NAME_OR_DIR or null",
+            )
+
+    @property
+    def hf_name(self) -> str | None:
+        """NAME_OR_DIR of ``weights``."""
+        return None if self.weights is None else self.weights.removeprefix("hf:")
+
+
+@dataclass(kw_only=True)
+class InitConfig(StartConfig):
+    """What the parameters are before the first step: those of another model, or in part taken from the text."""
 
     embeddings: EmbeddingInit = EmbeddingInit.random
     """random, or cooccurrence: a singular value decomposition of the counts of neighbouring tokens."""

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from lmkit.config import ROOTS, SCHEMAS
+from lmkit.config.model import ModelConfig
 from lmkit.errors import ConfigError
 
 T = TypeVar("T")
@@ -70,6 +71,29 @@ def from_plain(cls: type[T], data: Any, *, where: str = "config") -> T:
     return typing.cast(T, actual(**values))
 
 
+def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A run's stored configuration, with the fields that an older lmkit did not know yet at their defaults."""
+    root = ROOTS[str(stored.get("command"))]
+    hints: dict[str, Any] = typing.get_type_hints(root) | {"model": ModelConfig}
+    filled = _with_missing(root, stored)
+    for name, value in stored.items():
+        if not isinstance(value, dict):
+            continue
+        actual = SCHEMAS.get(name, {}).get(value["kind"]) if "kind" in value else hints.get(name)
+        if isinstance(actual, type) and dataclasses.is_dataclass(actual):
+            filled[name] = _with_missing(actual, value)
+    return filled
+
+
+def _with_missing(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    filled = dict(data)
+    for field in dataclasses.fields(cls):
+        if field.name not in data and not _is_required(field):
+            made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            filled[field.name] = _value_to_plain(made)
+    return filled
+
+
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -98,4 +122,4 @@ def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-__all__ = ["ROOTS", "from_plain", "kind_of", "to_plain"]
+__all__ = ["ROOTS", "from_plain", "kind_of", "to_plain", "with_defaults"]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 DEFAULT_ROOT = "runs"
 """Folder in which runs are looked for by their bare names."""
+DEFAULT_PLOT = "curves.png"
+DEFAULT_REPORT = "report.html"
 DEFAULT_STEPS = 12
 LEAST_STEPS = 4
 """Fewer leave no room for a checkpoint, a kill after it, and an end after that."""
@@ -24,7 +26,7 @@ class Action:
     most: int | None = 1
     """Words that it takes; None for any number."""
     options: dict[str, str] = field(default_factory=dict)
-    """Option -> its help; an option that takes a value is written with it: ``--steps N``."""
+    """Option -> its help; an option that takes a value is written with it: ``--steps N``, ``to=FILE.png``."""
     details: str = ""
     """More text for its own help."""
 
@@ -50,6 +52,33 @@ ACTIONS = {
         words="RUN RUN",
         least=2,
         most=2,
+    ),
+    "compare": Action(
+        summary="numbers of several runs side by side, and which settings differ",
+        words="RUN RUN [RUN ...]",
+        least=2,
+        most=None,
+        details="Losses and perplexities can be compared under the same letter only: runs of the same data and the "
+        "same tokenizer share one. The lowest under each letter has a star.",
+    ),
+    "plot": Action(
+        summary="draw the loss curves of runs into one PNG",
+        words="RUN [RUN ...]",
+        most=None,
+        options={"to=FILE.png": f"the file to write (default: {DEFAULT_PLOT} here)"},
+    ),
+    "report": Action(
+        summary="write one HTML page about a run: curves, samples, incidents, configuration",
+        words="RUN",
+        options={"to=FILE.html": f"the file to write (default: {DEFAULT_REPORT} in the run)"},
+        details="The page is one file that loads nothing else: it can be mailed, archived and opened from the disk.",
+    ),
+    "sweep": Action(
+        summary="what has become of the jobs of a multirun (-m), the best, and how to retry the rest",
+        words="DIR",
+        details="DIR is the run.dir of the multirun. Jobs that differ in nothing but the seed are folded: mean and "
+        "sample standard deviation of their lowest validation losses. Finished jobs are skipped when the sweep is "
+        "started again.",
     ),
     "verify": Action(
         summary="hash every file of every checkpoint again and name what is damaged",
@@ -115,6 +144,8 @@ class RunsConfig:
     """ls: print JSON lines."""
     yes: bool = False
     """rm: do not ask."""
+    to: str | None = None
+    """plot, report: the file to write."""
     steps: int = DEFAULT_STEPS
     """verify-resume: optimizer steps of the short copy."""
     help: bool = False

@@ -17,6 +17,14 @@ class Order(Enum):
     windows = "windows"
 
 
+class Shuffle(Enum):
+    """What of the text of lanes changes its place from epoch to epoch."""
+
+    none = "none"
+    blocks = "blocks"
+    documents = "documents"
+
+
 class NonFinite(Enum):
     """What to do when the loss or the gradient of a batch is not finite; in all cases that update is not made."""
 
@@ -30,6 +38,14 @@ class OnUsr1(Enum):
 
     stop = "stop"
     save = "save"
+
+
+class Average(Enum):
+    """Averages of the weights over the steps."""
+
+    ema = "ema"
+    swa = "swa"
+    nt_asgd = "nt_asgd"
 
 
 DEFAULT_MAX_EPOCHS = 3.0
@@ -47,6 +63,10 @@ class TrainConfig:
     """Tokens per sequence (>= 1); at most model.context where the model has one."""
     order: Order = Order.auto
     """lanes: contiguous text with carried state; windows: random order; auto: lanes for recurrent models."""
+    shuffle: Shuffle = Shuffle.none
+    """Lanes: each epoch in the order of the text (none), or in one of its own of blocks of 16 seq_len, or documents."""
+    seq_len_jitter: bool = False
+    """Lanes: draw the length of each batch around seq_len and scale its learning rate along (Merity et al. 2018)."""
     max_steps: int | None = None
     """Stop after this many optimizer steps (>= 1); null: no limit."""
     max_epochs: float | None = None
@@ -55,8 +75,14 @@ class TrainConfig:
     """Wall-clock time for the whole command, e.g. 90s, 10m, 1h30m: the schedule is fitted to it; null: no limit."""
     patience: int | None = None
     """Stop early after this many evaluations without a better validation loss (>= 1); null: never."""
+    average: Average | None = None
+    """Average of the weights that is evaluated and saved: ema, swa or nt_asgd; null: ema where ema_decay is given."""
     ema_decay: float | None = None
-    """Decay per step of an exponential average of the weights (0 < d < 1) that is evaluated and saved; null: none."""
+    """Decay per step of the exponential average of the weights (0 < d < 1); null: no such average."""
+    swa_start: float = 0.75
+    """average=swa: the mean of the weights after each step behind this share of the run (0 to below 1)."""
+    asgd_patience: int = 5
+    """average=nt_asgd: the mean from when the valid loss is above what it was this many evaluations ago (>= 1)."""
     nonfinite: NonFinite = NonFinite.stop
     """At a loss or gradient that is not finite: stop, skip the batch, or rollback to the last checkpoint without it."""
     max_skips: int = 10
@@ -81,6 +107,8 @@ class TrainConfig:
                 f"must divide train.batch_size={self.batch_size}",
             )
             check(self.seq_len >= 1, "train.seq_len", self.seq_len, "must be >= 1")
+            long_enough = self.seq_len >= 10 or not self.seq_len_jitter
+            check(long_enough, "train.seq_len", self.seq_len, "must be >= 10 with train.seq_len_jitter=true")
             check(
                 self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "must be >= 1 or null"
             )
@@ -97,6 +125,15 @@ class TrainConfig:
                 self.ema_decay,
                 "must be between 0 and 1 or null",
             )
+            ema = self.average is Average.ema
+            check(
+                self.average is None or ema == (self.ema_decay is not None),
+                "train.average",
+                self.average.name if self.average else None,
+                "needs train.ema_decay" if ema else "excludes train.ema_decay",
+            )
+            check(0 <= self.swa_start < 1, "train.swa_start", self.swa_start, "must be at least 0 and below 1")
+            check(self.asgd_patience >= 1, "train.asgd_patience", self.asgd_patience, "must be >= 1")
             check(
                 self.budget is None or parse_duration(self.budget) is not None,
                 "train.budget",
@@ -165,6 +202,8 @@ class EvalConfig:
 
     every_steps: int | None = None
     """Evaluate every so many steps (>= 1); null: ten times over the run, at least 20 steps apart, and at its end."""
+    sample_tokens: int = 0
+    """After each validation, draw a text of this many tokens for ``lmkit runs report`` (>= 0; 0: none)."""
 
     def __post_init__(self) -> None:
         with Problems() as check:
@@ -174,6 +213,7 @@ class EvalConfig:
                 self.every_steps,
                 "must be >= 1 or null",
             )
+            check(self.sample_tokens >= 0, "eval.sample_tokens", self.sample_tokens, "must be >= 0")
 
 
 OnSaveError = Enum("OnSaveError", ["continue", "stop"])

@@ -100,13 +100,26 @@ class Lanes:
     """The stream cut into ``batch_size`` contiguous lanes of ceil(N / batch_size) tokens, read side by side.
 
     Row b of batch k continues row b of batch k - 1, for models that carry their state (Zaremba et al. 2014). The last
-    lanes may be shorter. The first token of a lane is conditioned on the token before it in the stream. Every epoch is
-    the same.
+    lanes may be shorter. The first token of a lane is conditioned on the token before it in the stream.
+
+    Every epoch is the same, unless the text is cut into ``pieces``, which come in another order in each: the state is
+    carried on from one to the next as it is from document to document, and begins anew with the epoch only. With
+    ``jitter`` the lengths of the batches of an epoch are drawn (see ``jittered_edges``); their number is the same.
     """
 
-    def __init__(self, tokens: NDArray[np.integer], eos_id: int, batch_size: int, seq_len: int) -> None:
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        eos_id: int,
+        batch_size: int,
+        seq_len: int,
+        *,
+        pieces: Pieces | None = None,
+        jitter: int | None = None,
+    ) -> None:
+        """jitter: the seed of the lengths; None: all are ``seq_len``, but for the last."""
         self._stream = _Stream(tokens, eos_id)
-        self._batch_size, self._seq_len = batch_size, seq_len
+        self._batch_size, self._seq_len, self._pieces, self._jitter = batch_size, seq_len, pieces, jitter
         self.num_tokens = len(tokens)
         """Targets per epoch."""
         self._lane_len = -(-self.num_tokens // batch_size)
@@ -115,10 +128,80 @@ class Lanes:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of any step >= 0; epoch ``step // steps_per_epoch``."""
-        k = _checked(step) % self.steps_per_epoch
+        epoch, k = divmod(_checked(step), self.steps_per_epoch)
         starts_B = np.arange(self._batch_size, dtype=np.int64) * self._lane_len
         ends_B = np.minimum(starts_B + self._lane_len, self.num_tokens)
-        return self._stream.batch(starts_B + k * self._seq_len, ends_B, self._seq_len, starts_text=k == 0)
+        first, length = k * self._seq_len, self._seq_len
+        if self._jitter is not None:
+            edges = jittered_edges(self._lane_len, self.steps_per_epoch, self._seq_len, self._jitter, epoch)
+            first, length = int(edges[k]), int(edges[k + 1] - edges[k])
+        order = None if self._pieces is None else self._pieces.of_epoch(epoch)
+        return self._stream.batch(starts_B + first, ends_B, length, starts_text=k == 0, order=order)
+
+
+class Pieces:
+    """A text cut into pieces that come in another order each epoch: a keyed permutation, so nothing is stored."""
+
+    def __init__(self, starts_P: Indices, num_tokens: int, seed: int) -> None:
+        """starts_P: where each piece begins, rising from 0."""
+        self._starts_P, self._lengths_P = starts_P, np.diff(starts_P, append=num_tokens)
+        self._seed = seed
+        self._epochs: dict[int, PieceOrder] = {}
+
+    @classmethod
+    def blocks(cls, num_tokens: int, length: int, seed: int) -> Pieces:
+        """Pieces of ``length`` tokens; the last may be shorter."""
+        return cls(np.arange(0, num_tokens, length, dtype=np.int64), num_tokens, seed)
+
+    @classmethod
+    def documents(cls, tokens: NDArray[np.integer], eos_id: int, seed: int) -> Pieces:
+        """Pieces that end with an eos each, and with the text."""
+        starts_P = np.concatenate([[0], np.flatnonzero(tokens == eos_id) + 1]).astype(np.int64)
+        return cls(starts_P[starts_P < len(tokens)], len(tokens), seed)
+
+    def of_epoch(self, epoch: int) -> PieceOrder:
+        """Their order in an epoch; that of the last one asked for is kept."""
+        order = self._epochs.get(epoch)
+        if order is None:
+            number = len(self._starts_P)
+            chosen_P = Permutation(number, derive_key(self._seed, "pieces", epoch))(np.arange(number, dtype=np.int64))
+            order = PieceOrder(self._starts_P[chosen_P], np.cumsum(self._lengths_P[chosen_P]))
+            self._epochs = {epoch: order}
+        return order
+
+
+@dataclass(frozen=True)
+class PieceOrder:
+    """Where the pieces begin in the text, in the order in which they are read, and where each ends in that order."""
+
+    starts_P: Indices
+    ends_P: Indices
+
+    def __call__(self, positions: Indices) -> Indices:
+        """Positions in the text, from positions in the order of reading."""
+        piece = np.searchsorted(self.ends_P, positions, side="right")
+        begins_P = np.concatenate([[0], self.ends_P[:-1]])
+        places: Indices = self.starts_P[piece] + positions - begins_P[piece]
+        return places
+
+
+def jittered_edges(lane_len: int, num_steps: int, seq_len: int, seed: int, epoch: int) -> Indices:
+    """(num_steps + 1,) where the batches of an epoch begin and end in a lane, rising from 0 to ``lane_len``.
+
+    As in AWD-LSTM (Merity et al. 2018, section 5) lengths are drawn from a normal of deviation 5 around ``seq_len``,
+    or with probability 0.05 around half of it, and are at least 5; ours are then scaled to fill the lane in
+    ``num_steps`` steps, so that every epoch has as many.
+    """
+    counters = (np.arange(3 * num_steps, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    words = _mix(counters + np.uint64(derive_key(seed, "lengths", epoch) % 2**64))
+    which, radius, angle = ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(3, num_steps)
+    normal = np.sqrt(-2.0 * np.log1p(-radius)) * np.cos(2.0 * np.pi * angle)  # Box & Muller 1958
+    lengths = np.maximum(5.0, np.floor(np.where(which < 0.95, seq_len, seq_len / 2) + 5.0 * normal))
+    share = np.concatenate([[0.0], np.cumsum(lengths) / lengths.sum()])
+    share[-1] = 1.0
+    steps = np.arange(num_steps + 1, dtype=np.int64)  # at least one token each
+    edges: Indices = steps + np.floor(share * (lane_len - num_steps)).astype(np.int64)
+    return edges
 
 
 class Windows:
@@ -158,6 +241,27 @@ class Windows:
         ends_B = np.minimum(first + windows_B * self._seq_len, self.num_tokens)
         starts_B = np.where(windows_B == 0, 0, first + (windows_B - 1) * self._seq_len)
         return self._stream.batch(starts_B, np.where(filled_B, ends_B, 0), self._seq_len, starts_text=True)
+
+
+class Mixed:
+    """The rows of two kinds of batches one below the other: replay of an old corpus beside a new one.
+
+    An epoch is one of the first kind. Where the rows of either begin anew, those of both do.
+    """
+
+    def __init__(self, first: Lanes | Windows, second: Lanes | Windows) -> None:
+        self._first, self._second = first, second
+        self.steps_per_epoch = first.steps_per_epoch
+        """Batches per epoch."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of any step >= 0."""
+        parts = self._first[step], self._second[step]
+        return Batch(
+            torch.cat([part.inputs_BT for part in parts]),
+            torch.cat([part.targets_BT for part in parts]),
+            any(part.starts_text for part in parts),
+        )
 
 
 class Ahead:
@@ -246,11 +350,22 @@ class _Stream:
             raise DataError("there are no tokens to make batches of", "check the split's text")
         self._tokens, self._eos_id = tokens, eos_id
 
-    def batch(self, starts_B: Indices, ends_B: Indices, seq_len: int, *, starts_text: bool) -> Batch:
-        """Rows of up to ``seq_len`` targets from each start to each end (exclusive)."""
+    def batch(
+        self,
+        starts_B: Indices,
+        ends_B: Indices,
+        seq_len: int,
+        *,
+        starts_text: bool,
+        order: Callable[[Indices], Indices] | None = None,
+    ) -> Batch:
+        """Rows of up to ``seq_len`` targets from each start to each end (exclusive), in the order of the text or of
+        ``order``, which gives the place in the text of each."""
         positions_BT = starts_B[:, None] + np.arange(seq_len, dtype=np.int64)
         filled_BT = positions_BT < ends_B[:, None]
         positions_BT = np.where(filled_BT, positions_BT, 0)
+        if order is not None:
+            positions_BT = order(positions_BT)
         targets_BT = np.where(filled_BT, self._tokens[positions_BT].astype(np.int64), IGNORE)
         before_BT = self._tokens[np.maximum(positions_BT - 1, 0)].astype(np.int64)
         inputs_BT = np.where(filled_BT & (positions_BT > 0), before_BT, self._eos_id)

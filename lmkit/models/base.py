@@ -20,6 +20,9 @@ IGNORE = -100
 class State(ABC):
     """What a model remembers of the tokens it has read: a key/value cache, (h, c), the last n-1 tokens."""
 
+    undropped_BTD: Tensor | None = None
+    """In training, the hidden vectors before the model's last dropout where there is one; is not carried on."""
+
     @abstractmethod
     def detach(self) -> State:
         """The same state cut from the graph (truncated backpropagation through time)."""

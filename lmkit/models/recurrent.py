@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkit.config.model import Cell, RecurrentConfig
-from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel, State, seeded_generator
+from lmkit.models.dropout import embed_with_dropout, locked_dropout
+from lmkit.models.mogrifier import MogrifierLSTM
+from lmkit.models.output import build_head
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class RecurrentState(State):
 
     hidden: tuple[Tensor, ...]
     cell: tuple[Tensor, ...]
+    undropped_BTD: Tensor | None = None
 
     def detach(self) -> RecurrentState:
         return RecurrentState(tuple(h.detach() for h in self.hidden), tuple(c.detach() for c in self.cell))
@@ -41,18 +44,14 @@ class RecurrentState(State):
 class Recurrent(LanguageModel):
     """Embedding, recurrent layers, tied softmax. The state is always returned, so that training can carry it."""
 
-    head: SoftmaxHead
-
     def __init__(self, config: RecurrentConfig, vocab_size: int, *, seed: int) -> None:
         super().__init__()
         self.config, self.vocab_size, self.context = config, vocab_size, None
-        kind = nn.LSTM if config.cell is Cell.lstm else nn.GRU
         last = config.num_layers - 1
         widths = [config.d_embed] + [config.d_hidden] * last + [config.d_embed]
         self.embedding = nn.Embedding(vocab_size, config.d_embed)
-        self.layers = nn.ModuleList(kind(widths[i], widths[i + 1]) for i in range(config.num_layers))
-        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_embed))
-        self.head = SoftmaxHead(self.embedding.weight if own is None else own, bias=True)
+        self.layers = nn.ModuleList(build_layer(config, widths[i], widths[i + 1]) for i in range(config.num_layers))
+        self.head = build_head(config, self.embedding, tied=config.tie_embeddings, bias=True)
         self._initialise(seed)
 
     @torch.no_grad()
@@ -69,7 +68,8 @@ class Recurrent(LanguageModel):
                 for block in torch.split(p, p.shape[1]):
                     nn.init.orthogonal_(block, generator=generator)
             else:
-                std = 1 / math.sqrt(p.shape[1]) if ".weight_ih" in name else 0.1
+                fan_in = ".weight_ih" in name or ".rounds." in name
+                std = 1 / math.sqrt(p.shape[1]) if fan_in else 0.1
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
 
     def forward(
@@ -77,7 +77,7 @@ class Recurrent(LanguageModel):
     ) -> tuple[Tensor, RecurrentState]:
         """As LanguageModel.forward; dropout masks are drawn from torch's global generator."""
         config, drop = self.config, self.training
-        x_TBD = self._embed(tokens_BT.T)
+        x_TBD = embed_with_dropout(tokens_BT.T, self.embedding.weight, config.dropout_embed if drop else 0.0)
         x_TBD = locked_dropout(x_TBD, config.dropout_input if drop else 0.0)
         hidden, cell = [], []
         for i, layer in enumerate(self.layers):
@@ -85,17 +85,11 @@ class Recurrent(LanguageModel):
             hidden.append(h_BD)
             if c_BD is not None:
                 cell.append(c_BD)
-            p = config.dropout_output if i + 1 == len(self.layers) else config.dropout_hidden
-            x_TBD = locked_dropout(x_TBD, p if drop else 0.0)
-        return x_TBD.transpose(0, 1), RecurrentState(tuple(hidden), tuple(cell))
-
-    def _embed(self, tokens_TB: Tensor) -> Tensor:
-        """Embed; in training whole word types are dropped, the others scaled up (Merity et al. 2018, section 4.3)."""
-        p = self.config.dropout_embed if self.training else 0.0
-        if p == 0.0:
-            return F.embedding(tokens_TB, self.embedding.weight)
-        keep_V1 = torch.rand(self.vocab_size, 1, device=tokens_TB.device) >= p
-        return F.embedding(tokens_TB, self.embedding.weight) * (keep_V1[tokens_TB] / (1 - p))
+            if i + 1 < len(self.layers):
+                x_TBD = locked_dropout(x_TBD, config.dropout_hidden if drop else 0.0)
+        dropped_TBD = locked_dropout(x_TBD, config.dropout_output if drop else 0.0)
+        state = RecurrentState(tuple(hidden), tuple(cell), x_TBD.transpose(0, 1) if drop else None)
+        return dropped_TBD.transpose(0, 1), state
 
     def _run_layer(
         self, layer: nn.Module, x_TBD: Tensor, state: RecurrentState | None, index: int
@@ -118,9 +112,11 @@ class Recurrent(LanguageModel):
         return RecurrentState(tuple(tensors[f"hidden.{i}"] for i in layers), cells)
 
 
-def locked_dropout(x_TBD: Tensor, p: float) -> Tensor:
-    """Dropout with one mask (B, D) for all time steps (Gal & Ghahramani 2016, section 4)."""
-    if p == 0.0:
-        return x_TBD
-    keep_1BD = torch.rand(1, *x_TBD.shape[1:], device=x_TBD.device) >= p
-    return x_TBD * (keep_1BD.to(x_TBD.dtype) / (1 - p))
+def build_layer(config: RecurrentConfig, width_in: int, width: int) -> nn.Module:
+    """One recurrent layer."""
+    if config.mogrifier_rounds > 0:
+        return MogrifierLSTM(width_in, width, config.mogrifier_rounds, config.mogrifier_rank)
+    return nn.LSTM(width_in, width) if config.cell is Cell.lstm else nn.GRU(width_in, width)
+
+
+__all__ = ["Recurrent", "RecurrentState", "locked_dropout"]

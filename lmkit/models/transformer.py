@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
-from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel, State, seeded_generator
+from lmkit.models.dropout import DropPath, LockedDropout, embed_with_dropout
+from lmkit.models.output import build_head
 
 
 @dataclass
@@ -59,7 +60,6 @@ class KVCache(State):
 class Transformer(LanguageModel):
     """Decoder-only Transformer; see TransformerConfig for what can be chosen."""
 
-    head: SoftmaxHead
     cos_TC: Tensor
     sin_TC: Tensor
     sinusoids_TD: Tensor
@@ -70,11 +70,10 @@ class Transformer(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         if config.positions is Positions.learned:
             self.positions = nn.Embedding(config.context, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.dropout = build_dropout(config)
+        self.blocks = nn.ModuleList(Block(config, depth) for depth in range(1, config.num_layers + 1))
         self.final_norm = build_norm(config) if config.pre_norm else nn.Identity()
-        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
-        self.head = SoftmaxHead(self.embedding.weight if own is None else own)
+        self.head = build_head(config, self.embedding, tied=config.tie_embeddings, bias=False)
         self._add_tables()
         self._initialise(seed)
 
@@ -82,7 +81,7 @@ class Transformer(LanguageModel):
         """Position tables that are computed, not learned, and so not saved."""
         config = self.config
         if config.positions is Positions.rotary:
-            cos_TC, sin_TC = rotary_tables(config.context, config.d_model // config.num_heads, config.rope_theta)
+            cos_TC, sin_TC = rotary_tables(config.context, config.channels, config.rope_theta)
             self.register_buffer("cos_TC", cos_TC, persistent=False)
             self.register_buffer("sin_TC", sin_TC, persistent=False)
         elif config.positions is Positions.sinusoidal:
@@ -105,9 +104,19 @@ class Transformer(LanguageModel):
             p.copy_(torch.randn(p.shape, generator=seeded_generator(seed, name)) * std)
 
     def forward(
-        self, tokens_BT: Tensor, state: KVCache | None = None, *, use_state: bool = False
+        self,
+        tokens_BT: Tensor,
+        state: KVCache | None = None,
+        *,
+        use_state: bool = False,
+        segments_BT: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None]:
-        """As LanguageModel.forward. ValueError if cached and new tokens together exceed the context."""
+        """As LanguageModel.forward. ValueError if cached and new tokens together exceed the context.
+
+        segments_BT: int64, the number of the text that each token is of, where a row holds several one after the other.
+        No token sees another text, and each text begins at position 0, as if it stood in a row of its own. Not to be
+        combined with a state.
+        """
         start = 0 if state is None else state.length
         end = start + tokens_BT.shape[1]
         if end > self.config.context:
@@ -116,28 +125,42 @@ class Transformer(LanguageModel):
             state = (self._empty_cache(tokens_BT) if state is None else state).with_room(
                 end - start, self.config.context
             )
-        x_BTD = self.embedding(tokens_BT)
+        mask_B1TT: Tensor | None = None
+        positions: slice | Tensor = slice(start, end)
+        if segments_BT is not None:
+            if state is not None:
+                raise ValueError("a row of several texts has no state to go on from")
+            positions, mask_B1TT = segment_layout(segments_BT)
+        x_BTD = self._embed(tokens_BT)
         if self.config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         rotary: tuple[Tensor, Tensor] | None = None
         if self.config.positions is Positions.rotary:
-            rotary = (self.cos_TC[start:end], self.sin_TC[start:end])
+            rotary = (self.cos_TC[positions], self.sin_TC[positions])
+            if segments_BT is not None:
+                rotary = (rotary[0][:, None], rotary[1][:, None])  # the same for all heads
         elif self.config.positions is Positions.learned:
-            x_BTD = x_BTD + self.positions.weight[start:end]
+            x_BTD = x_BTD + self.positions.weight[positions]
         else:
-            x_BTD = x_BTD + self.sinusoids_TD[start:end]
+            x_BTD = x_BTD + self.sinusoids_TD[positions]
         x_BTD = self.dropout(x_BTD)
         for layer, block in enumerate(self.blocks):
             cached = None if state is None else (state.keys_LBKSC[layer], state.values_LBKSC[layer])
-            x_BTD = block(x_BTD, rotary, cached, start)
+            x_BTD = block(x_BTD, rotary, cached, start, mask_B1TT)
         if state is not None:
             state = KVCache(state.keys_LBKSC, state.values_LBKSC, end)
         return self.final_norm(x_BTD), state
 
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        if self.training and self.config.dropout_embed > 0.0:
+            return embed_with_dropout(tokens_BT, self.embedding.weight, self.config.dropout_embed)
+        x_BTD: Tensor = self.embedding(tokens_BT)
+        return x_BTD
+
     def _empty_cache(self, tokens_BT: Tensor) -> KVCache:
         config = self.config
         kv_heads = config.num_kv_heads or config.num_heads
-        shape = (config.num_layers, len(tokens_BT), kv_heads, 0, config.d_model // config.num_heads)
+        shape = (config.num_layers, len(tokens_BT), kv_heads, 0, config.channels)
         device = tokens_BT.device
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
@@ -148,24 +171,32 @@ class Transformer(LanguageModel):
 class Block(nn.Module):
     """Attention and feed-forward, each inside a residual branch, normalised before (pre-norm) or after the sum."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, depth: int = 1) -> None:
+        """depth: 1 for the lowest block."""
         super().__init__()
         self.pre_norm = config.pre_norm
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
         self.feed_forward_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = build_dropout(config)
+        if config.drop_path > 0.0:
+            self.dropout = nn.Sequential(self.dropout, DropPath(config.drop_path * depth / config.num_layers))
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None, start: int
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cached: tuple[Tensor, Tensor] | None,
+        start: int,
+        mask_B1TT: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.pre_norm:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cached, start))
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cached, start, mask_B1TT))
             y_BTD: Tensor = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
             return y_BTD
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotary, cached, start)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotary, cached, start, mask_B1TT)))
         normed: Tensor = self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
         return normed
 
@@ -177,19 +208,28 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.channels = config.d_model // config.num_heads
+        self.channels = config.channels
         self.dropout = config.attention_dropout
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.channels
-        self.qkv = nn.Linear(config.d_model, rows, bias=config.bias)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv = nn.Linear(config.d_model, rows, bias=config.bias if config.qkv_bias is None else config.qkv_bias)
+        self.out = nn.Linear(self.num_heads * self.channels, config.d_model, bias=config.bias)
+        self.qk_norm = bool(config.qk_norm)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.channels, eps=config.norm_eps)
+            self.k_norm = RMSNorm(self.channels, eps=config.norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None, start: int
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cached: tuple[Tensor, Tensor] | None,
+        start: int,
+        mask_B1TT: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). New keys and values are written into ``cached`` from slot ``start`` on."""
-        batch, length, width = x_BTD.shape
-        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, rotary, trains=cached is None)
-        mask_TS: Tensor | None = None
+        length = x_BTD.shape[1]
+        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, rotary, trains=cached is None and mask_B1TT is None)
+        mask_TS = mask_B1TT
         if cached is not None:
             end = start + length
             for buffer, new in zip(cached, (k_BKTC, v_BKTC), strict=True):
@@ -203,17 +243,18 @@ class Attention(nn.Module):
             v_BKTC,
             attn_mask=mask_TS,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask_TS is None and length > 1,
+            is_causal=mask_TS is None and start == 0,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        y_BTD: Tensor = self.out(y_BHTC.transpose(1, 2).reshape(batch, length, width))
+        y_BTD: Tensor = self.out(y_BHTC.transpose(1, 2).flatten(2))
         return y_BTD
 
     def _project(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, *, trains: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, rotated. A cache needs the plain order of channels, so trains=False with one."""
-        if trains and rotary is not None and type(self.qkv) is nn.Linear and trains_on_cpu(x_BTD):
+        by_hand = trains and not self.qk_norm and type(self.qkv) is nn.Linear and trains_on_cpu(x_BTD)
+        if by_hand and rotary is not None:
             turns_TP = unit_turns(*rotary, self.num_heads + self.num_kv_heads)
             heads: tuple[Tensor, Tensor, Tensor] = _RotaryProjection.apply(  # type: ignore[no-untyped-call]
                 x_BTD, self.qkv.weight, self.qkv.bias, turns_TP, self.num_heads, self.num_kv_heads
@@ -221,6 +262,8 @@ class Attention(nn.Module):
             return heads
         heads_BTC = self.qkv(x_BTD).view(*x_BTD.shape[:-1], -1, self.channels).transpose(1, 2)
         q_BHTC, k_BKTC, v_BKTC = heads_BTC.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm:
+            q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
         if rotary is not None:
             q_BHTC, k_BKTC = rotate(q_BHTC, *rotary), rotate(k_BKTC, *rotary)
         return q_BHTC, k_BKTC, v_BKTC
@@ -255,6 +298,17 @@ class FeedForward(nn.Module):
         return y_BTD
 
 
+def segment_layout(segments_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions_BT, mask_B1TT): each token's place in its text, and what it may see (true): its text up to itself."""
+    length = segments_BT.shape[1]
+    index_T = torch.arange(length, device=segments_BT.device)
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts_BT = torch.where(begins_BT, index_T, 0).cummax(1).values
+    mask_BTT = (starts_BT[:, :, None] == starts_BT[:, None, :]) & (index_T[:, None] >= index_T)
+    return index_T - starts_BT, mask_BTT[:, None]
+
+
 def d_ff(config: TransformerConfig) -> int:
     """Width of the feed-forward block: as configured, else 8/3 d_model rounded up to 32 if gated, else 4 d_model."""
     if config.d_ff is not None:
@@ -271,6 +325,11 @@ def activate(kind: Activation, x: Tensor) -> Tensor:
     if kind is Activation.silu:
         return F.silu(x)
     return torch.tanh(x) if kind is Activation.tanh else torch.sigmoid(x)
+
+
+def build_dropout(config: TransformerConfig) -> nn.Module:
+    """Dropout of the embeddings and of the sublayers' outputs."""
+    return LockedDropout(config.dropout) if config.dropout_locked else nn.Dropout(config.dropout)
 
 
 def build_norm(config: TransformerConfig) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from lmkit.errors import CheckpointError, ResourceError, RunLockedError
 from lmkit.store import manifest as mf
 from lmkit.store.listing import list_checkpoints, read_json_entry
 from lmkit.store.manifest import Manifest, read_manifest
-from lmkit.store.records import decode
+from lmkit.store.records import parse_row, read_rows
 from lmkit.store.runs import (
     CHECKPOINTS,
     FINISHED,
@@ -53,6 +52,10 @@ class Status(Enum):
     """Whether it is running cannot be found out here."""
 
 
+_NO_LIKELIHOOD = ("classify", "regress", "prefer")
+"""Tasks whose validation loss is another thing than nats per token."""
+
+
 @dataclass(frozen=True)
 class RunSummary:
     """One run in a few values; what could not be found out is None."""
@@ -71,6 +74,8 @@ class RunSummary:
     """Optimizer steps completed, as far as the log goes."""
     best_valid_loss: float | None
     """Lowest validation loss so far, nats per token."""
+    objective: str
+    """What was learnt; only ``lm`` is validated by exact likelihoods, so that only its runs have perplexities."""
     tokens_per_word: float | None
     """Tokens for each original word of valid, which turns perplexity per token into perplexity per word."""
     last_log: datetime | None
@@ -80,12 +85,12 @@ class RunSummary:
     @property
     def token_ppl(self) -> float | None:
         """Best validation perplexity per token."""
-        return None if self.best_valid_loss is None else _exp(self.best_valid_loss)
+        return None if self.best_valid_loss is None or self.objective != "lm" else _exp(self.best_valid_loss)
 
     @property
     def word_ppl(self) -> float | None:
         """Best validation perplexity per original word, if the number of words is known."""
-        if self.best_valid_loss is None or self.tokens_per_word is None:
+        if self.best_valid_loss is None or self.tokens_per_word is None or self.objective != "lm":
             return None
         return _exp(self.best_valid_loss * self.tokens_per_word)
 
@@ -170,7 +175,7 @@ def is_locked(run_dir: Path) -> bool:
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:
     """The events of journal.jsonl in order; torn lines are left out."""
-    return [row for line in _lines(run_dir / JOURNAL) if (row := _row(line)) is not None]
+    return read_rows(run_dir / JOURNAL)
 
 
 def read_summary(run_dir: Path) -> RunSummary:
@@ -196,6 +201,7 @@ def read_summary(run_dir: Path) -> RunSummary:
         num_parameters=_num_parameters(manifest) if num_parameters is None else int(num_parameters),
         step=max((step for step in steps if step is not None), default=None),
         best_valid_loss=min((loss for loss in losses if loss is not None), default=None),
+        objective=_learnt(config),
         tokens_per_word=_tokens_per_word(result, config),
         last_log=last_log,
         num_bytes=size,
@@ -232,20 +238,12 @@ def _lines(path: Path) -> list[bytes]:
         return []
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = decode(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def _metrics(run_dir: Path) -> tuple[list[dict[str, Any]], int | None]:
     """The rows of metrics.jsonl that hold a validation loss, and the last step; the rest is not parsed."""
     lines = _lines(run_dir / METRICS)
-    rows = [row for line in lines if b'"valid_loss"' in line and (row := _row(line)) is not None]
+    rows = [row for line in lines if b'"valid_loss"' in line and (row := parse_row(line)) is not None]
     steps = (
-        row["step"] for line in reversed(lines) if (row := _row(line)) is not None and type(row.get("step")) is int
+        row["step"] for line in reversed(lines) if (row := parse_row(line)) is not None and type(row.get("step")) is int
     )
     return rows, next(steps, None)
 
@@ -270,6 +268,12 @@ def _num_parameters(manifest: Manifest | None) -> int | None:
     if manifest is None:
         return None
     return sum(math.prod(spec.shape) for spec in manifest.tensors[mf.MODEL].values())
+
+
+def _learnt(config: dict[str, Any]) -> str:
+    """The objective, or the task where its validation loss is no likelihood."""
+    task = str(section(config, "task").get("kind", "lm"))
+    return task if task in _NO_LIKELIHOOD else str(section(config, "objective").get("kind", "lm"))
 
 
 def _tokens_per_word(result: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:

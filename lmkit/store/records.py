@@ -83,3 +83,21 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of JSON lines; torn lines are left out, and no file is no line."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    return [row for line in lines if (row := parse_row(line)) is not None]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """One line of such a file, or None if it is torn or no object."""
+    try:
+        row = decode(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import filelock
 
@@ -41,6 +41,16 @@ def _utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
+class Listener(Protocol):
+    """Who else is told of a run's metrics. Its methods never raise for its own troubles."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A row was logged."""
+
+    def end(self, error: BaseException | None) -> None:
+        """The process's part of the run is over; ``error`` is what ended it early."""
+
+
 class Run:
     """A run directory that this process has locked and writes to. Use ``Run.create``; ``close`` frees the lock."""
 
@@ -50,6 +60,7 @@ class Run:
         self.digests: dict[str, str] = {}
         """Digests of what the run is trained on (``data``); set by ``begin`` and written into every checkpoint."""
         self._lock = lock
+        self._listeners: list[Listener] = []
         self._metrics = LineFile(path / METRICS, warn)
         self._journal = LineFile(path / JOURNAL, warn)
 
@@ -147,6 +158,12 @@ class Run:
         if "step" not in row:
             raise ValueError("a row of metrics needs its step")
         self._metrics.append(row)
+        for listener in self._listeners:
+            listener.row(row)
+
+    def attach(self, listener: Listener) -> None:
+        """From now on tell ``listener`` each row of metrics too, and in the end how this process's part has ended."""
+        self._listeners.append(listener)
 
     def cut_metrics(self, step: int) -> None:
         """Cut metrics.jsonl back to the rows of steps <= ``step`` (that of the checkpoint that the run goes on from).
@@ -192,7 +209,44 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            for listener in self._listeners:
+                listener.end(error)
+        finally:
+            self.close()
+
+
+class SharedRun(Run):
+    """A run as the other processes of its job see it: the first one has made and locked it, and alone writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, *, seed: int, command: Sequence[str], digests: Mapping[str, str]) -> None:
+        return
+
+    def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
+        return
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        return
+
+    def attach(self, listener: Listener) -> None:
+        return
+
+    def cut_metrics(self, step: int) -> None:
+        return
+
+    def write_result(self, result: Mapping[str, Any], *, status: str = FINISHED) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
 
 
 def absolute(path: str | Path) -> Path:

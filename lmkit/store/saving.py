@@ -124,3 +124,28 @@ class Saves:
         if self._stops:
             raise ResourceError(error.problem, error.remedy) from cause
         self._warn(f"{error} (training goes on; the next save is tried when it is due)")
+
+
+class NoSaves(Saves):
+    """What the other processes of a job have, whose first one saves for all."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.retry_due, self.last_s = False, 0.0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+    def poll(self) -> None:
+        return
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.step = snapshot.step
+
+    def finish(self, snapshot: Snapshot) -> None:
+        self.step = snapshot.step
+
+    def wait(self) -> None:
+        return

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class Task(ABC):
         generator, which the loop keys by (seed, step, micro-batch). ``progress`` is the share of the run that is done.
         """
 
+    def lr_scale(self, batch: Any) -> float:
+        """What the learning rate of the update from this batch is multiplied by, beside the schedule's factor."""
+        return 1.0
+
     @abstractmethod
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         """Judge the model on all validation data. What ``progress``, called now and then, raises passes on."""
@@ -71,6 +76,10 @@ class Task(ABC):
         self.validate(device=device, micro_batch_size=micro_batch_size, progress=lambda _: None)
         return time.monotonic() - start
 
+    def sample(self, num_tokens: int, *, device: Device) -> str | None:
+        """A text that the model makes up as it is now; None: the task makes none."""
+        return None
+
     def state_from_tensors(self, tensors: dict[str, Tensor]) -> State:
         """The inverse of State.tensors, for tasks that carry state."""
         raise TypeError(f"{type(self).__name__} carries no state from step to step")
@@ -78,6 +87,14 @@ class Task(ABC):
     def shown(self, loss: float) -> tuple[str, str]:
         """Name and value of a loss in the progress line."""
         return "loss", f"{loss:.4f}"
+
+    def fitted(self) -> dict[str, Any]:
+        """What was learnt from the data beside parameters (labels, means), as JSON data; stored with the run."""
+        return {}
+
+    def advice(self, run: Path) -> str:
+        """Commands to go on with, for people."""
+        return f"lmkit eval-ppl run={run}   lmkit generate run={run} --prompt TEXT"
 
     def row_losses(self, forward: nn.Module, batch: Any, state: State | None) -> list[float] | None:
         """Summed loss of each row of a micro-batch under the exact softmax, for ``runs replay``; None: not told."""

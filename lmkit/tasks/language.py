@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmkit.config.commands import SamplingConfig
 from lmkit.config.optimization import InitConfig, SoftmaxConfig
-from lmkit.config.training import Order, TrainConfig
+from lmkit.config.training import Order, Shuffle, TrainConfig
 from lmkit.console import format_number
-from lmkit.data.batches import Batch, Batches, Lanes, Windows
+from lmkit.data.batches import Batch, Batches, Lanes, Mixed, Pieces, Windows
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.evaluation.plan import Reach, Segments
 from lmkit.evaluation.scoring import Tally, exp, perplexity, summarize
+from lmkit.generate import generate, read_prompt
 from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel, State
-from lmkit.objectives import Objective, build_objective
+from lmkit.objectives import Objective, build_objective, check_head
+from lmkit.rng import derive_key
 from lmkit.tasks.base import Task, Validation
 
 CARRIED_SEGMENT = 1024
 """Tokens per forward pass in the validation of models with carried state; changes the speed only."""
+BLOCK_SEGMENTS = 16
+"""Segments of seq_len tokens in a block of train.shuffle=blocks."""
 PROBE_TOKENS = 4096
 """Validation is timed on this many tokens."""
 
@@ -40,7 +46,14 @@ class NextToken(Task):
         self, forward: nn.Module, batch: Batch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
         hidden_BTD, new_state = forward(batch.inputs_BT, state)
-        return self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1)), new_state
+        loss = self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+        undropped_BTD = None if new_state is None else new_state.undropped_BTD
+        penalty = self.objective.penalty(
+            hidden_BTD, hidden_BTD if undropped_BTD is None else undropped_BTD, batch.targets_BT
+        )
+        if penalty is not None:
+            loss = loss + (penalty - penalty.detach())  # learnt from, but no part of the loss that is shown
+        return loss, new_state
 
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         raise TypeError("there is no validation data")
@@ -75,12 +88,16 @@ class LanguageModelling(NextToken):
     ) -> None:
         """init: what ``begin`` takes from the text; None: the parameters stay as they are."""
         self.counts_V = token_counts(prepared.splits["train"].tokens, prepared.tokenizer.vocab_size)
+        check_head(softmax, model.head)
         batches = build_batches(prepared, train, seed, carries_state=carries_state)
         super().__init__(model, batches, build_objective(softmax, self.counts_V))
         self.prepared, self.train, self.init, self.seed = prepared, train, init, seed
         self.carries_state = carries_state
         self.tokenizer, self.data_name, self.data_digest = prepared.tokenizer, prepared.name, prepared.key
         self.num_targets = prepared.splits["train"].num_tokens
+
+    def lr_scale(self, batch: Batch) -> float:
+        return batch.inputs_BT.shape[1] / self.train.seq_len if self.train.seq_len_jitter else 1.0
 
     def begin(self) -> None:
         if self.init is not None:
@@ -118,6 +135,14 @@ class LanguageModelling(NextToken):
         self._score(probe, device, micro_batch_size)
         return (time.monotonic() - start) * len(tokens) / len(probe)
 
+    def sample(self, num_tokens: int, *, device: Device) -> str:
+        """A text from its beginning, with the same random numbers each time."""
+        prompt = read_prompt(self.tokenizer, "", context=self.model.context, max_new_tokens=num_tokens)
+        drawn = generate(
+            self.model, self.tokenizer, prompt, sampling=SamplingConfig(), device=device, max_new_tokens=num_tokens
+        )
+        return drawn[0].text
+
     def _score(
         self,
         tokens: np.ndarray[Any, Any],
@@ -138,6 +163,32 @@ class LanguageModelling(NextToken):
         )
 
 
+def with_replay(
+    new: PreparedData, old: PreparedData, train: TrainConfig, share: float, seed: int, *, carries_state: bool
+) -> Mixed:
+    """Training batches of which ``share`` of the rows, rounded, are of another corpus.
+
+    Raises ConfigError if no row would be of the one or of the other.
+    """
+    if train.seq_len_jitter:
+        raise ConfigError("train.seq_len_jitter=true does not go with task.replay", "leave out one of them")
+    num_old = round(share * train.batch_size)
+    if not 0 < num_old < train.batch_size:
+        raise ConfigError(
+            f"task.replay={share} of train.batch_size={train.batch_size} is {num_old} sequences",
+            "raise train.batch_size, so that each batch has some of both corpora",
+        )
+    keys = seed, derive_key(seed, "replay")
+    sizes = train.batch_size - num_old, num_old
+    new_rows, old_rows = (
+        build_batches(
+            prepared, replace(train, batch_size=size, micro_batch_size=None), key, carries_state=carries_state
+        )
+        for prepared, size, key in zip((new, old), sizes, keys, strict=True)
+    )
+    return Mixed(new_rows, old_rows)
+
+
 def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carries_state: bool) -> Lanes | Windows:
     """Training batches in the configured order."""
     tokens, eos_id = prepared.splits["train"].tokens, prepared.tokenizer.eos_id
@@ -145,8 +196,19 @@ def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carr
     if lanes and not carries_state:
         raise ConfigError("train.order=lanes needs a model with carried state (lstm, gru)", "use train.order=windows")
     if lanes:
-        return Lanes(tokens, eos_id, train.batch_size, train.seq_len)
+        pieces = None
+        if train.shuffle is Shuffle.blocks:
+            pieces = Pieces.blocks(len(tokens), BLOCK_SEGMENTS * train.seq_len, seed)
+        elif train.shuffle is Shuffle.documents:
+            pieces = Pieces.documents(tokens, eos_id, seed)
+        jitter = seed if train.seq_len_jitter else None
+        return Lanes(tokens, eos_id, train.batch_size, train.seq_len, pieces=pieces, jitter=jitter)
+    if train.shuffle is not Shuffle.none or train.seq_len_jitter:
+        raise ConfigError(
+            "train.shuffle and train.seq_len_jitter are for train.order=lanes: windows are shuffled in any case",
+            "leave them out, or train a model with carried state",
+        )
     return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed)
 
 
-__all__ = ["LanguageModelling", "NextToken", "build_batches"]
+__all__ = ["LanguageModelling", "NextToken", "build_batches", "with_replay"]

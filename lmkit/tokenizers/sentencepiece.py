@@ -84,6 +84,25 @@ class SentencePieceTokenizer(BytesTokenizer):
     def token_text(self, id: int) -> str:
         return EOD if self.check_id(id) == self.eos_id else self._pieces[id]
 
+    def pieces_and_scores(self) -> tuple[list[str], list[float]]:
+        """The pieces by id, a blank written U+2581, and their scores (log probabilities, or minus the rank)."""
+        return self._pieces, [float(self._sp.get_score(id)) for id in range(self.vocab_size)]
+
+    def is_byte(self, id: int) -> bool:
+        """Whether a piece stands for one byte of a character that is no piece."""
+        return bool(self._sp.is_byte(id))
+
+    def is_normal(self, id: int) -> bool:
+        """Whether a piece is text: neither a control token, nor unknown, nor a byte, nor the line break."""
+        return (
+            not (self._sp.is_byte(id) or self._sp.is_unknown(id) or self._sp.is_control(id)) and id != self._newline_id
+        )
+
+    def is_unigram(self) -> bool:
+        """Whether the pieces were chosen by likelihood; else by merging (BPE)."""
+        whole = [score for id, score in enumerate(self.pieces_and_scores()[1]) if self.is_normal(id)]
+        return whole != sorted(map(float, range(1 - len(whole), 1)), reverse=True)
+
     def content(self) -> bytes:
         return self._model
 

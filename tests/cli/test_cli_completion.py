@@ -56,8 +56,8 @@ def test_every_group_preset_and_key_is_offered(command: str) -> None:
         ("lmkit pretrain ru", ["run.root=", "run.dir="]),
         ("lmkit pretrain --mu", ["--multirun"]),
         ("lmkit pretrain --cfg ", ["job"]),
-        ("lmkit pretrain --model t", ["tiny"]),
-        ("lmkit pretrain --model=t", ["--model=tiny"]),
+        ("lmkit pretrain --model ti", ["tiny"]),
+        ("lmkit pretrain --model=ti", ["--model=tiny"]),
         ("lmkit pretrain --train.max-steps ", []),
         ("lmkit pretrain --resu", ["--resume"]),
         ("lmkit pretrain -m model=tiny,sm", ["model=tiny,small"]),
@@ -66,7 +66,7 @@ def test_every_group_preset_and_key_is_offered(command: str) -> None:
         ("lmkit generate --prompt ", []),
         ("lmkit generate --prompt 'the comp", []),
         ("lmkit generate --prompt 'it = x' max", ["max_new_tokens="]),
-        ("lmkit pretrain run.dir='my runs' model=t", ["model=tiny"]),
+        ("lmkit pretrain run.dir='my runs' model=ti", ["model=tiny"]),
     ],
 )
 def test_what_is_offered_depends_on_the_line_so_far(line: str, expected: list[str]) -> None:
@@ -74,7 +74,7 @@ def test_what_is_offered_depends_on_the_line_so_far(line: str, expected: list[st
 
 
 def test_the_words_may_also_come_one_by_one() -> None:
-    assert candidates(["lmkit", "pretrain", "model=t"]) == "model=tiny\n"
+    assert candidates(["lmkit", "pretrain", "model=ti"]) == "model=tiny\n"
     assert candidates(["lmkit", "pretrain", ""]) == candidates(["--line", "lmkit pretrain "])
 
 

@@ -16,15 +16,29 @@ from lmkit.arguments import Line
 from lmkit.config import ROOTS, SCHEMAS
 from lmkit.keys import field_docs, keys_of, presets_with
 
-GIVEN = {"hub": "dataset.name=a/b", "hf": "tokenizer.path=tokenizer.json"}
+GIVEN = {
+    "hub": ["dataset.name=a/b"],
+    "hf": ["tokenizer.path=tokenizer.json"],
+    "classify": ["task.data=rows.csv"],
+    "instruct": ["task.data=rows.jsonl"],
+    "chat": ["task.data=rows.jsonl"],
+    "prefer": ["task.data=rows.jsonl"],
+    "regress": ["task.data=rows.csv", "task.numeric=a,b"],
+}
+NEEDED = {"export": ["to=DIR"]}
+OBJECTIVE_OF = {"vae_lstm": "vae", "relgan": "gan"}
+"""Models that no other objective trains, and the only models that these train."""
 GROUPS = sorted({group for command in cli.COMMANDS for group in presets.groups_of(command)})
 
 
 def choices_covering_all(command: str) -> list[dict[str, str]]:
     """Choices of presets for a command in which each preset of each group occurs; recipes come alone."""
     names = {group: presets.names_in(group) for group in presets.groups_of(command) if group != "recipe"}
-    rounds = max(len(known) for known in names.values())
+    rounds = max((len(known) for known in names.values()), default=1)
     choices = [{group: known[i % len(known)] for group, known in names.items()} for i in range(rounds)]
+    for choice in choices:
+        if "objective" in choice:
+            choice["objective"] = OBJECTIVE_OF.get(choice["model"], "lm")
     recipes = presets.names_in("recipe") if "recipe" in presets.groups_of(command) else []
     return [*choices, *({"recipe": recipe} for recipe in recipes)]
 
@@ -33,8 +47,8 @@ def choices_covering_all(command: str) -> list[dict[str, str]]:
 def test_every_preset_composes_and_converts_to_its_dataclass(lmkit: Any, command: str) -> None:
     for groups in choices_covering_all(command):
         words = [f"{group}={name}" for group, name in groups.items()]
-        needed = [GIVEN[name] for name in groups.values() if name in GIVEN]
-        config = lmkit.config(command, *words, *needed)
+        needed = [word for name in groups.values() for word in GIVEN.get(name, [])]
+        config = lmkit.config(command, *words, *needed, *NEEDED.get(command, []))
         assert type(config) is ROOTS[command]
         for group, name in groups.items():
             if group != "recipe":
@@ -164,7 +178,7 @@ def test_a_group_that_may_be_left_out_can_be_null(lmkit: Any) -> None:
 
 
 def test_presets_with_a_key_are_found() -> None:
-    assert presets_with("pretrain", "model.cell") == ["model=gru", "model=lstm"]
+    assert presets_with("pretrain", "model.cell") == [f"model={n}" for n in ("awd_lstm", "gru", "lstm", "mogrifier")]
     assert presets_with("eval-ppl", "dataset.text_field") == ["dataset=jsonl"]
     assert presets_with("pretrain", "seed") == []
 

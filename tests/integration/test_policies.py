@@ -625,6 +625,17 @@ def test_row_79_a_stop_within_the_accumulation_waits_for_the_end_of_the_step(
     assert_same(tensors_of(whole), tensors_of(pieces))
 
 
+def test_a_sample_is_drawn_after_each_validation_without_disturbing_the_training(config: MakeConfig) -> None:
+    plain, sampled = config(run="plain"), config(run="sampled")
+    sampled = replace(sampled, eval=replace(sampled.eval, sample_tokens=12))
+    for cfg in (plain, sampled):
+        pretrain.run(cfg)
+    assert_same(tensors_of(plain), tensors_of(sampled))
+    rows = [row for row in read_metrics(path_of(sampled)) if "valid_loss" in row]
+    assert rows
+    assert all(isinstance(row["sample"], str) and row["sample"] for row in rows)
+
+
 def test_a_time_limit_stops_and_saves_like_a_signal(config: MakeConfig) -> None:
     cfg = config(max_steps=100_000, time_limit="1")
     with pytest.raises(StoppedError, match=r"stopped by train\.time_limit after step [0-9]+; .*resume=true"):

@@ -18,13 +18,18 @@ from lmkit.config.optimization import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,
+    AdaptiveSoftmaxConfig,
+    ConstantConfig,
     MuonConfig,
+    NadamConfig,
     OptimizerConfig,
     PlateauConfig,
     RmspropConfig,
     SampledSoftmaxConfig,
     SgdConfig,
+    SoftmaxConfig,
 )
+from lmkit.config.training import Average, EvalConfig, Shuffle
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
@@ -55,11 +60,13 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     return {**snapshot.model, **snapshot.optimizer}
 
 
-def check_stop_and_resume(config: PretrainConfig, resumed: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run ``config`` whole, ``resumed`` with a stop after step 5, and compare every tensor bit for bit."""
+def check_stop_and_resume(
+    config: PretrainConfig, resumed: PretrainConfig, monkeypatch: pytest.MonkeyPatch, step: int = 5
+) -> None:
+    """Run ``config`` whole, ``resumed`` with a stop after a step, and compare every tensor bit for bit."""
     pretrain.run(config)
     with monkeypatch.context() as patch:
-        stop_after(5, patch)
+        stop_after(step, patch)
         with pytest.raises(StoppedError, match="resume=true") as stopped:
             pretrain.run(resumed)
     assert stopped.value.exit_code == 75
@@ -74,7 +81,9 @@ def check_stop_and_resume(config: PretrainConfig, resumed: PretrainConfig, monke
 
 @pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
 @pytest.mark.parametrize(
-    "train", [{}, {"micro_batch_size": 2}, {"ema_decay": 0.9}], ids=["plain", "accumulation", "ema"]
+    "train",
+    [{}, {"micro_batch_size": 2}, {"ema_decay": 0.9}, {"average": Average.swa, "swa_start": 0.25}],
+    ids=["plain", "accumulation", "ema", "swa"],
 )
 def test_a_stopped_run_resumes_bit_for_bit(
     model: ModelConfig, train: dict[str, object], config: MakeConfig, monkeypatch: pytest.MonkeyPatch
@@ -84,7 +93,15 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 @pytest.mark.parametrize(
     "optimizer",
-    [SgdConfig(momentum=0.9), AdagradConfig(), AdadeltaConfig(), RmspropConfig(), AdamConfig(), MuonConfig()],
+    [
+        SgdConfig(momentum=0.9),
+        AdagradConfig(),
+        AdadeltaConfig(),
+        RmspropConfig(),
+        AdamConfig(),
+        NadamConfig(),
+        MuonConfig(),
+    ],
     ids=lambda o: type(o).__name__,
 )
 def test_every_optimizer_resumes_bit_for_bit(
@@ -92,6 +109,63 @@ def test_every_optimizer_resumes_bit_for_bit(
 ) -> None:
     first, second = (replace(config(run=name), optimizer=optimizer) for name in ("run", "other"))
     check_stop_and_resume(first, second, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("model", "softmax"),
+    [
+        (replace(TRANSFORMER, num_softmaxes=3), SoftmaxConfig()),
+        (replace(LSTM, tie_embeddings=False), AdaptiveSoftmaxConfig()),
+        (replace(TRANSFORMER, memory_tokens=8), SoftmaxConfig()),
+        (replace(LSTM, mogrifier_rounds=3, mogrifier_rank=4), SoftmaxConfig()),
+        (replace(LSTM, dropout_output=0.4), SoftmaxConfig(label_smoothing=0.1, ar_alpha=2.0, tar_beta=1.0)),
+        (replace(TRANSFORMER, dropout_embed=0.1, dropout_locked=True, drop_path=0.2), SoftmaxConfig(tar_beta=1.0)),
+    ],
+    ids=["mixture", "adaptive", "memory", "mogrifier", "ar_tar", "dropouts"],
+)
+def test_every_output_layer_and_regulariser_resumes_bit_for_bit(
+    model: ModelConfig, softmax: SoftmaxConfig, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (replace(config(model, run=name), softmax=softmax) for name in ("run", "other"))
+    check_stop_and_resume(first, second, monkeypatch)
+
+
+@pytest.mark.parametrize("shuffle", [Shuffle.blocks, Shuffle.documents])
+def test_shuffled_lanes_of_drawn_lengths_resume_bit_for_bit(
+    shuffle: Shuffle, config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train = {"shuffle": shuffle, "seq_len_jitter": True, "batch_size": 64, "workers": 2}
+    first, second = (
+        replace(config(LSTM, run=name, **train), schedule=ConstantConfig(warmup_steps=0)) for name in ("run", "other")
+    )
+    first.log.every_steps = 1
+    check_stop_and_resume(first, second, monkeypatch)
+    rates = {row["lr"] for row in read_metrics(tmp_path / "run") if "lr" in row}
+    assert len(rates) > 3
+
+
+def test_shuffle_of_windows_is_refused(config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="are for train"):
+        pretrain.run(config(shuffle=Shuffle.blocks))
+
+
+@pytest.mark.parametrize("stopped_after", [5, 8])
+def test_nt_asgd_begins_at_the_same_step_after_a_resume(
+    stopped_after: int, config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A rate that makes the valid loss rise: the trigger is pulled between steps 5 and 8."""
+    train = {"average": Average.nt_asgd, "asgd_patience": 4}
+    first, second = (
+        replace(
+            config(LSTM, run=name, **train), optimizer=SgdConfig(lr=60.0, clip_norm=1.0), eval=EvalConfig(every_steps=1)
+        )
+        for name in ("run", "other")
+    )
+    check_stop_and_resume(first, second, monkeypatch, stopped_after)
+    ends = [latest_checkpoint(tmp_path / name) for name in ("run", "other")]
+    since = [load_checkpoint(end, with_optimizer=False).state["averaged_since"] for end in ends if end is not None]
+    assert since[0] == since[1]
+    assert 5 <= since[0] < 8
 
 
 def test_plateau_schedule_and_sampled_softmax_resume_bit_for_bit(

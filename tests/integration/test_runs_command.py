@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -465,8 +466,9 @@ def test_verify_resume_does_not_pass_off_a_run_that_came_to_its_end_as_a_killed_
     assert len(trainer.starts()) == 3
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_verify_resume_leaves_no_process_and_no_file_when_it_is_interrupted(
-    verify_resume: Lmkit, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verify_resume: Lmkit, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     trainer.behave("same", pause=0.05)
     started: list[subprocess.Popen[bytes]] = []
@@ -474,12 +476,14 @@ def test_verify_resume_leaves_no_process_and_no_file_when_it_is_interrupted(
 
     def interrupted(run_dir: Path) -> int:
         if len(trainer.starts()) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return 0
 
     monkeypatch.setattr(runs_resume, "_start", lambda *a: started.append(start(*a)) or started[-1])
     monkeypatch.setattr(runs_resume, "_last_step", interrupted)
-    assert verify_resume("model=tiny") == 130
+    before = signal.getsignal(signal.SIGTERM)
+    assert verify_resume("model=tiny") == code
+    assert signal.getsignal(signal.SIGTERM) is before
     assert all(process.returncode is not None for process in started)
     assert list((tmp_path / "scratch").iterdir()) == []
 

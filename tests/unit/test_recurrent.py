@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmkit.config.model import Cell, RecurrentConfig
-from lmkit.models.recurrent import Recurrent, RecurrentState, locked_dropout
+from lmkit.models.dropout import embed_with_dropout, locked_dropout
+from lmkit.models.mogrifier import MogrifierLSTM
+from lmkit.models.recurrent import Recurrent, RecurrentState
 
 VOCAB, BATCH, TIME = 19, 3, 7
 NO_DROPOUT = {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
@@ -54,6 +56,38 @@ def by_the_equations(model: Recurrent, tokens_BT: Tensor) -> tuple[Tensor, list[
         last_h.append(h)
         last_c.append(c)
     return x_BTD, last_h, last_c
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_mogrifier_gates_input_and_state_in_turn(rank: int | None) -> None:
+    """Melis et al. 2020, equations 5 and 6, for odd and even rounds, then the LSTM cell."""
+    model = build(mogrifier_rounds=3, mogrifier_rank=rank, num_layers=1).eval()  # type: ignore[arg-type]
+    (layer,) = model.layers
+    x_BTD = model.embedding.weight[tokens()]
+    h, c, outputs = torch.zeros(BATCH, 6), torch.zeros(BATCH, 6), []
+    q1, r2, q3 = (
+        gate.weight if rank is None else gate[1].weight @ gate[0].weight  # type: ignore[union-attr, index]
+        for gate in layer.rounds  # type: ignore[union-attr]
+    )
+    for t in range(TIME):
+        x = 2 * torch.sigmoid(h @ q1.T) * x_BTD[:, t]
+        h = 2 * torch.sigmoid(x @ r2.T) * h
+        x = 2 * torch.sigmoid(h @ q3.T) * x
+        i, f, g, o = (x @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T).chunk(4, 1)  # type: ignore[operator, union-attr]
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    torch.testing.assert_close(model(tokens())[0], torch.stack(outputs, 1))
+
+
+def test_a_mogrifier_without_rounds_is_pytorchs_lstm() -> None:
+    torch.manual_seed(0)
+    plain, ours = nn.LSTM(5, 7), MogrifierLSTM(5, 7, 0, None)
+    ours.load_state_dict(plain.state_dict())
+    x_TBI, before = torch.randn(4, 3, 5), (torch.randn(1, 3, 7), torch.randn(1, 3, 7))
+    for a, b in zip(ours(x_TBI, before)[1], plain(x_TBI, before)[1], strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours(x_TBI)[0], plain(x_TBI)[0])
 
 
 @pytest.mark.parametrize("cell", list(Cell))
@@ -145,7 +179,7 @@ def test_locked_dropout_keeps_the_mean() -> None:
 def test_word_type_dropout_drops_every_occurrence_of_a_word_and_no_other() -> None:
     model = build(dropout_embed=0.5)
     torch.manual_seed(0)
-    embedded_TBD = model._embed(tokens().T)
+    embedded_TBD = embed_with_dropout(tokens().T, model.embedding.weight, 0.5)
     dropped_TB = (embedded_TBD == 0).all(-1)
     dropped_ids = set(tokens().T[dropped_TB].tolist())
     assert dropped_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from lmkit import signals
 from lmkit.commands.training import check_resumable
 from lmkit.config.training import OnSaveError, SaveConfig, TrainConfig
+from lmkit.console import Console
 from lmkit.data.batches import Ahead, Batch, Lanes, Windows
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from lmkit.session import last_step
@@ -394,3 +396,13 @@ def test_the_policies_may_change_on_resume_and_the_shape_of_a_batch_may_not() ->
     ]
     with pytest.raises(ConfigError, match=r"train\.batch_size: 4 -> 8"):
         check_resumable(old, {"train": {"batch_size": 8}})
+
+
+def test_what_must_not_change_on_resume_is_shown_in_two_columns() -> None:
+    shown = io.StringIO()
+    old = {"model": {"d_model": 256, "num_layers": 6}, "train": {"seq_len": 128, "workers": 0}}
+    new = {"model": {"d_model": 320, "num_layers": 6}, "train": {"seq_len": None, "workers": 2}}
+    with pytest.raises(ConfigError):
+        check_resumable(old, new, Console(shown))
+    lines = [line.split() for line in shown.getvalue().splitlines()]
+    assert lines == [["key", "the", "run", "now"], ["model.d_model", "256", "320"], ["train.seq_len", "128", "null"]]

@@ -1,0 +1,114 @@
+"""lmkit export: a run's model and tokenizer in a folder that other programs read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lmkit.commands.runs_text import format_bytes
+from lmkit.config.export import ExportConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.config.model import TransformerConfig
+from lmkit.console import Console
+from lmkit.device import resolve_device
+from lmkit.errors import ConfigError, ResourceError
+from lmkit.hf.card import Facts, card
+from lmkit.hf.exporting import Source, export_as
+from lmkit.hf.sample import sample_text
+from lmkit.loading import LoadedRun, load_run
+from lmkit.models.transformer import Transformer
+from lmkit.store import storage
+from lmkit.store.runs import read_info, read_result
+
+CARD = "README.md"
+PLAIN = re.compile(
+    r"(embedding|positions|final_norm|head|blocks\.\d+\.(attention_norm|feed_forward_norm|attention\.(qkv|out|q_norm|"
+    r"k_norm)|feed_forward\.(up|gate_up|down)))\.(weight|bias)(?<!head\.bias)"
+)
+"""Names of the Transformer's own parameters."""
+
+
+def run(cfg: ExportConfig) -> dict[str, Any]:
+    """Write the folder, read it again, compare, and only then give it its name; returns what was found."""
+    console = Console()
+    target = _target(cfg.to)
+    device = resolve_device(DeviceConfig(type=DeviceType.cpu))
+    loaded = load_run(cfg.run, device=device, console=console)
+    source = _source(loaded)
+    with _made_whole(target) as folder:
+        about = export_as(cfg.format, source, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+        (folder / CARD).write_text(card(_facts(cfg, loaded, about, digests)), encoding="utf-8", newline="\n")
+        size = sum(path.stat().st_size for path in files)
+    console.say(f"{target}: {about['architecture']}, {format_bytes(size)}; {about['checked']}")
+    return {**about, "to": str(target), "digests": digests}
+
+
+def _target(name: str) -> Path:
+    path = Path(os.path.expanduser(name)).resolve()
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"to={path} is not a folder", "name a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"to={path} is not empty", "name a new folder")
+    return path
+
+
+def _source(loaded: LoadedRun) -> Source:
+    if not isinstance(loaded.model, Transformer) or not isinstance(loaded.model_config, TransformerConfig):
+        kind = type(loaded.model).__name__
+        raise ConfigError(f"run={loaded.path} is a {kind}, which no other program reads", "export a Transformer")
+    other = [name for name in loaded.model.state_dict() if PLAIN.fullmatch(name) is None]
+    if other:
+        raise ConfigError(
+            f"run={loaded.path} has parameters that no other program reads: {', '.join(other[:3])}",
+            "export a run without adapters or extra heads",
+        )
+    return Source(loaded.model, loaded.model_config, loaded.tokenizer, sample_text(loaded.tokenizer))
+
+
+@contextlib.contextmanager
+def _made_whole(target: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the target's name at the end and is removed on any error."""
+    folder = target.parent / storage.scratch_name(storage.TMP_PREFIX, target.name)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if target.is_dir():
+            target.rmdir()
+        storage.rename(folder, target)
+    except OSError as error:
+        raise ResourceError(f"cannot write to={target}: {error.strerror or error}", "name another folder") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _facts(cfg: ExportConfig, loaded: LoadedRun, about: dict[str, Any], digests: dict[str, str]) -> Facts:
+    origin = {"checkpoint": loaded.checkpoint_digest, "tokenizer of the run": loaded.tokenizer.digest}
+    info = read_info(loaded.path) or {}
+    stored = info.get("digests")
+    data = {"data": str(stored["data"])} if isinstance(stored, dict) and "data" in stored else {}
+    return Facts(
+        name=loaded.path.name,
+        format=cfg.format.name,
+        about=about,
+        config=loaded.config,
+        info=info,
+        result=read_result(loaded.path) or {},
+        step=loaded.step,
+        num_parameters=loaded.model.num_parameters(),
+        tokenizer_kind=loaded.tokenizer.kind,
+        vocab_size=loaded.tokenizer.vocab_size,
+        digests={**data, **origin, **digests},
+    )

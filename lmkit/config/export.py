@@ -1,0 +1,31 @@
+"""Configuration of lmkit export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lmkit.config.training import ExistingRunConfig
+
+
+class ExportFormat(Enum):
+    """What other programs read."""
+
+    hf = "hf"
+    gguf = "gguf"
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """lmkit export: write a run's model and tokenizer for other programs, checked by reading it again."""
+
+    run: ExistingRunConfig = field(default_factory=ExistingRunConfig)
+    """Run to export."""
+    to: str = "???"
+    """Folder to make; it must not exist, or be empty."""
+    format: ExportFormat = ExportFormat.hf
+    """hf (transformers, vLLM), gguf (llama.cpp), onnx (ONNX Runtime), or safetensors: weights under lmkit's names."""
+    debug: bool = False
+    """Show the traceback of an error."""

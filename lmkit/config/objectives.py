@@ -1,0 +1,97 @@
+"""Configuration of what pretraining teaches: the ``objective`` group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lmkit.config.check import Problems
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Predict each token of the text from those before it: the ``lm`` objective, and the base of the others."""
+
+    @property
+    def name(self) -> str:
+        """Its schema name, which is also what ``ModelConfig.objective`` says of the models that it trains."""
+        return "lm"
+
+
+class Anneal(Enum):
+    """How the weight of the KL term grows."""
+
+    none = "none"
+    linear = "linear"
+    cyclical = "cyclical"
+
+
+@dataclass(kw_only=True)
+class VaeObjectiveConfig(ObjectiveConfig):
+    """Evidence lower bound of sentences (Kingma & Welling 2014; Bowman et al. 2016)."""
+
+    beta: float = 1.0
+    """Weight of the KL term once it is annealed (>= 0); 1 is the bound itself."""
+    anneal: Anneal = Anneal.linear
+    """Growth of that weight from 0: linear once, cyclical (Fu et al. 2019), or none."""
+    anneal_share: float = 0.3
+    """Share of the run, or of each cycle, over which it grows (0 < share <= 1)."""
+    cycles: int = 4
+    """Cycles of anneal=cyclical in the run (>= 1)."""
+    free_nats: float = 6.0
+    """KL per sentence that costs nothing (>= 0), in equal parts per latent unit (free bits; Kingma et al. 2016)."""
+    num_samples: int = 10
+    """Samples of the importance-weighted bound in validation (>= 1; Burda et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(0 <= self.beta < float("inf"), "objective.beta", self.beta, "must be >= 0")
+            check(0 < self.anneal_share <= 1, "objective.anneal_share", self.anneal_share, "must be above 0, at most 1")
+            check(self.cycles >= 1, "objective.cycles", self.cycles, "must be >= 1")
+            check(0 <= self.free_nats < float("inf"), "objective.free_nats", self.free_nats, "must be >= 0")
+            check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
+
+    @property
+    def name(self) -> str:
+        return "vae"
+
+    def weight(self, progress: float) -> float:
+        """Weight of the KL term after this share of the run."""
+        if self.anneal is Anneal.none:
+            return self.beta
+        within = progress if self.anneal is Anneal.linear else progress * self.cycles % 1.0
+        return self.beta * min(1.0, within / self.anneal_share)
+
+
+@dataclass(kw_only=True)
+class GanObjectiveConfig(ObjectiveConfig):
+    """Maximum likelihood, then relativistic adversarial training of soft samples (Nie et al. 2019, RelGAN)."""
+
+    pretrain_share: float = 0.8
+    """Share of the run that is maximum likelihood only (0 to 1)."""
+    length: int = 24
+    """Tokens of a sentence that the discriminator sees (>= 1)."""
+    sharpness: float = 100.0
+    """Inverse temperature of the Gumbel-softmax at the end of the run, from 1, exponentially (>= 1)."""
+    num_samples: int = 500
+    """Sentences that are sampled in validation (>= 1)."""
+
+    def __post_init__(self) -> None:
+        with Problems() as check:
+            check(0 <= self.pretrain_share <= 1, "objective.pretrain_share", self.pretrain_share, "must be from 0 to 1")
+            check(self.length >= 1, "objective.length", self.length, "must be >= 1")
+            check(1 <= self.sharpness < float("inf"), "objective.sharpness", self.sharpness, "must be >= 1 and finite")
+            check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
+
+    @property
+    def name(self) -> str:
+        return "gan"
+
+    def is_adversarial(self, progress: float) -> bool:
+        """Whether maximum likelihood is over after this share of the run."""
+        return progress >= self.pretrain_share
+
+    def inverse_temperature(self, progress: float) -> float:
+        """Of the Gumbel-softmax after this share of the run."""
+        done = max(0.0, progress - self.pretrain_share) / max(1e-9, 1.0 - self.pretrain_share)
+        return float(self.sharpness ** min(1.0, done))

@@ -1,0 +1,154 @@
+"""One more token of each text through a Transformer, in as few operations as it takes: for generation on CPUs.
+
+At one token a time most of Transformer.forward is the cost of calling, and products of few rows with (out, in) matrices
+read them slowly. Here every matrix is copied once as (in, out), biases and residual sums are part of the products, and
+queries and keys are rotated together. The result is that of Transformer.forward up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmkit.config.model import Positions
+from lmkit.heads import SoftmaxHead
+from lmkit.models.base import LanguageModel
+from lmkit.models.dropout import DropPath, LockedDropout
+from lmkit.models.transformer import Attention, Block, FeedForward, KVCache, RMSNorm, Transformer, activate
+
+MIN_TOKENS = 32
+"""From so many new tokens on the copies pay: making them costs about as much as they save in 20."""
+
+
+KNOWN_PARTS = {Block, Attention, FeedForward, nn.Linear, RMSNorm, nn.LayerNorm, nn.Dropout, LockedDropout, DropPath}
+KNOWN_PARTS |= {nn.Sequential, nn.Identity}
+
+
+@dataclass(frozen=True)
+class Product:
+    """x W + b with W as (in, out)."""
+
+    weight_IO: Tensor
+    bias_O: Tensor | None
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+        return cls(weight_OI.detach().T.contiguous(), None if bias_O is None else bias_O.detach())
+
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        if self.bias_O is None:
+            return torch.mm(x_BI, self.weight_IO)
+        return torch.addmm(self.bias_O, x_BI, self.weight_IO)
+
+    def add_to(self, sum_BO: Tensor, x_BI: Tensor) -> Tensor:
+        """sum + x W + b, in place of sum."""
+        sum_BO.addmm_(x_BI, self.weight_IO)
+        return sum_BO if self.bias_O is None else sum_BO.add_(self.bias_O)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of a block."""
+
+    attention_norm: nn.Module
+    qkv: Product
+    out: Product
+    feed_forward_norm: nn.Module
+    up: Product
+    """gate and up in one if the block is gated."""
+    down: Product
+
+    @classmethod
+    def of(cls, block: Block) -> Layer:
+        attention, feed_forward = block.attention, block.feed_forward
+        rise = feed_forward.gate_up if feed_forward.gated else feed_forward.up
+        qkv, out, up, down = (
+            Product.of(linear.weight, linear.bias) for linear in (attention.qkv, attention.out, rise, feed_forward.down)
+        )
+        return cls(block.attention_norm, qkv, out, block.feed_forward_norm, up, down)
+
+
+def token_step(model: LanguageModel) -> TokenStep | None:
+    """A TokenStep of the model; None if one of its parts is not known here (an adapter, another head)."""
+    if type(model) is not Transformer or type(model.head) is not SoftmaxHead or model.config.qk_norm:
+        return None
+    parts = {type(module) for block in model.blocks for module in block.modules()}
+    return TokenStep(model, model.head) if parts <= KNOWN_PARTS else None
+
+
+class TokenStep:
+    """Logits of the next token of each text, from one token of each and the cache. Holds a copy of the matrices."""
+
+    def __init__(self, model: Transformer, head: SoftmaxHead) -> None:
+        """The model must not change while this is in use; see ``token_step`` for which can be given."""
+        self.model, self.config = model, model.config
+        self.layers = [Layer.of(block) for block in model.blocks]  # type: ignore[arg-type]
+        self.head = Product.of(head.weight, head.bias)
+        self.num_heads = model.config.num_heads
+        self.num_kv_heads = model.config.num_kv_heads or model.config.num_heads
+        if model.config.positions is Positions.rotary:
+            half = model.config.channels // 2
+            self.signed_sin_TC = torch.cat([-model.sin_TC[:, :half], model.sin_TC[:, half:]], 1)
+
+    def __call__(self, tokens_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """(logits_BV, cache with one more token). The buffers of the given cache are written to."""
+        position = cache.length
+        cache = cache.with_room(1, self.config.context)
+        x_BD = self._embed(tokens_B, position)
+        for layer, keys_BKSC, values_BKSC in zip(
+            self.layers, cache.keys_LBKSC.unbind(0), cache.values_LBKSC.unbind(0), strict=True
+        ):
+            if self.config.pre_norm:
+                seen_BD = self._attend(layer.qkv(layer.attention_norm(x_BD)), keys_BKSC, values_BKSC, position)
+                x_BD = layer.out.add_to(x_BD, seen_BD)
+                x_BD = layer.down.add_to(x_BD, self._activate(layer.up(layer.feed_forward_norm(x_BD))))
+            else:
+                seen_BD = self._attend(layer.qkv(x_BD), keys_BKSC, values_BKSC, position)
+                x_BD = layer.attention_norm(layer.out.add_to(x_BD, seen_BD))
+                x_BD = layer.down.add_to(x_BD, self._activate(layer.up(x_BD)))
+                x_BD = layer.feed_forward_norm(x_BD)
+        if self.config.pre_norm:
+            x_BD = self.model.final_norm(x_BD)
+        return self.head(x_BD).float(), KVCache(cache.keys_LBKSC, cache.values_LBKSC, position + 1)
+
+    def _embed(self, tokens_B: Tensor, position: int) -> Tensor:
+        config = self.config
+        x_BD = self.model.embedding.weight[tokens_B]
+        if config.scale_embeddings:
+            x_BD *= math.sqrt(config.d_model)
+        if config.positions is Positions.learned:
+            x_BD += self.model.positions.weight[position]
+        elif config.positions is Positions.sinusoidal:
+            x_BD += self.model.sinusoids_TD[position]
+        return x_BD
+
+    def _attend(self, qkv_BM: Tensor, keys_BKSC: Tensor, values_BKSC: Tensor, position: int) -> Tensor:
+        """What each query sees (B, H x C), after the new key and value are stored at ``position``."""
+        batch, heads, kv_heads = len(qkv_BM), self.num_heads, self.num_kv_heads
+        qkv_BHC = qkv_BM.view(batch, heads + 2 * kv_heads, -1)
+        qk_BHC, v_BKC = qkv_BHC[:, : heads + kv_heads], qkv_BHC[:, heads + kv_heads :]
+        if self.config.positions is Positions.rotary:
+            cos_C, sin_C = self.model.cos_TC[position], self.signed_sin_TC[position]
+            qk_BHC = torch.addcmul(qk_BHC * cos_C, qk_BHC.roll(qk_BHC.shape[2] // 2, -1), sin_C)
+        keys_BKSC[:, :, position] = qk_BHC[:, heads:]
+        values_BKSC[:, :, position] = v_BKC
+        seen_BHTC = F.scaled_dot_product_attention(
+            qk_BHC[:, :heads, None],
+            keys_BKSC[:, :, : position + 1],
+            values_BKSC[:, :, : position + 1],
+            enable_gqa=kv_heads != heads,
+        )
+        return seen_BHTC.reshape(batch, -1)
+
+    def _activate(self, up_BF: Tensor) -> Tensor:
+        if not self.config.gated:
+            return activate(self.config.activation, up_BF)
+        gate_BF, up_BF = up_BF.chunk(2, 1)
+        return activate(self.config.activation, gate_BF).mul_(up_BF)
+
+
+__all__ = ["MIN_TOKENS", "TokenStep", "token_step"]

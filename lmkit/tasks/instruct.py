@@ -1,0 +1,187 @@
+"""task=instruct: learn the answers of conversations, not what they answer to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmkit.config.chat import InstructTaskConfig
+from lmkit.config.commands import FinetuneConfig
+from lmkit.config.optimization import SampledSoftmaxConfig
+from lmkit.console import Console, format_number
+from lmkit.data.chat import ChatTemplate, Encoded, answers_of
+from lmkit.data.conversations import ChatBatch, ChatBatches, chat_batch, conversation_of, digest_of, read_splits
+from lmkit.device import Device
+from lmkit.errors import ConfigError
+from lmkit.evaluation.scoring import exp
+from lmkit.loading import LoadedRun
+from lmkit.models.base import LanguageModel, State
+from lmkit.models.transformer import Transformer
+from lmkit.tasks.base import Task, Validation
+from lmkit.tasks.chat import check_length, encode_all, greedy_answers, with_template
+from lmkit.tokenizers import Tokenizer
+
+SPARE_TOKENS = 8
+"""An answer that is longer than the right one by more than this is broken off: it is wrong."""
+
+
+class Instruct(Task):
+    """Nats of the answers' tokens, their end tokens included; validation also answers some conversations itself."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        train: Sequence[Encoded],
+        valid: Sequence[Encoded],
+        *,
+        data_name: str,
+        batch_size: int,
+        room: int | None,
+        num_answered: int,
+        seed: int,
+    ) -> None:
+        """room: tokens of a row that several examples share; None: one example a row.
+
+        num_answered: valid examples that are answered greedily.
+        """
+        self.model, self.tokenizer, self.valid, self.num_answered = model, tokenizer, valid, num_answered
+        batches = ChatBatches(train, tokenizer.eos_id, batch_size=batch_size, room=room, seed=seed)
+        self.batches, self.num_rows = batches, len(batches.rows)
+        self.data_name = data_name
+        self.data_digest = digest_of([room, *([e.ids, e.learnt] for part in (train, valid) for e in part)])
+        self.num_targets = sum(sum(example.learnt) for example in train)
+
+    def loss(
+        self, forward: nn.Module, batch: ChatBatch, state: State | None, progress: float
+    ) -> tuple[Tensor, State | None]:
+        hidden_BTD = _hidden(forward, batch)
+        return self.model.head.loss(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1)), None
+
+    @torch.no_grad()
+    def row_losses(self, forward: nn.Module, batch: ChatBatch, state: State | None) -> list[float]:
+        hidden_BTD = _hidden(forward, batch)
+        scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+        nats: list[float] = scores.nats_N.view(batch.targets_BT.shape).double().sum(1).tolist()
+        return nats
+
+    def advice(self, run: Path) -> str:
+        return f"lmkit generate run={run} --chat --prompt TEXT   lmkit generate run={run} --interactive"
+
+    def shown(self, loss: float) -> tuple[str, str]:
+        return "ppl/answer token", format_number(exp(loss))
+
+    def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
+        nats, accuracy, num_tokens = self._score(device, micro_batch_size, progress)
+        loss = nats / num_tokens
+        metrics = {"valid_ppl": exp(loss), "valid_accuracy": accuracy}
+        text = f"valid loss {loss:.4f} nats/answer token  ppl {format_number(exp(loss))}"
+        rows = [
+            ("valid perplexity per answer token", format_number(exp(loss))),
+            ("valid accuracy per answer token", f"{100 * accuracy:.2f} %"),
+        ]
+        result: dict[str, Any] = {
+            "split": "valid",
+            "num_examples": len(self.valid),
+            "num_answer_tokens": num_tokens,
+            "answer_nats": nats,
+            "answer_ppl": exp(loss),
+            "answer_accuracy": accuracy,
+        }
+        if num_answered := min(self.num_answered, len(self.valid)):
+            chosen = [self.valid[i * len(self.valid) // num_answered] for i in range(num_answered)]
+            num_exact = self._count_exact(chosen, device, micro_batch_size, progress)
+            metrics["valid_exact_match"] = num_exact / num_answered
+            text += f"  exact match {100 * num_exact / num_answered:.1f} % of {num_answered}"
+            rows.append(("valid exact match, greedy", f"{num_exact} of {num_answered}"))
+            result |= {"exact_match": num_exact / num_answered, "num_answered": num_answered}
+        return Validation(loss=loss, metrics=metrics, text=text, result=result, rows=rows)
+
+    @torch.no_grad()
+    def _score(
+        self, device: Device, micro_batch_size: int, progress: Callable[[int], None]
+    ) -> tuple[float, float, int]:
+        """Summed nats, share of correct tokens, and number of the answers' tokens of valid."""
+        self.model.eval()
+        by_length = sorted(self.valid, key=lambda example: len(example.ids))
+        nats, num_correct, num_tokens = 0.0, 0, 0
+        for first in range(0, len(by_length), micro_batch_size):
+            rows = [[example] for example in by_length[first : first + micro_batch_size]]
+            batch = chat_batch(rows, self.tokenizer.eos_id, packing=False)
+            batch = batch.cut(slice(None), device.torch_device)
+            with device.autocast():
+                hidden_BTD = _hidden(self.model, batch)
+                scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+            nats += float(scores.nats_N.double().sum())
+            num_correct += int(scores.correct_N.sum())
+            num_tokens += batch.num_targets
+            progress(batch.num_targets)
+        return nats, num_correct / num_tokens, num_tokens
+
+    def _count_exact(
+        self, examples: Sequence[Encoded], device: Device, micro_batch_size: int, progress: Callable[[int], None]
+    ) -> int:
+        """How many last answers come out as they stand in the data, text for text, white space at their ends aside."""
+        spans = [answers_of(example)[-1] for example in examples]
+        right = [e.ids[start:end] for e, (start, end) in zip(examples, spans, strict=True)]
+        answers = greedy_answers(
+            self.model,
+            [e.ids[:start] for e, (start, _) in zip(examples, spans, strict=True)],
+            [len(ids) + SPARE_TOKENS for ids in right],
+            eos_id=self.tokenizer.eos_id,
+            device=device,
+            batch_size=micro_batch_size,
+            progress=progress,
+        )
+        decode = self.tokenizer.decode
+        pairs = zip(answers, right, strict=True)
+        return sum(answer is not None and decode(answer).strip() == decode(ids).strip() for answer, ids in pairs)
+
+
+def _hidden(forward: nn.Module, batch: ChatBatch) -> Tensor:
+    """(B, T, D) hidden vectors; of rows of several examples each by itself."""
+    if batch.segments_BT is None:
+        hidden_BTD: Tensor = forward(batch.inputs_BT)[0]
+    else:
+        hidden_BTD = forward(batch.inputs_BT, segments_BT=batch.segments_BT)[0]
+    return hidden_BTD
+
+
+def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: LoadedRun, console: Console) -> Instruct:
+    """The task of a configuration. ``cfg.task`` becomes the configuration with its template written out.
+
+    Raises ConfigError or DataError for what does not fit together.
+    """
+    if isinstance(cfg.softmax, SampledSoftmaxConfig):
+        raise ConfigError("softmax=sampled has no use with task=instruct", "leave it out")
+    seq_len = cfg.train.seq_len
+    check_length(base, seq_len)
+    cfg.task = config = with_template(config, base)
+    template = ChatTemplate.of(config)
+    splits = read_splits(config, lambda record: conversation_of(record, config))
+    encoded = [
+        encode_all(part, template, base, seq_len=seq_len, policy=config.truncation, split=name, console=console)
+        for name, part in zip(("train", "valid"), splits, strict=True)
+    ]
+    train, valid = ([e for e in part if e is not None] for part in encoded)
+    packs = config.packing and isinstance(base.model, Transformer)
+    task = Instruct(
+        base.model,
+        base.tokenizer,
+        train,
+        valid,
+        data_name="instruct",
+        batch_size=cfg.train.batch_size,
+        room=seq_len if packs else None,
+        num_answered=config.exact_match,
+        seed=cfg.seed,
+    )
+    console.say(f"train: {len(train)} conversations in {task.num_rows} rows; valid: {len(valid)}")
+    return task
+
+
+__all__ = ["Instruct", "build_instruct"]

@@ -1,0 +1,126 @@
+"""What the tasks on rows of named columns share: batches, predictions over all examples, and what a run remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmkit.config.tasks import RowsTaskConfig
+from lmkit.config.training import TrainConfig
+from lmkit.data.examples import ExampleBatch, Examples, RowReader, ShuffledExamples
+from lmkit.device import Device
+from lmkit.errors import ConfigError
+from lmkit.models.base import LanguageModel, State
+from lmkit.tasks.base import Task
+from lmkit.tokenizers import Tokenizer
+
+DEFAULT_MAX_TOKENS = 512
+"""Longest text where neither the configuration nor the model sets a limit."""
+PREDICT_BATCH = 32
+"""Examples at once in predictions for a file; changes the speed only."""
+
+
+class RowsTask(Task):
+    """Learn one thing about each example; an epoch has each training example once."""
+
+    unit = "example"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RowsTaskConfig,
+        tokenizer: Tokenizer,
+        train: Examples,
+        valid: Examples,
+        train_config: TrainConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.model, self.config, self.tokenizer, self.train, self.valid = model, config, tokenizer, train, valid
+        self.batches = ShuffledExamples(train, train_config.batch_size, seed)
+        self.num_targets = len(train)
+        self.data_name = re.sub(r"[^\w.-]+", "_", Path(config.data).name) or "rows"
+        both = f"{train.digest()} {valid.digest()} {sorted(self.fitted().items())}"
+        self.data_digest = hashlib.sha256(both.encode()).hexdigest()
+
+    @abstractmethod
+    def fitted(self) -> dict[str, Any]:
+        """What was learnt from the training rows beside parameters, as JSON data; stored with the run."""
+
+    @abstractmethod
+    def outputs(self, forward: nn.Module, batch: ExampleBatch) -> Tensor:
+        """What the model says of each example: (B, C) logits, or (B,) numbers."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets_B: Tensor) -> Tensor:
+        """(B,) loss of each example."""
+
+    def loss(
+        self, forward: nn.Module, batch: ExampleBatch, state: State | None, progress: float
+    ) -> tuple[Tensor, State | None]:
+        return self.losses(self.outputs(forward, batch), batch.targets_B).sum(), None
+
+    def advice(self, run: Path) -> str:
+        return f"lmkit finetune run={run} predict=FILE"
+
+
+@torch.no_grad()
+def all_outputs(
+    model: nn.Module,
+    outputs: Callable[[nn.Module, ExampleBatch], Tensor],
+    examples: Examples,
+    *,
+    device: Device,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """The outputs for all N examples, in their order, on the CPU in float64; the model is in evaluation mode then."""
+    model.eval()
+    chosen, found, done = [], [], 0
+    for indices in examples.by_length(batch_size):
+        with device.autocast():
+            part = outputs(model, examples.batch(indices).cut(slice(None), device.torch_device))
+        found.append(part.float().cpu().double())
+        chosen.append(torch.from_numpy(indices))
+        done += len(indices)
+        progress(done)
+    result = torch.empty((len(examples), *found[0].shape[1:]), dtype=torch.float64)
+    result[torch.cat(chosen)] = torch.cat(found)
+    return result
+
+
+def longest_text(config: RowsTaskConfig, backbone: LanguageModel | None) -> int:
+    """Tokens of the longest text. Raises ConfigError if the model cannot read so many."""
+    context = None if backbone is None else backbone.context
+    if config.max_tokens is None:
+        return DEFAULT_MAX_TOKENS if context is None else context
+    if context is not None and config.max_tokens > context:
+        raise ConfigError(
+            f"task.max_tokens={config.max_tokens} is more than the model's context of {context}",
+            f"set task.max_tokens={context} or less",
+        )
+    return config.max_tokens
+
+
+def cut_note(reader: RowReader, num_rows: int) -> str | None:
+    """What to tell people of texts that were cut."""
+    if reader.num_cut == 0:
+        return None
+    return f"{reader.num_cut} of {num_rows} texts are longer than the model reads and were cut (task.max_tokens)"
+
+
+def table_value(value: Any) -> Any:
+    """A float of a table as it is written to a file: seven significant digits, as float32 has."""
+    return float(f"{value:.7g}")
+
+
+Fitted = Mapping[str, Any]
+
+__all__ = ["PREDICT_BATCH", "Fitted", "RowsTask", "all_outputs", "cut_note", "longest_text", "table_value"]

@@ -1,0 +1,190 @@
+"""Sentence VAE: sentences are read into a latent vector and written again from it. What objective=vae does."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmkit.config.objectives import VaeObjectiveConfig
+from lmkit.config.optimization import InitConfig, SoftmaxConfig
+from lmkit.config.training import TrainConfig
+from lmkit.console import format_number
+from lmkit.data.batches import Batch
+from lmkit.data.prepared import PreparedData, Split
+from lmkit.data.sentences import SentenceBatches, Sentences
+from lmkit.device import Device
+from lmkit.evaluation.latent import LatentScores, score_sentences
+from lmkit.evaluation.protocols import line_enders
+from lmkit.evaluation.scoring import exp
+from lmkit.initialise import initialise_from_text, token_counts
+from lmkit.models.base import State
+from lmkit.models.vae import VaeLstm
+from lmkit.objectives import build_objective
+from lmkit.tasks.base import Task, Validation
+from lmkit.tokenizers import Tokenizer
+
+ROWS_AT_ONCE = 256
+"""Rows of a forward pass in validation."""
+PROBED = 32
+"""Validation is timed on this many sentences."""
+
+
+def sentences_of(split: Split, tokenizer: Tokenizer, longest: int | None = None) -> Sentences:
+    """The lines of a split; see Sentences.of."""
+    return Sentences.of(split.tokens, line_enders(tokenizer), tokenizer.eos_id, longest)
+
+
+def sentences_digest(prepared: PreparedData, objective: str) -> str:
+    """Another one than that of the text as a stream, since losses of the two cannot be compared."""
+    return hashlib.sha256(f"{prepared.key}/sentences/{objective}".encode()).hexdigest()
+
+
+class SentenceVae(Task):
+    """Minimises reconstruction + weight x KL per sentence; validation gives the importance-weighted bound of valid.
+
+    Each sentence is learnt alone: no state goes from one to the next, its first token is predicted from eos, and the
+    token that ends it is a target too. In training, sentences are cut after ``train.seq_len`` tokens.
+    """
+
+    def __init__(
+        self,
+        model: VaeLstm,
+        prepared: PreparedData,
+        train: TrainConfig,
+        softmax: SoftmaxConfig,
+        config: VaeObjectiveConfig,
+        *,
+        seed: int,
+        init: InitConfig | None = None,
+    ) -> None:
+        """init: what ``begin`` takes from the text; None: the parameters stay as they are."""
+        self.model, self.prepared, self.config, self.init, self.seed = model, prepared, config, init, seed
+        self.tokenizer, self.data_name = prepared.tokenizer, prepared.name
+        self.data_digest = sentences_digest(prepared, config.name)
+        tokens = prepared.splits["train"].tokens
+        self.counts_V = token_counts(tokens, prepared.tokenizer.vocab_size)
+        self.objective = build_objective(softmax, self.counts_V)
+        learnt = sentences_of(prepared.splits["train"], prepared.tokenizer, train.seq_len)
+        self.batches = SentenceBatches(learnt, train.batch_size, seed)
+        self.num_targets = int(learnt.lengths_S.sum())
+        self.valid = sentences_of(prepared.splits["valid"], prepared.tokenizer)
+
+    def begin(self) -> None:
+        if self.init is not None:
+            tokens = self.prepared.splits["train"].tokens
+            initialise_from_text(self.model, self.init, tokens, self.counts_V, seed=self.seed)
+
+    def loss(
+        self, forward: nn.Module, batch: Batch, state: State | None, progress: float
+    ) -> tuple[Tensor, State | None]:
+        """Reconstruction plus weighted KL of all sentences; the free nats go by each unit's mean over the rows."""
+        posterior = self.model.encode(batch.targets_BT)
+        latent_BZ = posterior.draw(torch.randn_like(posterior.mean_BZ))
+        hidden_BTD, _ = forward(batch.inputs_BT, self.model.start(latent_BZ))
+        reconstruction = self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+        kl_Z = posterior.kl_BZ().mean(0)
+        charged_Z = kl_Z.clamp(min=self.config.free_nats / max(1, len(kl_Z)))
+        return reconstruction + self.config.weight(progress) * batch.num_rows * charged_Z.sum(), None
+
+    def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
+        scores = self._score(self.valid, device, progress)
+        return vae_validation(scores, self.prepared, self.config.num_samples, self.seed)
+
+    def validation_s(self, *, device: Device, micro_batch_size: int) -> float:
+        """Seconds that validation will take, from timing a few sentences of all lengths."""
+        chosen = np.linspace(0, len(self.valid) - 1, min(PROBED, len(self.valid))).astype(np.int64)
+        probe = Sentences(self.valid.tokens, self.valid.begins_S[chosen], self.valid.ends_S[chosen], self.valid.eos_id)
+        start = time.monotonic()
+        self._score(probe, device, None)
+        return (time.monotonic() - start) * float(self.valid.lengths_S.sum() / probe.lengths_S.sum())
+
+    def _score(self, sentences: Sentences, device: Device, progress: Callable[[int], None] | None) -> LatentScores:
+        return score_sentences(
+            self.model,
+            sentences,
+            num_samples=self.config.num_samples,
+            seed=self.seed,
+            batch_size=ROWS_AT_ONCE,
+            device=device,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def row_losses(self, forward: nn.Module, batch: Batch, state: State | None) -> list[float]:
+        """-ELBO of each row with one draw."""
+        posterior = self.model.encode(batch.targets_BT)
+        latent_BZ = posterior.draw(torch.randn_like(posterior.mean_BZ))
+        hidden_BTD, _ = forward(batch.inputs_BT, self.model.start(latent_BZ))
+        scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+        nats_B = scores.nats_N.view(batch.targets_BT.shape).double().sum(1) + posterior.kl_BZ().double().sum(1)
+        rows: list[float] = nats_B.tolist()
+        return rows
+
+
+def latent_numbers(scores: LatentScores, split: Split, num_samples: int, seed: int) -> dict[str, Any]:
+    """Sums and means over a split. Names with ``bound`` are upper bounds: the number itself is at most that."""
+    nats, num_sentences = float(scores.bound_S.sum()), len(scores.bound_S)
+    num_tokens = int(scores.num_tokens_S.sum())
+    return {
+        "reconstruction_nats": float(scores.reconstruction_S.mean()),
+        "kl_nats": float(scores.kl_S.mean()),
+        "negative_elbo_nats": float((scores.reconstruction_S + scores.kl_S).mean()),
+        "bound_nats": nats / num_sentences,
+        "num_samples": num_samples,
+        "active_units": scores.active_units,
+        "num_units": scores.mean_SZ.shape[1],
+        "mutual_information_nats": scores.mutual_information(seed),
+        "num_sentences": num_sentences,
+        "num_tokens": num_tokens,
+        "num_words": split.num_words,
+        "word_ppl_bound": exp(nats / split.num_words),
+        "token_ppl_bound": exp(nats / num_tokens),
+        "elbo_word_ppl_bound": exp(float((scores.reconstruction_S + scores.kl_S).sum()) / split.num_words),
+        "bits_per_byte_bound": nats / split.num_bytes / math.log(2),
+    }
+
+
+def latent_rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """The numbers for people; ``<=`` marks a bound."""
+    samples = f"importance-weighted bound, {numbers['num_samples']} samples"
+    return [
+        (f"perplexity per word ({samples})", f"<= {format_number(numbers['word_ppl_bound'])}"),
+        ("perplexity per word (ELBO)", f"<= {format_number(numbers['elbo_word_ppl_bound'])}"),
+        ("bits per byte", f"<= {numbers['bits_per_byte_bound']:.4f}"),
+        ("nats per sentence, importance-weighted", f"<= {numbers['bound_nats']:.3f}"),
+        ("nats per sentence, -ELBO", f"<= {numbers['negative_elbo_nats']:.3f}"),
+        ("  reconstruction", f"{numbers['reconstruction_nats']:.3f}"),
+        ("  KL from the prior", f"{numbers['kl_nats']:.3f}"),
+        ("active units", f"{numbers['active_units']} of {numbers['num_units']}"),
+        ("mutual information of sentence and latent", f"{numbers['mutual_information_nats']:.3f} nats"),
+    ]
+
+
+def vae_validation(scores: LatentScores, prepared: PreparedData, num_samples: int, seed: int) -> Validation:
+    """The numbers of the wholly scored valid split."""
+    numbers = latent_numbers(scores, prepared.splits["valid"], num_samples, seed)
+    return Validation(
+        loss=float(scores.bound_S.sum()) / numbers["num_tokens"],
+        metrics={
+            "valid_ppl_bound": numbers["token_ppl_bound"],
+            "valid_kl": numbers["kl_nats"],
+            "valid_reconstruction": numbers["reconstruction_nats"],
+            "valid_active_units": float(numbers["active_units"]),
+            "valid_mutual_information": numbers["mutual_information_nats"],
+        },
+        text=f"valid ppl <= {format_number(numbers['word_ppl_bound'])} per word  reconstruction"
+        f" {numbers['reconstruction_nats']:.2f} + KL {numbers['kl_nats']:.2f} nats a sentence"
+        f"  {numbers['active_units']} of {numbers['num_units']} units active",
+        result={"dataset": prepared.name, "split": "valid", **numbers},
+        rows=[(f"valid {name.strip()}", value) for name, value in latent_rows(numbers)],
+    )
+
+
+__all__ = ["SentenceVae", "latent_numbers", "latent_rows", "sentences_digest", "sentences_of", "vae_validation"]

@@ -1,0 +1,362 @@
+"""Speed and memory of training: lmkit beside ``transformers`` and plain PyTorch loops.
+
+    python scripts/bench_train.py [--family transformer|lstm] [--rounds 3] [--steps 3] [--json FILE]
+    python scripts/bench_train.py --scaling [--plot FILE.png] [--json FILE]
+
+All ways take the same random tokens (32 x 128, vocabulary 10,000) through a model of the same shape (d_model 256,
+6 layers, 8 heads; LSTM: 2 layers of 256) in fp32 with AdamW and clipping, without dropout, each in a process of its own
+and in interleaved rounds; the first round warms up, medians are printed. Numbers of parameters more than 1 % apart and
+different numbers of tokens are refused.
+
+- lmkit: lmkit.train.Trainer, which is what ``lmkit pretrain`` runs; a Llama-shaped block (--model gpt2 for GPT-2's)
+- transformers: GPT2LMHeadModel in the usual loop (left out when it is not installed)
+- plain: the shortest sensible loop with torch's own modules
+- gemm: products of 1024 x 1024 matrices, the machine's peak; the share of it counts 6 x parameters + 12 x layers x
+  width x context operations a token
+
+``--scaling`` measures lmkit alone while one of layers, width, context, vocabulary and batch changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from peers import Peer, Work, is_installed, measure_in_turns, serve, table, write_rows
+
+LEARNING_RATE, CLIP_NORM = 1e-3, 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, and on how much at a time."""
+
+    layers: int = 6
+    width: int = 256
+    heads: int = 8
+    context: int = 128
+    vocabulary: int = 10_000
+    batch: int = 32
+
+    def arguments(self) -> list[str]:
+        return [word for field in fields(self) for word in (f"--{field.name}", str(getattr(self, field.name)))]
+
+
+GRID: dict[str, list[int]] = {
+    "layers": [2, 4, 6, 8],
+    "width": [128, 256, 384, 512],
+    "context": [64, 128, 256, 512],
+    "vocabulary": [1_000, 10_000, 50_000],
+    "batch": [4, 8, 16, 32],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=["transformer", "lstm"], default="transformer")
+    parser.add_argument("--model", choices=["llama", "gpt2"], default="llama", help="lmkit's block")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps a round")
+    parser.add_argument("--threads", type=int, default=0, help="threads of each (default: the cores)")
+    for field in fields(Shape):
+        parser.add_argument(f"--{field.name}", type=int, help=f"default {field.default}; LSTM: 2 layers")
+    parser.add_argument("--scaling", action="store_true", help="how lmkit's speed and memory grow")
+    parser.add_argument("--plot", type=Path, default=Path("scaling.png"), help="where --scaling draws")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    given = {field.name: getattr(args, field.name) for field in fields(Shape) if getattr(args, field.name) is not None}
+    shape = replace(Shape(layers=2 if args.family == "lstm" else 6), **given)
+    if args.serve:
+        set_threads(args.threads)
+        serve(WAYS[args.family, args.serve](shape, args.steps, args.model))
+        return
+    options = ["--family", args.family, "--model", args.model, "--steps", str(args.steps)]
+    options += ["--threads", str(args.threads)]
+    if args.scaling:
+        rows = scaling(shape, options, args.rounds, args.plot)
+    else:
+        rows = compare(args.family, shape, options, args.rounds)
+    write_rows(args.json, rows)
+
+
+def compare(family: str, shape: Shape, options: list[str], rounds: int) -> list[dict[str, Any]]:
+    names = ["lmkit", "plain"]
+    if family == "transformer" and is_installed("transformers"):
+        names.append("transformers")
+    arguments = [*options, *shape.arguments()]
+    gemm = Peer.start("gemm", __file__, arguments)
+    peers = measure_in_turns(names, __file__, arguments, rounds, beside=gemm)
+    table(peers, f"{family}, {shape}, {rounds} rounds")
+    print(f"  products alone {gemm.tokens_per_s() / 1e9:.0f} GFLOP/s")
+    rows = []
+    for peer in peers:
+        share = flops_per_token(family, peer.num_parameters, shape) * peer.num_tokens / gemm.num_tokens
+        share /= statistics.median(m / g for m, g in zip(peer.seconds[1:], gemm.seconds[1:], strict=True))
+        print(f"  {peer.name:<14} {100 * share:.0f} % of it")
+        rows.append(peer.row(family=family, matrix_share=share))
+    return rows
+
+
+def flops_per_token(family: str, num_parameters: int, shape: Shape) -> int:
+    attention = 12 * shape.layers * shape.width * shape.context if family == "transformer" else 0
+    return 6 * num_parameters + attention
+
+
+def scaling(base: Shape, options: list[str], rounds: int, plot: Path) -> list[dict[str, Any]]:
+    rows = []
+    for name, values in GRID.items():
+        for value in values:
+            shape = replace(base, **{name: value})
+            (peer,) = measure_in_turns(["lmkit"], __file__, [*options, *shape.arguments()], rounds)
+            rows.append(peer.row(varied=name, value=value))
+            print(
+                f"{name:<11} {value:7,}  {peer.tokens_per_s():9,.0f} tokens/s  {peer.peak_bytes / 1e9:5.2f} GB",
+                flush=True,
+            )
+    draw(rows, plot)
+    print(f"drawn: {plot}")
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second above, peak memory below, one column for each thing that was varied."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(GRID), figsize=(3 * len(GRID), 5), sharey="row", layout="constrained")
+    for column, name in enumerate(GRID):
+        of = [row for row in rows if row["varied"] == name]
+        values = [row["value"] for row in of]
+        axes[0, column].plot(values, [row["tokens_per_s"] for row in of], marker="o")
+        axes[1, column].plot(values, [row["peak_bytes"] / 1e9 for row in of], marker="o")
+        axes[1, column].set_xlabel(name)
+        for row in (0, 1):
+            axes[row, column].set_xscale("log", base=2)
+            axes[row, column].set_xticks(values, [f"{value:,}" for value in values], minor=False)
+            axes[row, column].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("tokens/s")
+    axes[1, 0].set_ylabel("peak memory, GB")
+    figure.savefig(path, dpi=120)
+
+
+def set_threads(threads: int) -> None:
+    import torch
+
+    from lmkit.device import available_cores
+
+    torch.set_num_threads(threads or available_cores())
+
+
+def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
+    import torch
+
+    from lmkit.config.machine import DeviceConfig, DeviceType
+    from lmkit.config.optimization import AdamwConfig, ConstantConfig
+    from lmkit.data.batches import Batch
+    from lmkit.device import resolve_device
+    from lmkit.objectives import ExactSoftmax
+    from lmkit.optim import build_optimizer
+    from lmkit.tasks.language import NextToken
+    from lmkit.train import Horizon, Trainer, TrainState
+
+    device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=torch.get_num_threads()))
+    model = lmkit_model(family, shape, block)
+
+    class Random:
+        steps_per_epoch = 1_000_000
+
+        def __getitem__(self, step: int) -> Batch:
+            rows_BT = random_tokens(shape, step)
+            return Batch(rows_BT[:, :-1], rows_BT[:, 1:], starts_text=False)
+
+    config = AdamwConfig(lr=LEARNING_RATE, clip_norm=CLIP_NORM)
+    batches = Random()
+    trainer = Trainer(
+        task=NextToken(model, batches, ExactSoftmax()),
+        model=model,
+        optimizer=build_optimizer(config, model, fused=device.fused),
+        optimizer_config=config,
+        schedule=ConstantConfig(warmup_ratio=0.0),
+        device=device,
+        seed=1,
+        micro_batch_size=shape.batch,
+        state=TrainState(horizon=Horizon(1e-6)),
+    )
+
+    def run() -> int:
+        return sum(trainer.train_step(batches[trainer.state.step]).num_targets for _ in range(steps))
+
+    return Work(run, model.num_parameters())
+
+
+def lmkit_model(family: str, shape: Shape, block: str) -> Any:
+    from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
+
+    if family == "lstm":
+        lstm = RecurrentConfig(
+            num_layers=shape.layers,
+            d_embed=shape.width,
+            d_hidden=shape.width,
+            dropout_embed=0.0,
+            dropout_input=0.0,
+            dropout_hidden=0.0,
+            dropout_output=0.0,
+            dropout_recurrent=0.0,
+        )
+        return lstm.build(shape.vocabulary, seed=1)
+    config = TransformerConfig(
+        d_model=shape.width, num_layers=shape.layers, num_heads=shape.heads, context=shape.context
+    )
+    config.d_ff = 43 * shape.width // 16  # three matrices of this width are as large as GPT-2's two of 4 x width
+    if block == "gpt2":
+        config.d_ff = 4 * shape.width
+        config.positions, config.norm, config.activation = Positions.learned, Norm.layernorm, Activation.gelu
+        config.gated, config.bias = False, True
+    return config.build(shape.vocabulary, seed=1)
+
+
+def random_tokens(shape: Shape, step: int) -> Any:
+    """(B, T + 1) ids of a step, the same for every way."""
+    import torch
+
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(shape.vocabulary, (shape.batch, shape.context + 1), generator=generator)
+
+
+def plain_loop(model: Any, loss_of: Callable[[Any, Any], Any], shape: Shape, steps: int) -> Work:
+    """The usual loop around a model: zero, loss, backward, clip, step."""
+    import itertools
+
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    numbers = itertools.count()
+
+    def run() -> int:
+        for _ in range(steps):
+            rows_BT = random_tokens(shape, next(numbers))
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(rows_BT[:, :-1], rows_BT[:, 1:]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+        return steps * shape.batch * shape.context
+
+    return Work(run, sum(p.numel() for p in model.parameters()))
+
+
+def transformers_work(shape: Shape, steps: int, block: str) -> Work:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=shape.vocabulary,
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config).train()
+
+    def loss_of(inputs_BT: Any, targets_BT: Any) -> Any:
+        logits_BTV = model(inputs_BT, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.reshape(-1))
+
+    return plain_loop(model, loss_of, shape, steps)
+
+
+def plain_gpt(shape: Shape, steps: int, block: str) -> Work:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    width = shape.width
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = (
+                t.unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(width, 2)
+            )
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    embedding, positions = nn.Embedding(shape.vocabulary, width), nn.Embedding(shape.context, width)
+    blocks, norm = nn.Sequential(*(Block() for _ in range(shape.layers))), nn.LayerNorm(width)
+    model = nn.ModuleList([embedding, positions, blocks, norm])
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.02)
+
+    def loss_of(inputs_BT: Any, targets_BT: Any) -> Any:
+        hidden = norm(blocks(embedding(inputs_BT) + positions(torch.arange(inputs_BT.shape[1]))))
+        logits_BTV = F.linear(hidden, embedding.weight)
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.reshape(-1))
+
+    return plain_loop(model, loss_of, shape, steps)
+
+
+def plain_lstm(shape: Shape, steps: int, block: str) -> Work:
+    import torch.nn.functional as F
+    from torch import nn
+
+    embedding = nn.Embedding(shape.vocabulary, shape.width)
+    lstm = nn.LSTM(shape.width, shape.width, shape.layers)
+    output = nn.Linear(shape.width, shape.vocabulary)
+    output.weight = embedding.weight
+    nn.init.normal_(embedding.weight, std=0.1)
+    state: Any = None
+
+    def loss_of(inputs_BT: Any, targets_BT: Any) -> Any:
+        nonlocal state
+        hidden, state = lstm(embedding(inputs_BT.T), state)
+        state = tuple(t.detach() for t in state)
+        return F.cross_entropy(output(hidden).flatten(0, 1), targets_BT.T.reshape(-1))
+
+    return plain_loop(nn.ModuleList([embedding, lstm, output]), loss_of, shape, steps)
+
+
+def gemm_work(shape: Shape, steps: int, block: str) -> Work:
+    """Square products; the tokens that it counts are operations."""
+    import torch
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    out = torch.empty(1024, 1024)
+
+    def run() -> int:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        return 20 * 2 * 1024**3
+
+    return Work(run, 0)
+
+
+WAYS: dict[tuple[str, str], Callable[[Shape, int, str], Work]] = {
+    ("transformer", "lmkit"): lambda *args: lmkit_work("transformer", *args),
+    ("transformer", "transformers"): transformers_work,
+    ("transformer", "plain"): plain_gpt,
+    ("transformer", "gemm"): gemm_work,
+    ("lstm", "lmkit"): lambda *args: lmkit_work("lstm", *args),
+    ("lstm", "plain"): plain_lstm,
+    ("lstm", "gemm"): gemm_work,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The benchmark scripts refuse to compare unlike work and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+CHILD = """
+import argparse, sys
+sys.path.insert(0, {scripts!r})
+from peers import Work, serve
+parser = argparse.ArgumentParser()
+parser.add_argument("--serve")
+parser.add_argument("--extra", type=int)
+args = parser.parse_args()
+print("something that a library says")
+other = args.serve == "other"
+serve(Work(lambda: 100 + other * args.extra, 1000))
+"""
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import peers
+
+    yield peers
+    sys.modules.pop("peers")
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "child.py"
+    path.write_text(CHILD.format(scripts=str(SCRIPTS)), encoding="utf-8")
+    return str(path)
+
+
+def test_every_way_is_measured_in_every_round_and_the_rows_hold_speed_and_memory(
+    peers: ModuleType, script: str, tmp_path: Path
+) -> None:
+    found = peers.measure_in_turns(["one", "other"], script, ["--extra", "0"], 2)
+    assert [len(peer.seconds) for peer in found] == [3, 3]
+    peers.write_rows(tmp_path / "rows.json", [peer.row(batch=1) for peer in found])
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert [(row["name"], row["num_tokens"], row["batch"]) for row in rows] == [("one", 100, 1), ("other", 100, 1)]
+    assert all(row["tokens_per_s"] > 0 and row["peak_bytes"] > 1e6 for row in rows)
+
+
+def test_ways_that_make_different_numbers_of_tokens_are_refused(peers: ModuleType, script: str) -> None:
+    with pytest.raises(SystemExit, match="'one': 100, 'other': 101"):
+        peers.measure_in_turns(["one", "other"], script, ["--extra", "1"], 1)
+
+
+def test_models_whose_sizes_are_more_than_one_percent_apart_are_refused(peers: ModuleType) -> None:
+    def sizes(*counts: int) -> list[object]:
+        return [peers.Peer(str(i), None, num_parameters=count) for i, count in enumerate(counts)]
+
+    peers.refuse_unlike_parameters(sizes(1000, 1010))
+    with pytest.raises(SystemExit, match="1011"):
+        peers.refuse_unlike_parameters(sizes(1000, 1011))
+
+
+def test_the_speed_is_the_median_of_the_rounds_after_the_first(peers: ModuleType) -> None:
+    fast = peers.Peer("fast", None, num_tokens=100, seconds=[9.0, 1.0, 2.0, 50.0])
+    slow = peers.Peer("slow", None, num_tokens=100, seconds=[9.0, 3.0, 4.0, 50.0])
+    assert fast.tokens_per_s() == 50.0
+    assert fast.ratio_to(slow) == 2.0

@@ -1,0 +1,160 @@
+"""lmkit export: the whole folder or none, with a card that says where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lmkit import cli, presets
+from lmkit.arguments import parse
+from lmkit.commands import export
+from lmkit.config.data import TextConfig
+from lmkit.config.export import ExportConfig, ExportFormat
+from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
+from lmkit.config.plain import from_plain, to_plain
+from lmkit.config.training import ExistingRunConfig
+from lmkit.errors import ConfigError, DataError
+from lmkit.hf import exporting, import_hf
+from lmkit.hf.exporting import Source, export_as
+from lmkit.hf.sample import sample_text
+from lmkit.store.checkpoint import Snapshot
+from lmkit.store.checkpoint_writer import save_checkpoint
+from lmkit.store.runs import Run
+from lmkit.sweep import combinations
+from lmkit.tokenizers import ByteTokenizer, WordTokenizer
+
+TOKENIZER = WordTokenizer(["the", "company", "said"])
+MODEL = TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=16)
+RESULT = {"step": 3, "split": "valid", "dataset": "text", "token_ppl": 12.5, "word_ppl": 12.5, "num_tokens": 73760}
+
+
+def make_run(root: Path, model_config: ModelConfig = MODEL) -> Path:
+    """A finished run of an untrained model."""
+    model = model_config.build(TOKENIZER.vocab_size, seed=1)
+    config = {
+        "command": "pretrain",
+        "vocab_size": TOKENIZER.vocab_size,
+        "seed": 1,
+        "model": to_plain(model_config),
+        "dataset": to_plain(TextConfig(path="corpus")),
+        "train": {"seq_len": 8},
+    }
+    with Run.create(None, root=str(root), dataset="text", model="m", resume=False, warn=print) as run:
+        run.begin(seed=1, command=["lmkit", "pretrain", "model=small"], digests={"data": "d" * 64})
+        save_checkpoint(run, Snapshot(3, dict(model.state_dict()), {}, {}, config), TOKENIZER, keep=1)
+        run.write_result(RESULT)
+    return run.path
+
+
+def config(run: Path, to: Path, kind: ExportFormat = ExportFormat.hf) -> ExportConfig:
+    return ExportConfig(run=ExistingRunConfig(path=str(run), root=str(run.parent)), to=str(to), format=kind)
+
+
+def test_the_folder_holds_the_model_and_a_card_with_its_origin(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    result = export.run(config(run, tmp_path / "out" / "deep"))
+    folder = tmp_path / "out" / "deep"
+    assert import_hf(folder).tokenizer.encode("the company\nsaid so").tolist() == [2, 3, 1, 4, 0]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for part in ("lmkit pretrain model=small", "12.5000", "73,760", "corpus", "d" * 64, TOKENIZER.digest, "valid"):
+        assert part in card
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert f"| {name} | {digest} |" in card
+        assert result["digests"][name] == digest
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["deep"]
+
+
+def test_an_empty_folder_is_used_and_any_other_left_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    export.run(config(run, tmp_path / "empty", ExportFormat.safetensors))
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine", encoding="utf-8")
+    for name, problem in (("full", "is not empty"), ("file", "is not a folder"), ("empty", "is not empty")):
+        with pytest.raises(ConfigError, match=problem):
+            export.run(config(run, tmp_path / name))
+    assert (tmp_path / "full" / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> float:
+        raise DataError("the exported model computes something else")
+
+    run = make_run(tmp_path / "runs")
+    monkeypatch.setattr(exporting, "compare_logits", refuse)
+    before = sorted(tmp_path.iterdir())
+    for kind in (ExportFormat.hf, ExportFormat.safetensors):
+        with pytest.raises(DataError):
+            export.run(config(run, tmp_path / "out", kind))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_no_transformer_is_refused_by_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", RecurrentConfig(d_embed=8, d_hidden=8))
+    with pytest.raises(ConfigError, match="is a Recurrent"):
+        export.run(config(run, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("embedding.weight", True),
+        ("blocks.11.feed_forward.gate_up.bias", True),
+        ("blocks.0.attention.q_norm.weight", True),
+        ("head.weight", True),
+        ("head.bias", False),
+        ("blocks.0.attention.qkv.lora_a", False),
+        ("blocks.0.attention.qkv.base.weight", False),
+        ("head.clusters.0.weight", False),
+    ],
+)
+def test_parameters_that_no_other_program_reads_are_told_apart(name: str, plain: bool) -> None:
+    assert (export.PLAIN.fullmatch(name) is not None) == plain
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "runs")
+    assert cli.main(["export", f"run={run}", f"to={tmp_path}/out", "format=safetensors"]) == 0
+    assert "logits differ by at most 0.0e+00" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["vocab_size"] == 5
+    assert cli.main(["export", f"run={run}", f"to={tmp_path}/out"]) == 2
+    assert cli.main(["export", f"run={run}", f"to={tmp_path}/x", "format=pickle"]) == 2
+    assert "hf, gguf, safetensors or onnx" in capsys.readouterr().err
+    assert cli.main(["export", f"run={run}"]) == 2
+    assert "to must be given" in capsys.readouterr().err
+
+
+def test_jobs_of_a_multirun_get_folders_of_their_own() -> None:
+    jobs = combinations(parse("export", ["-m", "run=a,b", "to=out"]))
+    assert [Path(job.values["to"]).as_posix() for job in jobs] == ["out/0", "out/1"]
+
+
+TRANSFORMERS = [
+    name
+    for name in presets.names_in("model")
+    if presets.schema_name("model", name) == "transformer" and name != "transformer_xl"  # memory: no stock class
+]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_transformer_preset_has_a_stock_architecture(tmp_path: Path, name: str) -> None:
+    values = yaml.safe_load((presets.config_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    del values["defaults"]
+    preset = from_plain(TransformerConfig, values)
+    small = replace(preset, d_model=4 * preset.num_heads, num_layers=2, context=16)
+    model = small.build(257, seed=1).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    export_as(ExportFormat.hf, Source(model, small, ByteTokenizer(), sample_text(ByteTokenizer())), tmp_path)  # type: ignore[arg-type]
+    assert import_hf(tmp_path).model_config.num_layers == 2

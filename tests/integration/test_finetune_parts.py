@@ -1,0 +1,373 @@
+"""Finetuning by adapters and by parts of a model, replay of the old corpus, and what is reported about forgetting."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmkit import cli
+from lmkit.commands import eval_ppl, finetune, pretrain
+from lmkit.commands import generate as generate_command
+from lmkit.commands.replay import replay as replay_step
+from lmkit.config.adapter import AdapterConfig, TuneConfig
+from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PretrainConfig, SamplingConfig
+from lmkit.config.data import ByteTokenizerConfig, TextConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
+from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, OptimizerConfig, SgdConfig
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig
+from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
+from lmkit.console import Console
+from lmkit.device import resolve_device
+from lmkit.errors import CheckpointError, ConfigError, StoppedError
+from lmkit.session import Session
+from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
+from lmkit.store.runs import read_metrics
+
+CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
+MODELS: dict[str, ModelConfig] = {
+    "transformer": TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1),
+    "lstm": RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=0.1),
+}
+LORA = AdapterConfig(rank=4, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[dict[str, Path]]:
+    root = tmp_path_factory.mktemp("bases")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        for name, model in MODELS.items():
+            pretrain.run(
+                PretrainConfig(
+                    dataset=TextConfig(path=str(corpus)),
+                    tokenizer=ByteTokenizerConfig(),
+                    model=model,
+                    optimizer=AdamwConfig(lr=1e-2),
+                    schedule=CosineConfig(),
+                    device=CPU,
+                    train=TrainConfig(batch_size=8, seq_len=32, max_steps=40),
+                    run=RunConfig(dir=str(root / name), root=str(root)),
+                )
+            )
+        yield {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of another domain: rows of digits that count up."""
+    folder = tmp_path_factory.mktemp("numbers")
+    generator = random.Random(1)
+    for number in range(24):
+        starts = [generator.randrange(1000) for _ in range(12)]
+        text = "".join(" ".join(str(start + i) for i in range(6)) + "\n" for start in starts)
+        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8", newline="\n")
+    return folder
+
+
+def tuning(
+    base: Path, data: Path, run: Path, *, optimizer: OptimizerConfig | None = None, **keys: Any
+) -> FinetuneConfig:
+    train = {"batch_size": 4, "seq_len": 16, "max_steps": 12, **keys.pop("train", {})}
+    return FinetuneConfig(
+        dataset=TextConfig(path=str(data)),
+        optimizer=optimizer or AdamwConfig(lr=1e-2),
+        schedule=CosineConfig(),
+        device=CPU,
+        train=TrainConfig(**train),
+        eval=EvalConfig(every_steps=4),
+        log=LogConfig(every_steps=1),
+        save=SaveConfig(every_steps=3),
+        run=RunConfig(path=str(base), dir=str(run), root=str(run.parent)),
+        **keys,
+    )
+
+
+def tensors_of(run: Path, *, with_optimizer: bool = True) -> dict[str, Tensor]:
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    snapshot = load_checkpoint(newest, with_optimizer=with_optimizer)
+    return {**snapshot.model, **snapshot.optimizer}
+
+
+def evaluated(run: Path, **keys: Any) -> dict[str, Any]:
+    checkpoint = keys.pop("checkpoint", "best")
+    existing = ExistingRunConfig(path=str(run), checkpoint=checkpoint)
+    cfg = EvalPplConfig(run=existing, split="valid", device=CPU, baselines=False, checks=False, bootstrap=0, **keys)
+    return eval_ppl.run(cfg)
+
+
+# Training
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": LORA},
+    "dora": {"adapter": replace(LORA, use_dora=True), "optimizer": SgdConfig(lr=0.1, momentum=0.9)},
+    "muon, unfrozen bit by bit": {"optimizer": MuonConfig(), "tune": TuneConfig(unfreeze=True, layer_decay=0.5)},
+    "lora, unfrozen bit by bit": {"adapter": LORA, "tune": TuneConfig(unfreeze=True)},
+    "last layer": {"tune": TuneConfig(last_layers=1), "train": {"ema_decay": 0.9}},
+    "replay": {"task": LmTaskConfig(replay=0.25)},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
+    case: str, bases: dict[str, Path], numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _resumes(bases["transformer"], numbers, tmp_path, monkeypatch, CASES[case])
+
+
+@pytest.mark.parametrize("case", ["last layer", "replay", "muon, unfrozen bit by bit"])
+def test_a_recurrent_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
+    case: str, bases: dict[str, Path], numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _resumes(bases["lstm"], numbers, tmp_path, monkeypatch, CASES[case])
+
+
+def _resumes(base: Path, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:
+    whole = finetune.run(tuning(base, data, folder / "whole", **keys))
+    original = Session._follow_clock
+
+    def follow(self: Session) -> None:
+        original(self)
+        if self.state.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_follow_clock", follow)
+        with pytest.raises(StoppedError):
+            finetune.run(tuning(base, data, folder / "pieces", **keys))
+    pieces = finetune.run(replace(tuning(base, data, folder / "pieces", **keys), resume=True))
+    one, two = tensors_of(folder / "whole"), tensors_of(folder / "pieces")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    for result in (whole, pieces):
+        for name in ("token_ppl", "word_ppl"):
+            assert result["forgetting"]["after"][name] == whole["forgetting"]["after"][name]
+            assert result["forgetting"]["before"][name] == whole["forgetting"]["before"][name]
+
+
+def test_a_step_of_a_run_with_an_adapter_is_replayed_bit_for_bit(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"adapter": LORA, "tune": TuneConfig(unfreeze=True), "task": LmTaskConfig(replay=0.5)}
+    finetune.run(tuning(bases["transformer"], numbers, tmp_path / "run", **keys))
+    for step in (2, 8):
+        logged = next(row for row in read_metrics(tmp_path / "run") if row["step"] == step and "loss" in row)
+        again = replay_step(tmp_path / "run", step, Console())
+        assert (again["loss"], again["grad_norm"]) == (logged["loss"], logged["grad_norm"])
+
+
+@pytest.mark.parametrize("key", ["adapter", "tune"])
+def test_a_run_cannot_be_resumed_with_another_adapter_or_other_parts(
+    key: str, bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    cfg = tuning(bases["transformer"], numbers, tmp_path / "run", adapter=LORA, train={"max_steps": 2})
+    finetune.run(cfg)
+    others: dict[str, Any] = {"adapter": replace(LORA, alpha=3.0), "tune": TuneConfig(unfreeze=True)}
+    with pytest.raises(ConfigError, match=rf"{key}\."):
+        finetune.run(replace(cfg, resume=True, train=replace(cfg.train, max_steps=4), **{key: others[key]}))
+
+
+def test_an_adapter_trains_beside_a_base_that_keeps_every_bit_and_is_reported(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = finetune.run(
+        tuning(bases["transformer"], numbers, tmp_path / "run", adapter=LORA, train={"max_steps": 30})
+    )
+    base = tensors_of(bases["transformer"], with_optimizer=False)
+    tuned = tensors_of(tmp_path / "run", with_optimizer=False)
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in base.items())
+    num_trained = sum(tensor.numel() for name, tensor in tuned.items() if name not in base)
+    assert result["num_parameters"] == num_trained
+    err = capsys.readouterr().err
+    num_all = num_trained + sum(t.numel() for name, t in base.items() if name != "head.weight")
+    assert f"training {num_trained:,} of {num_all:,} parameters" in err
+    found = result["forgetting"]
+    assert found["new_corpus_before"]["token_ppl"] > 1.3 * result["token_ppl"]
+    assert found["after"]["token_ppl"] > found["before"]["token_ppl"]
+    assert found["before"]["token_ppl"] == pytest.approx(evaluated(bases["transformer"])["token_ppl"], rel=0.2)
+    assert "which the base run learnt: valid perplexity per token" in err
+
+
+def test_what_is_not_unfrozen_yet_does_not_move(bases: dict[str, Path], numbers: Path, tmp_path: Path) -> None:
+    tune = TuneConfig(unfreeze=True)
+    cfg = tuning(
+        bases["transformer"], numbers, tmp_path / "run", tune=tune, train={"max_steps": 8}, optimizer=MuonConfig()
+    )
+    finetune.run(replace(cfg, save=SaveConfig(every_steps=1, keep=20)))
+    base = tensors_of(bases["transformer"], with_optimizer=False)
+    moved_at: dict[str, int] = {}
+    for step in range(1, 9):
+        path = tmp_path / "run" / "checkpoints" / f"step-{step:012d}"
+        now = load_checkpoint(path, with_optimizer=False).model
+        for name, tensor in now.items():
+            if not torch.equal(tensor, base[name]):
+                moved_at.setdefault(name, step)
+    first = {"final_norm": 1, "blocks.1": 3, "blocks.0": 5, "embedding": 7}  # of 8 steps, 4 depths
+    for name, step in first.items():
+        assert {at for n, at in moved_at.items() if n.startswith(name)} == {step}, name
+
+
+# Replay and forgetting
+
+
+def test_replay_mixes_in_rows_of_the_old_corpus_and_so_less_is_forgotten(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for share in (0.0, 0.5):
+        cfg = tuning(bases["transformer"], numbers, tmp_path / str(share), train={"max_steps": 40, "batch_size": 8})
+        found[share] = finetune.run(replace(cfg, task=LmTaskConfig(replay=share)))["forgetting"]
+    before = found[0.0]["before"]["token_ppl"]
+    assert found[0.5]["before"]["token_ppl"] == before
+    assert found[0.0]["after"]["token_ppl"] > 2 * found[0.5]["after"]["token_ppl"]
+
+
+def test_every_batch_has_the_share_of_old_rows_as_a_function_of_the_step(bases: dict[str, Path], numbers: Path) -> None:
+    cfg = tuning(bases["transformer"], numbers, numbers, task=LmTaskConfig(replay=0.25), train={"batch_size": 8})
+    batches = finetune.set_up(cfg, resolve_device(CPU), Console()).task.batches
+    again = finetune.set_up(cfg, resolve_device(CPU), Console()).task.batches
+
+    def decode(ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    seen: list[list[str]] = []
+    for step in (0, 3, batches.steps_per_epoch + 1):
+        rows = batches[step].rows(decode)
+        is_new = [set(row["text"]) <= set("0123456789 \n") for row in rows]
+        assert is_new == [True] * 6 + [False] * 2
+        assert rows == again[step].rows(decode)
+        seen.append([row["text"] for row in rows])
+    assert len({texts[-1] for texts in seen}) == len({texts[0] for texts in seen}) == 3
+
+
+def test_a_share_of_no_row_is_refused(bases: dict[str, Path], numbers: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.replay=0\.1 of train\.batch_size=4 is 0 sequences"):
+        finetune.run(tuning(bases["transformer"], numbers, tmp_path / "run", task=LmTaskConfig(replay=0.1)))
+    with pytest.raises(ConfigError, match=r"task\.replay=1\.0 must be"):
+        LmTaskConfig(replay=1.0)
+
+
+def test_without_the_old_corpus_there_is_a_warning_and_no_number(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("the cat sat on a mat\n" * 200, encoding="utf-8")
+    config = tuning(bases["lstm"], data, tmp_path / "first", train={"max_steps": 1})
+    finetune.run(config)
+    (data / "a.txt").unlink()
+    result = finetune.run(tuning(tmp_path / "first", numbers, tmp_path / "second", train={"max_steps": 1}))
+    assert "forgetting" not in result
+    assert "forgetting is not measured" in capsys.readouterr().err
+
+
+def test_a_classifier_with_an_adapter_reports_forgetting_predicts_and_is_no_language_model(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"{'cat dog' if i % 2 else '12 34'} {i}", "label": "ab"[i % 2]} for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = ClassifyTaskConfig(data=str(data))
+    cfg = tuning(bases["transformer"], numbers, tmp_path / "run", task=task, adapter=LORA, train={"max_steps": 25})
+    result = finetune.run(cfg)
+    assert result["forgetting"]["after"]["token_ppl"] != result["forgetting"]["before"]["token_ppl"]
+    assert "new_corpus_before" not in result["forgetting"]
+    existing = RunConfig(path=str(tmp_path / "run"), root=str(tmp_path))
+    predicted = finetune.run(
+        replace(cfg, predict=str(data), task=LmTaskConfig(), run=existing, output=str(tmp_path / "p"))
+    )
+    assert predicted["accuracy"] >= 0.9
+    refused = rf"run is a classifier; use lmkit finetune run={tmp_path / 'run'} predict=FILE"
+    with pytest.raises(ConfigError, match=refused):
+        evaluated(tmp_path / "run")
+    with pytest.raises(ConfigError, match=refused):
+        finetune.run(tuning(tmp_path / "run", numbers, tmp_path / "more"))
+    after = evaluated(bases["transformer"], adapter=str(tmp_path / "run" / "adapter"))
+    assert after["token_ppl"] != evaluated(bases["transformer"])["token_ppl"]
+
+
+# Adapters in other commands
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_run_and_its_adapter_on_the_base_give_the_same_numbers_and_text(
+    dora: bool, bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    adapter = replace(LORA, use_dora=dora)
+    finetune.run(tuning(bases["transformer"], numbers, tmp_path / "run", adapter=adapter, train={"max_steps": 20}))
+    dataset = TextConfig(path=str(numbers))
+    folder = str(tmp_path / "run" / "adapter")
+    whole = evaluated(tmp_path / "run", dataset=dataset, context=16)
+    alone = evaluated(bases["transformer"], dataset=dataset, adapter=folder, context=16)
+    base = evaluated(bases["transformer"], dataset=dataset, context=16)
+    assert whole["nats"] == alone["nats"] < 0.9 * base["nats"]
+    assert len({found["checkpoint_digest"] for found in (whole, alone, base)}) == 3
+    texts = [
+        generate_command.run(
+            GenerateConfig(
+                run=ExistingRunConfig(path=str(run)),
+                adapter=given,
+                max_new_tokens=12,
+                sampling=SamplingConfig(temperature=0.0),
+                device=CPU,
+            ),
+            ["12 13"],
+        )[0]["text"]
+        for run, given in ((tmp_path / "run", None), (bases["transformer"], folder))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_run_with_an_adapter_is_a_base_for_the_next(bases: dict[str, Path], numbers: Path, tmp_path: Path) -> None:
+    first = finetune.run(tuning(bases["transformer"], numbers, tmp_path / "first", adapter=LORA))
+    second = finetune.run(
+        tuning(tmp_path / "first", numbers, tmp_path / "second", adapter=LORA, train={"max_steps": 2})
+    )
+    assert second["forgetting"]["new_corpus_before"]["token_ppl"] == pytest.approx(first["token_ppl"], rel=1e-4)
+    assert second["forgetting"]["dataset"] == first["dataset"]
+
+
+def test_an_adapter_of_another_base_is_refused_with_the_name_of_its_own(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    finetune.run(tuning(bases["transformer"], numbers, tmp_path / "run", adapter=LORA, train={"max_steps": 2}))
+    with pytest.raises(CheckpointError, match=r"another checkpoint; name that one: run=.*bases\d+/transformer/"):
+        evaluated(tmp_path / "run", adapter=str(tmp_path / "run" / "adapter"))
+
+
+def test_from_the_command_line(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"run={bases['transformer']}", "device=cpu", "device.threads=1"]
+    shape = ["train.max_steps=3", "train.batch_size=4", "train.seq_len=16", f"run.dir={tmp_path / 'run'}"]
+    data = ["dataset=text", f"dataset.path={numbers}"]
+    lora = [
+        "adapter=dora",
+        "adapter.rank=2",
+        "adapter.targets=attention.*,down",
+        "tune.unfreeze=true",
+        "task.replay=0.5",
+    ]
+    assert cli.main(["finetune", *words, *data, *lora, *shape]) == 0
+    description = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (description["r"], description["use_dora"], len(description["target_modules"])) == (2, True, 6)
+    capsys.readouterr()
+    adapter = [f"adapter={tmp_path / 'run' / 'adapter'}"]
+    assert cli.main(["generate", *words, *adapter, "--prompt", "1 2", "-n", "4"]) == 0
+    assert "DoRA of rank 2, " in capsys.readouterr().err
+    assert cli.main(["eval-ppl", *words, *adapter, "checks=false", "baselines=false"]) == 0
+    assert cli.main(["eval-ppl", *words, f"adapter={tmp_path / 'none'}"]) == 4
+    assert "is no folder; name one with adapter_config.json" in capsys.readouterr().err
+    assert cli.main(["finetune", *words, *data, "adapter=lora", "adapter.targets=q_proj", *shape[:3]]) == 2
+    assert "adapter.targets=q_proj matches no linear layer of the model; it has blocks.*" in capsys.readouterr().err

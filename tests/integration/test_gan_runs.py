@@ -1,0 +1,134 @@
+"""objective=gan from a raw file to sentences: both parts of the training, resuming, eval-ppl and generate."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmkit import cli
+from lmkit.commands import pretrain
+from lmkit.config.commands import PretrainConfig
+from lmkit.config.data import TextConfig, WordTokenizerConfig
+from lmkit.config.model import RelganConfig
+from lmkit.config.objectives import GanObjectiveConfig
+from lmkit.config.optimization import AdamwConfig
+from lmkit.errors import StoppedError
+from lmkit.session import Session
+from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+
+MakeConfig = Callable[..., PretrainConfig]
+
+
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of sentences that each repeat one word: who has learnt it repeats."""
+    folder, generator = tmp_path_factory.mktemp("lines"), random.Random(1)
+    words = ["red", "green", "blue", "one"]
+    for number in range(12):
+        text = "\n".join(" ".join([generator.choice(words)] * generator.randint(3, 5)) for _ in range(60))
+        (folder / f"{number}.txt").write_text(f"{text}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def gan(config: MakeConfig, lines: Path) -> MakeConfig:
+    """A maker of small configurations, half maximum likelihood and half adversarial."""
+
+    def make(*, pretrain_share: float = 0.5, **values: object) -> PretrainConfig:
+        return replace(
+            config(**({"batch_size": 16, "seq_len": 16, "max_steps": 12} | values)),
+            dataset=TextConfig(path=str(lines), valid_fraction=0.2),
+            tokenizer=WordTokenizerConfig(),
+            model=RelganConfig(
+                d_embed=16, num_filters=8, num_representations=2, d_representation=4, dropout_input=0, dropout_output=0
+            ),
+            objective=GanObjectiveConfig(pretrain_share=pretrain_share, length=7, num_samples=100),
+            optimizer=AdamwConfig(lr=1e-2),
+        )
+
+    return make
+
+
+def weights(cfg: PretrainConfig, step: int | None = None) -> dict[str, Tensor]:
+    assert cfg.run.dir is not None
+    run = Path(cfg.run.dir)
+    path = latest_checkpoint(run) if step is None else run / "checkpoints" / f"step-{step:012d}"
+    assert path is not None
+    snapshot = load_checkpoint(path, with_optimizer=True)
+    return {**snapshot.model, **snapshot.optimizer}
+
+
+def test_a_run_stopped_in_either_part_and_resumed_ends_with_the_same_bits(
+    gan: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gan(run="whole", micro_batch_size=8)
+    pretrain.run(whole)
+    original = Session._follow_clock
+    for stop_at in (4, 9):
+        cut = gan(run=f"cut{stop_at}", micro_batch_size=8)
+
+        def follow(self: Session, stop_at: int = stop_at) -> None:
+            original(self)
+            if self.state.step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "_follow_clock", follow)
+            with pytest.raises(StoppedError):
+                pretrain.run(cut)
+        pretrain.run(replace(cut, resume=True))
+        first, second = weights(whole), weights(cut)
+        assert first.keys() == second.keys()
+        assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_the_discriminator_rests_while_the_generator_learns_by_maximum_likelihood(gan: MakeConfig) -> None:
+    cfg = gan()
+    cfg = replace(cfg, save=replace(cfg.save, every_steps=2, keep=10))
+    pretrain.run(cfg)
+    assert cfg.run.dir is not None
+    steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(Path(cfg.run.dir))]
+    assert {2, 6, 8} <= set(steps)
+    two, six, eight = (weights(cfg, step) for step in (2, 6, 8))
+    judge = [name for name in two if name.startswith("discriminator.") and "/" not in name]
+    assert judge
+    assert all(torch.equal(two[name], six[name]) for name in judge)
+    assert not all(torch.equal(six[name], eight[name]) for name in judge)
+    assert not torch.equal(six["generator.embedding.weight"], eight["generator.embedding.weight"])
+
+
+def test_from_a_file_to_sentences_that_repeat_their_word(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"model=relgan objective=gan dataset=text dataset.path={lines} dataset.valid_fraction=0.2 tokenizer=word"
+    words += " model.d_embed=16 model.num_filters=8 model.num_representations=2 model.dropout_input=0"
+    words += " model.dropout_output=0 objective.pretrain_share=0.95 objective.num_samples=100 objective.length=7"
+    words += " optimizer.lr=0.02 train.max_steps=150 train.batch_size=32 device=cpu device.threads=1"
+    words += f" run.dir={tmp_path / 'r'}"
+    assert cli.main(["pretrain", *words.split()]) == 0
+    capsys.readouterr()
+    own = f"run={tmp_path / 'r'} device=cpu device.threads=1"
+    assert cli.main(f"generate {own} --num-samples 20".split()) == 0
+    sentences = capsys.readouterr().out.splitlines()
+    assert len(sentences) == 20
+    assert sum(len(set(s.split())) == 1 for s in sentences) >= 16
+    assert len({s.split()[0] for s in sentences if s}) >= 3
+    assert cli.main(f"eval-ppl {own} split=valid checks=false bootstrap=0".split()) == 0
+    out = capsys.readouterr().out
+    assert "sentence: text/valid" in out
+    first_word_and_end = next(line for line in out.splitlines() if line.strip().startswith("perplexity per"))
+    assert float(first_word_and_end.split()[-1]) < 2.0
+
+
+def test_objective_and_model_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", "model=relgan"]) == 2
+    assert "needs objective=gan" in capsys.readouterr().err
+    assert cli.main(["pretrain", "model=relgan", "objective=vae"]) == 2
+    assert "needs objective=gan" in capsys.readouterr().err

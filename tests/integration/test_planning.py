@@ -1,0 +1,209 @@
+"""What a plan says a training will take is what it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
+from lmkit.config.optimization import (
+    AdadeltaConfig,
+    AdagradConfig,
+    AdamwConfig,
+    CosineConfig,
+    MuonConfig,
+    OptimizerConfig,
+    RmspropConfig,
+    SgdConfig,
+    SoftmaxConfig,
+)
+from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
+from lmkit.data.batches import Windows
+from lmkit.device import resolve_device
+from lmkit.objectives import build_objective
+from lmkit.optim import build_optimizer
+from lmkit.planning import Memory, Plan, estimate_memory, largest_fitting, optimizer_bytes, plan
+from lmkit.tasks.language import NextToken
+from lmkit.train import Horizon, Trainer, TrainState
+
+VOCAB = 500
+TINY = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32)
+
+
+def make_trainer(
+    model_config: ModelConfig = TINY,
+    optimizer_config: OptimizerConfig | None = None,
+    *,
+    vocab_size: int = VOCAB,
+    batch_size: int = 4,
+    micro_batch_size: int = 4,
+    seq_len: int = 16,
+) -> Trainer:
+    device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1))
+    config = optimizer_config or AdamwConfig(lr=1e-3)
+    model = model_config.build(vocab_size, seed=1)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 40_000).astype(np.int32)
+    task = NextToken(
+        model,
+        Windows(tokens, 0, batch_size, seq_len, 1),
+        build_objective(SoftmaxConfig(), torch.ones(vocab_size)),
+    )
+    task.num_targets = len(tokens)
+    return Trainer(
+        task=task,
+        model=model,
+        optimizer=build_optimizer(config, model, fused=device.fused),
+        optimizer_config=config,
+        schedule=CosineConfig(),
+        device=device,
+        seed=1,
+        micro_batch_size=micro_batch_size,
+        state=TrainState(horizon=Horizon(0.01)),
+    )
+
+
+SHAPES: dict[str, tuple[ModelConfig, int, int, int]] = {
+    "transformer": (TransformerConfig(d_model=256, num_layers=6, num_heads=8), 10_000, 48, 128),
+    "large vocabulary": (TransformerConfig(d_model=256, num_layers=4, num_heads=4, dropout=0.1), 32_000, 16, 256),
+    "lstm": (RecurrentConfig(d_embed=300, d_hidden=800, num_layers=3), 10_000, 48, 70),
+    "gru": (RecurrentConfig(d_embed=300, d_hidden=800, num_layers=2, cell=Cell.gru), 10_000, 64, 70),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux' /proc")
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_memory_is_within_15_percent_of_the_measured_peak(name: str) -> None:
+    """Each in a process of its own: nothing else has grown its heap."""
+    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["estimate"] == pytest.approx(found["peak"], rel=0.15), found
+
+
+def measure(name: str) -> None:
+    """Print the estimate and the peak of the resident size over three steps."""
+    config, vocab_size, batch_size, seq_len = SHAPES[name]
+    trainer = make_trainer(
+        config, vocab_size=vocab_size, batch_size=batch_size, micro_batch_size=batch_size, seq_len=seq_len
+    )
+    estimate = estimate_memory(trainer).peak(batch_size)
+    for step in range(3):
+        trainer.train_step(trainer.task.batches[step])
+    with open("/proc/self/status", encoding="ascii") as status:
+        (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
+    print(json.dumps({"estimate": estimate, "peak": peak}))
+
+
+@pytest.mark.parametrize("cell", [Cell.lstm, Cell.gru])
+def test_what_is_kept_is_linear_in_the_rows(cell: Cell) -> None:
+    from lmkit.planning import _kept
+
+    for model in (TINY, RecurrentConfig(d_embed=16, d_hidden=32, num_layers=2, cell=cell)):
+        trainer = make_trainer(model, batch_size=8, micro_batch_size=8)
+        one, two, four = (sum(_kept(trainer, rows)) for rows in (1, 2, 4))
+        assert four == pytest.approx(one + 3 * (two - one), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdamwConfig(lr=0.1),
+        SgdConfig(lr=0.1),
+        SgdConfig(lr=0.1, momentum=0.9),
+        AdagradConfig(lr=0.1),
+        AdadeltaConfig(lr=0.1),
+        RmspropConfig(lr=0.1),
+        RmspropConfig(lr=0.1, momentum=0.9),
+        MuonConfig(lr=0.1),
+    ],
+    ids=lambda c: f"{type(c).__name__}-{getattr(c, 'momentum', '')}",
+)
+def test_the_optimizer_takes_what_it_was_said_to_take(config: OptimizerConfig) -> None:
+    trainer = make_trainer(optimizer_config=config)
+    said = optimizer_bytes(config, trainer.optimizer)
+    trainer.train_step(trainer.task.batches[0])
+    held = sum(
+        t.numel() * t.element_size()
+        for state in trainer.optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor) and t.ndim > 0
+    )
+    assert said == held
+
+
+def a_memory(**changes: int | bool) -> Memory:
+    values = {
+        "weights": 100,
+        "optimizer": 200,
+        "average": 0,
+        "gradients": 100,
+        "accumulates": False,
+        "fixed": 10,
+        "per_row": 50,
+        "working_per_row": 20,
+        "working_fixed": 5,
+        "process": 1000,
+    }
+    return Memory(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_the_largest_micro_batch_divides_the_batch_and_fits() -> None:
+    memory = a_memory()
+    for limit in range(1200, 2600, 37):
+        largest = largest_fitting(memory, 12, limit)
+        assert largest == 0 or 12 % largest == 0
+        larger = [m for m in (1, 2, 3, 4, 6, 12) if m > largest]
+        if larger:
+            extra = memory.gradients if larger[0] < 12 else 0
+            assert memory.peak(larger[0]) + extra > limit
+
+
+def test_gradients_hide_behind_activations_unless_they_add_up() -> None:
+    assert a_memory().peak(4) == 1000 + 100 + 200 + (10 + 200 + 5 + 80)
+    assert a_memory(gradients=10_000).peak(4) == 1000 + 100 + 200 + 10_000
+    assert a_memory(accumulates=True).peak(4) == a_memory().peak(4) + 100
+
+
+def make_plan(trainer: Trainer, **train: object) -> Plan:
+    values = {"batch_size": 4, "seq_len": 16, "max_steps": 100} | train
+    return plan(trainer, TrainConfig(**values), EvalConfig(), SaveConfig(), timed=False)  # type: ignore[arg-type]
+
+
+def test_a_plan_counts_parameters_steps_epochs_and_disk() -> None:
+    trainer = make_trainer()
+    made = make_plan(trainer)
+    num = sum(p.numel() for p in trainer.model.parameters())
+    assert made.num_parameters == num
+    assert made.steps == 100
+    assert made.memory.optimizer == 2 * 4 * num
+    assert made.memory.gradients == 4 * num
+    assert made.checkpoint_bytes >= 3 * 4 * num
+    assert made.fits
+    rows = dict(made.rows())
+    assert rows["steps"] == f"100, {100 / trainer.task.batches.steps_per_epoch:.2f} epochs"
+    assert rows["fits"] == "yes; train.micro_batch_size up to 4 would"
+
+
+def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(batch_size=4, micro_batch_size=4, seq_len=32)
+    memory = estimate_memory(trainer)
+    enough_for_two = int((memory.peak(2) + memory.gradients + 1) / 0.9) + 1
+    monkeypatch.setattr("lmkit.planning.room_bytes", lambda device: enough_for_two)
+    monkeypatch.setattr("lmkit.planning.estimate_memory", lambda trainer: memory)
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer: pytest.fail("a step was tried"))
+    made = plan(trainer, TrainConfig(batch_size=4, seq_len=32, max_steps=5), EvalConfig(), SaveConfig())
+    assert dict(made.rows())["fits"] == "no: train.micro_batch_size=2 would, with the same updates"
+    monkeypatch.setattr("lmkit.planning.room_bytes", lambda device: 1)
+    made = plan(trainer, TrainConfig(batch_size=4, seq_len=32, max_steps=5), EvalConfig(), SaveConfig())
+    assert dict(made.rows())["fits"].startswith("no, not even one row")
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1])

@@ -1,0 +1,124 @@
+"""init=hf:DIR: pretrain and finetune start from a Hugging Face folder, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeConfig
+
+from lmkit.commands import export, finetune, pretrain, replay
+from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.export import ExportConfig
+from lmkit.config.optimization import AdamwConfig, ConstantConfig, InitConfig, StartConfig
+from lmkit.config.training import ExistingRunConfig, LogConfig, RunConfig, SaveConfig
+from lmkit.console import Console
+from lmkit.errors import ConfigError
+from lmkit.store.checkpoint import list_checkpoints, load_checkpoint
+
+
+@pytest.fixture
+def first(config: MakeConfig) -> PretrainConfig:
+    cfg = config(max_steps=6)
+    pretrain.run(cfg)
+    return cfg
+
+
+@pytest.fixture
+def folder(first: PretrainConfig, tmp_path: Path) -> Path:
+    run, to = ExistingRunConfig(path=first.run.dir), tmp_path / "hf"
+    export.run(ExportConfig(run=run, to=str(to)))
+    return to
+
+
+def weights(run_dir: str | None, step: int) -> dict[str, torch.Tensor]:
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(Path(str(run_dir)))}
+    return load_checkpoint(paths[step], with_optimizer=False).model
+
+
+def test_pretraining_starts_from_the_weights_of_the_folder_and_takes_its_model_and_tokenizer(
+    first: PretrainConfig, folder: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of next to nothing the first checkpoint is what it started from."""
+    cfg = replace(
+        first,
+        model=replace(first.model, num_layers=1, d_model=16),
+        init=InitConfig(weights=f"hf:{folder}"),
+        optimizer=AdamwConfig(lr=1e-30, weight_decay=0.0),
+        schedule=ConstantConfig(warmup_ratio=0.0),
+        save=SaveConfig(every_steps=1),
+        run=RunConfig(root=first.run.root, dir=str(tmp_path / "second")),
+    )
+    pretrain.run(cfg)
+    before, after = weights(first.run.dir, 6), weights(cfg.run.dir, 6)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    stored = load_checkpoint(list_checkpoints(Path(str(cfg.run.dir)))[-1], with_optimizer=False).config
+    assert stored["model"]["num_layers"] == 2
+    assert stored["init"]["weights"] == f"hf:{folder}"
+
+
+def test_a_run_that_started_from_a_folder_is_resumed_and_replayed(
+    first: PretrainConfig, folder: Path, tmp_path: Path
+) -> None:
+    cfg = replace(
+        first,
+        init=InitConfig(weights=f"hf:{folder}"),
+        log=LogConfig(every_steps=1),
+        save=SaveConfig(every_steps=2),
+        run=RunConfig(root=first.run.root, dir=str(tmp_path / "second")),
+    )
+    pretrain.run(replace(cfg, train=replace(cfg.train, max_steps=4)))
+    pretrain.run(replace(cfg, resume=True))
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "second" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
+    logged = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert replay.replay(tmp_path / "second", 1, Console())["loss"] == logged[1]
+    assert replay.replay(tmp_path / "second", 6, Console())["loss"] == logged[6]
+
+
+def test_finetuning_starts_from_a_folder_instead_of_a_run(first: PretrainConfig, folder: Path, tmp_path: Path) -> None:
+    cfg = FinetuneConfig(
+        dataset=first.dataset,
+        optimizer=first.optimizer,
+        schedule=first.schedule,
+        device=first.device,
+        train=first.train,
+        log=LogConfig(every_steps=1),
+        init=StartConfig(weights=f"hf:{folder}"),
+        run=RunConfig(root=first.run.root, dir=str(tmp_path / "tuned")),
+    )
+    result = finetune.run(cfg)
+    assert result["step"] == 6
+    assert "forgetting" not in result, "nobody knows what the folder's model was trained on"
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "tuned" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
+    logged = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert replay.replay(tmp_path / "tuned", 2, Console())["loss"] == logged[2]
+
+
+def test_a_run_and_a_folder_at_once_are_refused(first: PretrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"init\.weights=hf:x and run= both say what to start from"):
+        FinetuneConfig(
+            dataset=first.dataset,
+            optimizer=first.optimizer,
+            schedule=first.schedule,
+            train=first.train,
+            init=StartConfig(weights="hf:x"),
+            run=RunConfig(path="y"),
+        )
+
+
+@pytest.mark.parametrize("text", ["gpt2", "hf:", ""])
+def test_what_init_names_begins_with_hf(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be hf:NAME_OR_DIR or null"):
+        StartConfig(weights=text)

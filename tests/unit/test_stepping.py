@@ -1,0 +1,100 @@
+"""TokenStep gives what the whole model gives, for every kind of block, and declines what it does not know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lmkit.config.commands import SamplingConfig
+from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
+from lmkit.models.stepping import token_step
+from lmkit.models.transformer import Transformer
+from lmkit.sampling import sample
+
+VOCAB = 17
+SMALL: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context": 12}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "grouped": {"num_kv_heads": 2},
+    "untied": {"tie_embeddings": False, "dropout": 0.1},
+    "gpt2": {
+        "positions": Positions.learned,
+        "norm": Norm.layernorm,
+        "activation": Activation.gelu,
+        "gated": False,
+        "bias": True,
+    },
+    "vanilla": {
+        "positions": Positions.sinusoidal,
+        "norm": Norm.layernorm,
+        "pre_norm": False,
+        "activation": Activation.relu,
+        "gated": False,
+        "bias": True,
+        "scale_embeddings": True,
+    },
+}
+
+
+def build(kind: str) -> Transformer:
+    """Weights, gains and biases large enough that one left out shows."""
+    model = TransformerConfig(**SMALL, **KINDS[kind]).build(VOCAB, seed=1).eval()
+    assert isinstance(model, Transformer)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.4 + (p.ndim == 1))
+    return model
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(kind: str, batch: int) -> None:
+    model = build(kind)
+    tokens_BT = torch.randint(VOCAB, (batch, 12), generator=torch.Generator().manual_seed(3))
+    expected = model.head.logits(model(tokens_BT)[0].flatten(0, 1)).view(batch, 12, VOCAB)
+    step = token_step(model)
+    assert step is not None
+    _, cache = model(tokens_BT[:, :4], use_state=True)
+    for t in range(4, 10):
+        logits_BV, cache = step(tokens_BT[:, t], cache)
+        torch.testing.assert_close(logits_BV, expected[:, t], rtol=1e-4, atol=1e-4)
+    hidden_BTD, _ = model(tokens_BT[:, 10:], cache)
+    torch.testing.assert_close(model.head.logits(hidden_BTD[:, -1]), expected[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_does_not_change_the_embedding() -> None:
+    model = build("vanilla")
+    before = model.embedding.weight.detach().clone()
+    step = token_step(model)
+    assert step is not None
+    with torch.no_grad():
+        _, cache = model(torch.tensor([[1, 2]]), use_state=True)
+        step(torch.tensor([3]), cache)
+    assert torch.equal(model.embedding.weight, before)
+
+
+def test_a_model_with_a_part_that_is_not_known_has_no_step() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+    assert token_step(RecurrentConfig(d_embed=4, d_hidden=4).build(VOCAB, seed=1)) is None
+    normed = TransformerConfig(**SMALL, qk_norm=True).build(VOCAB, seed=1)
+    assert token_step(normed) is None
+    model = build("llama")
+    model.blocks[1].attention.qkv = Wrapped(model.blocks[1].attention.qkv)  # type: ignore[union-attr]
+    assert token_step(model) is None
+
+
+def test_greedy_takes_the_smallest_id_of_equally_probable_tokens_in_large_vocabularies_too() -> None:
+    logits_NV = torch.zeros(3, 50_000)
+    logits_NV[1, [40_000, 123, 49_999]] = 2.0
+    logits_NV[2, [49_999, 49_998]] = 2.0
+    draws = torch.zeros(3, dtype=torch.float64)
+    assert sample(logits_NV, SamplingConfig(temperature=0.0), draws).tolist() == [0, 123, 49_998]
