@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, help="threads of each process instead of cores / processes")
     parser.add_argument("--model", default="tiny", help="preset of a model")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--computed-only", action="store_true")
@@ -51,7 +52,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {"computed": computed()}
     if not args.computed_only:
-        found["measured"] = measured(args.processes, args.rounds, args.steps, args.model)
+        found["measured"] = measured(args.processes, args.rounds, args.steps, args.model, args.threads)
         show_measured(found["measured"])
     show_computed(found["computed"])
     if args.json is not None:
@@ -63,7 +64,7 @@ def torchrun(processes: int, *words: str) -> list[str]:
     return [sys.executable, *launcher, *words]
 
 
-def measured(processes: list[int], rounds: int, steps: int, model: str) -> list[dict[str, Any]]:
+def measured(processes: list[int], rounds: int, steps: int, model: str, threads: int | None) -> list[dict[str, Any]]:
     """One row for each number of processes."""
     speeds: dict[int, list[float]] = {number: [] for number in processes}
     num_parameters = 0
@@ -81,6 +82,7 @@ def measured(processes: list[int], rounds: int, steps: int, model: str) -> list[
                     *(f"model={model}", "device=cpu", f"train.batch_size={BATCH}", f"train.micro_batch_size={MICRO}"),
                     *(f"train.seq_len={SEQ_LEN}", f"train.max_steps={steps}", f"run.dir={run}", "log.every_steps=2"),
                     *("eval.every_steps=1000000", f"save.every_steps={steps}", "parallel=ddp"),
+                    f"device.threads={'null' if threads is None else threads}",
                 ]
                 done = subprocess.run(torchrun(number, *command), capture_output=True, text=True)
                 if done.returncode:

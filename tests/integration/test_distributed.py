@@ -1,0 +1,310 @@
+"""Several processes train what one process trains: the same losses, weights and state, whatever happens on the way.
+
+The file is a test module and, started by torchrun with the arguments DIR CORPUS CASE..., each of its processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmkit.cli import main
+from lmkit.commands import pretrain, training
+from lmkit.commands.training import deal
+from lmkit.config.commands import PretrainConfig
+from lmkit.config.data import ByteTokenizerConfig, TextConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.config.model import RecurrentConfig, TransformerConfig
+from lmkit.config.optimization import AdamwConfig, CosineConfig, PlateauConfig
+from lmkit.config.parallel import DdpConfig, ParallelConfig
+from lmkit.config.training import (
+    Average,
+    EvalConfig,
+    LogConfig,
+    NewRunConfig,
+    NonFinite,
+    SaveConfig,
+    TrainConfig,
+)
+from lmkit.distributed import SINGLE, World, find_world
+from lmkit.errors import ConfigError, StoppedError
+from lmkit.session import Session
+from lmkit.store.checkpoint import Snapshot, latest_checkpoint, load_checkpoint
+from lmkit.store.runs import read_metrics, read_result
+from lmkit.train import Trainer
+
+TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)
+LSTM = RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=0.2, dropout_embed=0.1)
+STEPS = 10
+STOP_STEP = 5
+COMPARED = ("step", "loss", "valid_loss", "grad_norm", "lr", "num_targets", "skipped", "progress", "epoch")
+
+
+def base(root: Path, corpus: Path, name: str, **train: object) -> PretrainConfig:
+    values = {"batch_size": 8, "micro_batch_size": 1, "seq_len": 16, "max_steps": STEPS} | train
+    return PretrainConfig(
+        dataset=TextConfig(path=str(corpus)),
+        tokenizer=ByteTokenizerConfig(),
+        model=TRANSFORMER,
+        optimizer=AdamwConfig(lr=3e-3),
+        schedule=CosineConfig(),
+        device=DeviceConfig(type=DeviceType.cpu, threads=1),
+        train=TrainConfig(**values),  # type: ignore[arg-type]
+        log=LogConfig(every_steps=1),
+        eval=EvalConfig(every_steps=3),
+        save=SaveConfig(every_steps=1000),
+        run=NewRunConfig(dir=str(root / name), root=str(root)),
+    )
+
+
+def averaged(root: Path, corpus: Path) -> PretrainConfig:
+    return base(root, corpus, "averaged", average=Average.ema, ema_decay=0.9)
+
+
+def carried(root: Path, corpus: Path) -> PretrainConfig:
+    return replace(base(root, corpus, "carried"), model=LSTM, schedule=PlateauConfig())
+
+
+def left_out(root: Path, corpus: Path) -> PretrainConfig:
+    """One micro-batch of a step, which one process has, is not finite (see ``poisoned``)."""
+    return base(root, corpus, "left_out", nonfinite=NonFinite.skip, max_skips=STEPS)
+
+
+def stopped(root: Path, corpus: Path) -> PretrainConfig:
+    """Asked to stop in its last process only, and continued."""
+    return replace(base(root, corpus, "stopped"), model=LSTM)
+
+
+CASES: dict[str, Callable[[Path, Path], PretrainConfig]] = {
+    made.__name__: made for made in (averaged, carried, left_out, stopped)
+}
+
+
+def poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Trainer.run_micro_batch`` that gives NaN for the sixth micro-batch of the fourth step of ``left_out``."""
+
+    def run_micro_batch(self: Trainer, batch: Any, micro: int, progress: float) -> Any:
+        loss, state = original(self, batch, micro, progress)
+        bad = self.max_skips == STEPS and (self.state.step, micro) == (3, 5)
+        return loss * math.nan if bad else loss, state
+
+    return run_micro_batch
+
+
+# What each process does
+
+
+def work(root: Path, corpus: Path, names: list[str]) -> None:
+    """Train the cases; write down the digest of the weights that this process ends with."""
+    rank = int(os.environ["RANK"])
+    trainers: list[Trainer] = []
+    original_build, original_follow = training.build_trainer, Session._follow_clock
+
+    def build(*args: object) -> Trainer:
+        trainers.append(original_build(*args))  # type: ignore[arg-type]
+        return trainers[-1]
+
+    def follow(self: Session) -> None:
+        original_follow(self)
+        if (
+            self.run.path.name == "stopped"
+            and self.state.step == STOP_STEP
+            and rank == int(os.environ["WORLD_SIZE"]) - 1
+        ):
+            signal.raise_signal(signal.SIGTERM)
+
+    training.build_trainer, Session._follow_clock = build, follow  # type: ignore[assignment,method-assign]
+    Trainer.run_micro_batch = poisoned(Trainer.run_micro_batch)  # type: ignore[method-assign]
+    for name in names:
+        config = replace(CASES[name](root, corpus), parallel=DdpConfig(timeout_s=60.0))
+        try:
+            pretrain.run(config)
+        except (StoppedError, SystemExit) as end:
+            code = end.code if isinstance(end, SystemExit) else end.exit_code
+            (root / f"{name}-code-{rank}").write_text(str(code), encoding="utf-8")
+            pretrain.run(replace(config, resume=True))
+        digest = hashlib.sha256()
+        for tensor in trainers[-1].model.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        (root / f"{name}-weights-{rank}").write_text(digest.hexdigest(), encoding="utf-8")
+
+
+# What is true of it
+
+
+def torchrun(processes: int, *words: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, *words]
+
+
+def newest(run: Path) -> Snapshot:
+    path = latest_checkpoint(run)
+    assert path is not None
+    return load_checkpoint(path, with_optimizer=True)
+
+
+def assert_close(first: Path, second: Path) -> None:
+    """Weights, optimizer, averages, carried state and everything that was logged are the same up to rounding."""
+    one, two = newest(first), newest(second)
+    assert one.step == two.step
+    for left, right in ((one.model, two.model), (one.optimizer, two.optimizer)):
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            torch.testing.assert_close(right[name], tensor, atol=1e-5, rtol=1e-4, msg=f"{name} differs")
+    rows = [[{k: row[k] for k in COMPARED if k in row} for row in read_metrics(run)] for run in (first, second)]
+    assert len(rows[0]) == len(rows[1])
+    for left, right in zip(*rows, strict=True):
+        assert right == pytest.approx(left, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def check_cases(
+    processes: int, tmp_path: Path, corpus: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several, alone = tmp_path / "several", tmp_path / "alone"
+    several.mkdir()
+    words = torchrun(processes, __file__, str(several), str(corpus), *names)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(Trainer, "run_micro_batch", poisoned(Trainer.run_micro_batch))
+    for name in names:
+        pretrain.run(CASES[name](alone, corpus))
+        assert_close(alone / name, several / name)
+        digests = {(several / f"{name}-weights-{rank}").read_text(encoding="utf-8") for rank in range(processes)}
+        assert len(digests) == 1, f"{name}: the weights of the processes are not the same bits"
+        result = read_result(several / name)
+        assert result is not None
+        assert result["step"] == STEPS
+        assert done.stderr.count(f"run: {several / name}\n") == (2 if name == "stopped" else 1)  # one console
+    if "left_out" in names:
+        assert newest(several / "left_out").state["skipped_steps"] == [4]
+    if "stopped" in names:
+        assert {(several / f"stopped-code-{rank}").read_text(encoding="utf-8") for rank in range(processes)} == {"75"}
+        assert read_metrics(several / "stopped")[-1]["step"] == STEPS
+
+
+def test_two_processes_compute_what_one_does_with_the_same_bits_in_both(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_cases(2, tmp_path, corpus, list(CASES), monkeypatch)
+
+
+@pytest.mark.slow
+def test_four_processes_compute_what_one_does(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_cases(4, tmp_path, corpus, list(CASES), monkeypatch)
+
+
+def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *("pretrain", "dataset=text", f"dataset.path={corpus}", "tokenizer=byte", "model=lstm", "schedule=constant"),
+        *("model.d_embed=16", "model.d_hidden=16", "device=cpu", "train.batch_size=4", "train.seq_len=16"),
+        *("train.micro_batch_size=2", "eval.every_steps=1000000", "save.every_steps=10", "schedule.warmup_steps=5"),
+    ]
+    run = tmp_path / "killed"
+    endless = [*words, f"run.dir={run}", "train.max_steps=1000000", "parallel=ddp"]
+    with subprocess.Popen(torchrun(2, "-m", "lmkit", *endless), stderr=subprocess.PIPE, text=True) as job:
+        until = time.monotonic() + 120
+        while latest_checkpoint(run) is None and job.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(process_of_rank(1 if latest_checkpoint(run) else 0, job.pid), signal.SIGKILL)
+        said = job.communicate(timeout=60)[1]
+    assert latest_checkpoint(run) is not None, said
+    assert job.returncode == 1
+    assert said.count("error: the processes lost each other") <= 1
+    assert [p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith((".tmp-", "step-"))] == []
+    steps = newest(run).step + 5
+    assert main([*words, f"run.dir={run}", f"train.max_steps={steps}", "resume=true"]) == 0
+    assert main([*words, f"run.dir={tmp_path / 'whole'}", f"train.max_steps={steps}"]) == 0
+    capfd.readouterr()
+    one, two = newest(tmp_path / "whole"), newest(run)
+    assert one.step == two.step == steps
+    for name, tensor in {**one.model, **one.optimizer}.items():
+        torch.testing.assert_close({**two.model, **two.optimizer}[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def process_of_rank(rank: int, parent: int) -> int:
+    import psutil
+
+    for child in psutil.Process(parent).children():
+        if child.environ().get("RANK") == str(rank):
+            return int(child.pid)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_a_world_of_one_is_bit_identical_to_no_parallel(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain.run(carried(tmp_path / "none", corpus))
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    pretrain.run(replace(carried(tmp_path / "ddp", corpus), parallel=DdpConfig()))
+    one, two = newest(tmp_path / "none" / "carried"), newest(tmp_path / "ddp" / "carried")
+    for left, right in ((one.model, two.model), (one.optimizer, two.optimizer)):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# What is refused
+
+ENVIRONMENT = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "remedy"),
+    [
+        (6, None, r"train.batch_size=6 cannot be dealt to 4 processes; make it a multiple of 4"),
+        (8, 4, r"makes 2 micro-batches of a step, .* 4 processes; use train.micro_batch_size=2"),
+        (12, 2, r"makes 6 micro-batches .*; use train.micro_batch_size=1"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused_with_what_would_do(
+    batch: int, micro: int | None, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        deal(TrainConfig(batch_size=batch, micro_batch_size=micro), World(0, 4, 0, 4))
+
+
+def test_without_a_micro_batch_size_each_process_takes_its_share_at_once() -> None:
+    assert deal(TrainConfig(batch_size=8), World(0, 4, 0, 4)).micro_batch_size == 2
+    assert deal(TrainConfig(batch_size=8), SINGLE).micro_batch_size is None
+
+
+def test_ddp_without_torchrun_says_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"torchrun --nproc-per-node 2 -m lmkit COMMAND parallel=ddp"):
+        find_world(DdpConfig())
+
+
+def test_torchrun_without_ddp_is_refused_by_one_process_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {**ENVIRONMENT, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=r"has started 2 processes, but parallel=none; add parallel=ddp"):
+        find_world(ParallelConfig())
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        find_world(ParallelConfig())
+    assert caught.value.code == 2
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
