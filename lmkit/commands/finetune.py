@@ -75,6 +75,9 @@ def _run(cfg: FinetuneConfig, world: World, device: Device, stop: StopRequests, 
     console.say(f"device: {device.description}{world.description}")
     begin = world.first_alone(lambda: set_up(cfg, device, console))
     corpus = None if begin.base is None else corpus_of(begin.base)
+    dataset = cfg.dataset  # what eval-ppl takes by default
+    if begin.base is not None and not isinstance(cfg.task, LmTaskConfig):
+        dataset = begin.base.dataset
     forgetting = None
     if begin.base is not None and world.is_first:
         rows = cfg.train.micro_batch_size or cfg.train.batch_size
@@ -84,6 +87,7 @@ def _run(cfg: FinetuneConfig, world: World, device: Device, stop: StopRequests, 
             "command": "finetune",
             "vocab_size": begin.task.tokenizer.vocab_size,
             **to_plain(cfg),
+            "dataset": to_plain(dataset),
             "model": to_plain(begin.model_config),
             "base": None if begin.base is None else str(begin.base.checkpoint),
             "corpus": None if corpus is None else to_plain(corpus),
@@ -148,7 +152,6 @@ def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
         regression = regress.build_task(cfg.task, base.model, base.tokenizer, cfg.train, console, seed=cfg.seed)
         return SetUp(regression, regression.model, base.model_config, base)
     if isinstance(cfg.task, ChatTaskConfig):
-        cfg.dataset = base.dataset  # what eval-ppl then measures: how much of it was forgotten
         if isinstance(cfg.task, InstructTaskConfig):
             return SetUp(build_instruct(cfg, cfg.task, base, console), base.model, base.model_config, base)
         if isinstance(cfg.task, PreferTaskConfig):
