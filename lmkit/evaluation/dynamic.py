@@ -7,10 +7,12 @@ After a piece with mean loss L the parameters move by
 
 where theta_0 are the trained parameters and rms is the root mean square of the gradients on train, element by element
 (their equations 6 to 9; no step goes beyond theta_0, as in their code). The model gets its trained parameters back.
+An n-gram model has no parameters that a gradient could move: it learns a factor for each word (KneserNeyHead.tilted).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from lmkit.errors import ConfigError, DivergedError
 from lmkit.evaluation.plan import Segments, Tokens, Windows, sliding, unbroken
 from lmkit.evaluation.scoring import Scorer, ScoreSheet, Text, TokenScores, batches, mode, own_scores
 from lmkit.models.base import LanguageModel
+from lmkit.models.ngram import KneserNeyHead
 
 STATISTICS_TOKENS = 500
 """Tokens behind each gradient of the statistics: 100 lanes of 5, as in their code."""
@@ -79,6 +82,11 @@ def score_dynamic(
     finally:
         with torch.no_grad():
             torch._foreach_copy_([p.data for p in parameters], trained)
+
+
+def adapting(model: LanguageModel) -> contextlib.AbstractContextManager[None]:
+    """Within it the model has parameters to learn with; an n-gram model has them only there."""
+    return model.head.tilted() if isinstance(model.head, KneserNeyHead) else contextlib.nullcontext()
 
 
 def adaptable(model: LanguageModel) -> list[nn.Parameter]:

@@ -28,7 +28,7 @@ from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError
 from lmkit.evaluation.baselines import kn5_nats, unigram_nats
 from lmkit.evaluation.caches import NeuralCache, filled, theta_grid, unigram_cache
-from lmkit.evaluation.dynamic import Steps, score_dynamic, steps_for
+from lmkit.evaluation.dynamic import Steps, adapting, score_dynamic, steps_for
 from lmkit.evaluation.mixture import averaged, best_weights, mixed
 from lmkit.evaluation.plan import Indices, Reach, Windows
 from lmkit.evaluation.protocols import Material, Protocol, Source, build_protocol
@@ -294,6 +294,10 @@ class Evaluator:
         return TokenScores(averaged([one.nats_N for one in passes]), passes[0].correct_N)
 
     def _dynamic(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
+        with adapting(self.loaded.model):
+            return self._adapted(passage, windows, scorer)
+
+    def _adapted(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
         config, model = self.cfg.dynamic, self.loaded.model
         assert config is not None
         context = self.reach.context

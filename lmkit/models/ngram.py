@@ -12,6 +12,7 @@ Shape letters beyond models/base.py: C contexts and G n-grams of one length, H =
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmkit.config.model import NgramConfig
 from lmkit.errors import DataError
@@ -132,6 +134,7 @@ class KneserNeyHead(Head):
         keys, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         first = Level(torch.zeros(1, dtype=torch.int64), torch.zeros(1), keys, values)
         self.register_buffer("eos", torch.tensor(NO_TOKEN))
+        self.tilt_V: nn.Parameter | None = None
         for name, tensor in _named([first] + [Level(keys, values, keys, values)] * (order - 1)).items():
             self.register_buffer(name, tensor.clone())
         for k in range(1, order + 1):
@@ -146,12 +149,31 @@ class KneserNeyHead(Head):
         """Replace everything; the device stays."""
         self._assign({"eos": torch.tensor(eos_id), **_named(levels)})
 
+    @contextlib.contextmanager
+    def tilted(self) -> Iterator[None]:
+        """Within it, each word's probability is multiplied by a factor of its own, and normalised again.
+
+        The logarithms of the factors, ``tilt_V``, begin at 0 and are what dynamic evaluation learns: adaptation of the
+        unigram marginals (Kneser, Peters & Klakow 1997), here by gradient.
+        """
+        self.tilt_V = nn.Parameter(torch.zeros(self.vocab_size, device=self.eos.device))
+        try:
+            yield
+        finally:
+            self.tilt_V = None
+
     def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed nats as in Head.loss; there is nothing to differentiate by."""
-        return self.score(hidden_ND, targets_N).nats_N.sum()
+        """Summed nats as in Head.loss; differentiable by the tilt, where there is one."""
+        if self.tilt_V is None:
+            return self.score(hidden_ND, targets_N).nats_N.sum()
+        return F.cross_entropy(self.logits(hidden_ND), targets_N, ignore_index=IGNORE, reduction="sum")
 
     @torch.no_grad()
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
+        if self.tilt_V is not None:
+            logits_NV = self.logits(hidden_ND)
+            nats_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="none")
+            return Scores(nats_N, logits_NV.argmax(1) == targets_N)
         scored_N = targets_N != IGNORE
         safe_N = targets_N.where(scored_N, 0)
         _require_tokens(safe_N, self.vocab_size)
@@ -165,9 +187,13 @@ class KneserNeyHead(Head):
             best_N = _take(self.get_buffer(f"best_tokens_{k}"), context_N, found_N, best_N)
         return Scores((-log_probs_N).where(scored_N, 0.0), (best_N == safe_N) & scored_N)
 
-    @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V) float32 log-probabilities."""
+        """(N, V) float32 log-probabilities, plus the tilt where there is one."""
+        log_probs_NV = self._log_probs(hidden_ND)
+        return log_probs_NV if self.tilt_V is None else log_probs_NV + self.tilt_V
+
+    @torch.no_grad()
+    def _log_probs(self, hidden_ND: Tensor) -> Tensor:
         unigrams = self.level(1)
         log_probs_V = (self._log_uniform() + unigrams.log_backoffs_C).repeat(self.vocab_size)
         log_probs_V[unigrams.ngrams_G] = unigrams.log_probs_G

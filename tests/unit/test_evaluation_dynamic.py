@@ -15,7 +15,7 @@ from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, NgramConfig, RecurrentConfig, TransformerConfig
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
-from lmkit.evaluation.dynamic import Steps, adaptable, score_dynamic, steps_for
+from lmkit.evaluation.dynamic import Steps, adaptable, adapting, score_dynamic, steps_for
 from lmkit.evaluation.plan import Indices, Segments, Windows, sliding, unbroken
 from lmkit.evaluation.scoring import TokenScores, score
 from lmkit.models.base import LanguageModel, Scores
@@ -349,3 +349,25 @@ def test_a_model_that_does_not_learn_by_gradient_is_refused() -> None:
         adaptable(model)
     with pytest.raises(ConfigError, match="learns by gradient"):
         dynamic(model, tokens, DynamicSgdConfig())
+
+
+def test_an_n_gram_model_learns_a_factor_for_each_word_and_forgets_it() -> None:
+    """Against the update written out: the gradient of a factor is the share expected less the share seen."""
+    model, tokens = KneserNey(NgramConfig(order=3), VOCAB), text(60)
+    model.fit(text(200, seed=1), eos_id=EOS)
+    inputs = torch.from_numpy(np.concatenate([[EOS], tokens[:-1]]).astype(np.int64))[None]
+    log_probs_NV = model.head.logits(model(inputs)[0][0]).double()
+    tilt_V, expected = torch.zeros(VOCAB, dtype=torch.float64), []
+    for start in range(0, 60, 5):
+        logits_NV = log_probs_NV[start : start + 5] + tilt_V
+        targets_N = torch.from_numpy(tokens[start : start + 5].astype(np.int64))
+        expected += torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").tolist()
+        seen_V = torch.bincount(targets_N, minlength=VOCAB) / 5
+        tilt_V = tilt_V * (1 - 0.1) - 0.7 * (logits_NV.softmax(1).mean(0) - seen_V)
+    before = model.head.score(model(inputs)[0][0], torch.from_numpy(tokens.astype(np.int64))).nats_N
+    with adapting(model):
+        found = dynamic(model, tokens, DynamicSgdConfig(seq_len=5, lr=0.7, decay=0.1))
+    np.testing.assert_allclose(found.nats_N, expected, rtol=1e-5)
+    assert model.head.tilt_V is None
+    after = model.head.score(model(inputs)[0][0], torch.from_numpy(tokens.astype(np.int64))).nats_N
+    assert torch.equal(before, after)
