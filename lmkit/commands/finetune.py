@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,25 +9,22 @@ from torch import nn
 
 from lmkit.commands.forgetting import Forgetting, corpus_of
 from lmkit.commands.predict import check_prediction, predict_file
-from lmkit.commands.training import Job, check_data, deal, execute, open_run
+from lmkit.commands.training import Job, Place, check_data, deal, execute, here, open_run
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
-from lmkit.config.training import ExistingRunConfig, OnUsr1
+from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.data.survey import digest_of
-from lmkit.device import Device, resolve_device
-from lmkit.distributed import World, find_world
+from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.hf.adapters import write_adapter
 from lmkit.loading import LoadedRun, load_hf, load_run
-from lmkit.loggers import require_logger
 from lmkit.lora import adapter_tensors
-from lmkit.signals import StopRequests, find_deadline
 from lmkit.store import storage
 from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
 from lmkit.store.runs import Run
@@ -57,22 +53,12 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         return predict_file(cfg, cfg.run)
     if cfg.predict is not None:
         check_prediction(cfg)  # before the training, not after it
-    started = time.monotonic()
-    deadline = find_deadline(cfg.train.time_limit_s, started)
-    world = find_world(cfg.parallel)
-    device = resolve_device(cfg.device, world)
-    with (
-        StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop,
-        world.joined(device.torch_device, cfg.parallel),
-    ):
-        return _run(cfg, world, device, stop, started)
+    with here(cfg) as place:
+        return _run(replace(cfg, train=deal(cfg.train, place.world)), place)
 
 
-def _run(cfg: FinetuneConfig, world: World, device: Device, stop: StopRequests, started: float) -> dict[str, Any]:
-    console = Console(silent=not world.is_first)
-    require_logger(cfg.logger)
-    cfg = replace(cfg, train=deal(cfg.train, world))
-    console.say(f"device: {device.description}{world.description}")
+def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
+    world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
     begin = world.first_alone(lambda: set_up(cfg, device, console))
     corpus = None if begin.base is None else corpus_of(begin.base)
     dataset = cfg.dataset  # what eval-ppl takes by default

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any, cast
 
-from lmkit.commands.training import Job, build_trainer, check_data, deal, execute, open_run
+from lmkit.commands.training import Job, Place, build_trainer, check_data, deal, execute, here, open_run
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.model import HeadConfig, ModelConfig
 from lmkit.config.objectives import GanObjectiveConfig, VaeObjectiveConfig
 from lmkit.config.optimization import AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.plain import kind_of, to_plain
-from lmkit.config.training import OnUsr1
 from lmkit.console import Console
 from lmkit.data.prepared import PreparedData, prepare
-from lmkit.device import Device, resolve_device
-from lmkit.distributed import World, find_world
+from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.hf import ImportedModel, import_hf, resolve_hf
-from lmkit.loggers import require_logger
 from lmkit.models.base import LanguageModel
 from lmkit.models.gan import Relgan
 from lmkit.models.vae import VaeLstm
 from lmkit.planning import plan
-from lmkit.signals import StopRequests, find_deadline
 from lmkit.tasks import Task
 from lmkit.tasks.gan import AdversarialSentences
 from lmkit.tasks.language import LanguageModelling
@@ -33,22 +28,12 @@ from lmkit.tasks.vae import SentenceVae
 
 def run(cfg: PretrainConfig) -> dict[str, Any]:
     """Train, and return what was written to the run's result.json."""
-    started = time.monotonic()
-    deadline = find_deadline(cfg.train.time_limit_s, started)
-    world = find_world(cfg.parallel)
-    device = resolve_device(cfg.device, world)
-    with (
-        StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop,
-        world.joined(device.torch_device, cfg.parallel),
-    ):
-        return _run(cfg, world, device, stop, started)
+    with here(cfg) as place:
+        return _run(replace(cfg, train=deal(cfg.train, place.world)), place)
 
 
-def _run(cfg: PretrainConfig, world: World, device: Device, stop: StopRequests, started: float) -> dict[str, Any]:
-    console = Console(silent=not world.is_first)
-    require_logger(cfg.logger)
-    cfg = replace(cfg, train=deal(cfg.train, world))
-    console.say(f"device: {device.description}{world.description}")
+def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
+    world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
     prepared, imported = world.first_alone(lambda: prepare_data(cfg, console))
     vocab_size = prepared.tokenizer.vocab_size
     if imported is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +20,19 @@ from lmkit.config.adapter import TuneConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.plain import with_defaults
-from lmkit.config.training import NonFinite, TrainConfig
+from lmkit.config.training import NonFinite, OnUsr1, TrainConfig
 from lmkit.console import Console, format_count, format_duration
 from lmkit.data.prepared import PreparedData
-from lmkit.device import Device
-from lmkit.distributed import SINGLE, World
+from lmkit.device import Device, resolve_device
+from lmkit.distributed import SINGLE, World, find_world
 from lmkit.errors import CheckpointError, ConfigError, DataError, DivergedError
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import perplexity
-from lmkit.loggers import attach_logger
+from lmkit.loggers import attach_logger, require_logger
 from lmkit.models.base import LanguageModel
 from lmkit.optim import build_optimizer
 from lmkit.session import Session, state_of
-from lmkit.signals import StopRequests
+from lmkit.signals import StopRequests, find_deadline
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.environment import environment
@@ -80,6 +81,35 @@ class Job:
         if isinstance(self.model, LanguageModel):
             return self.model.num_parameters()
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and when a training command runs, in one of the processes that train together."""
+
+    world: World
+    device: Device
+    console: Console
+    stop: StopRequests
+    started: float
+    """time.monotonic() at which the command began."""
+
+
+@contextlib.contextmanager
+def here(cfg: PretrainConfig | FinetuneConfig) -> Iterator[Place]:
+    """What a training command begins with; within it signals and time limits only ask to stop."""
+    started = time.monotonic()
+    deadline = find_deadline(cfg.train.time_limit_s, started)
+    world = find_world(cfg.parallel)
+    device = resolve_device(cfg.device, world)
+    with (
+        StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop,
+        world.joined(device.torch_device, cfg.parallel),
+    ):
+        console = Console(silent=not world.is_first)
+        require_logger(cfg.logger)
+        console.say(f"device: {device.description}{world.description}")
+        yield Place(world, device, console, stop, started)
 
 
 def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None:
