@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeConfig
 
 from lmkit.commands import export, finetune, pretrain, replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
@@ -18,6 +18,8 @@ from lmkit.config.training import ExistingRunConfig, LogConfig, RunConfig, SaveC
 from lmkit.console import Console
 from lmkit.errors import ConfigError
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint
+
+MakeConfig = Callable[..., PretrainConfig]
 
 
 @pytest.fixture
