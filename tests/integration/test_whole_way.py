@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmkit import session
-from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain
+from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain, training
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
@@ -150,7 +150,7 @@ def test_a_time_budget_is_kept_and_the_rate_is_annealed(
     config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    for module in (session, pretrain):
+    for module in (session, training):
         monkeypatch.setattr(module, "time", clock)
     result = pretrain.run(config(max_steps=None, budget="20s"))
     assert 10 < result["elapsed_s"] < 20
