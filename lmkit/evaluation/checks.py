@@ -27,7 +27,7 @@ SAMPLE_SHARE = 0.004
 """Share of the scored tokens that are scored again."""
 MIN_SAMPLE, MAX_WINDOW = 64, 256
 ROWS = 8
-"""Positions of a piece at which the whole distribution is looked at."""
+"""One position in so many has its whole distribution looked at; as many are compared before a change of the future."""
 MIN_LINE = 8
 """Tokens of the shortest line that counts as an overlap of train and test."""
 
@@ -56,35 +56,39 @@ def prove(
     start = time.monotonic()
     tolerance = 2e-3 if device.precision is Precision.fp32 else 0.2
     sample = sample_windows(windows, model.context is None)
-    leak = look_for_leak(model, tokens, sample, device=device, seed=seed)
+    length = min(MAX_WINDOW, max(MIN_SAMPLE, 2 * sample_size(windows) // 5))
+    leak = look_for_leak(model, tokens, windows, length=length, device=device, seed=seed)
     _require(leak <= tolerance, f"the model sees the future: changing later tokens moved what is before by {leak:.3g}")
     together = score(model, tokens, sample, seq_len=seq_len, batch_size=max(batch_size, 2), device=device)
     softmax = _SoftmaxCheck(model)
-    piece = max(1, min(seq_len, sample.longest) // 3) if model.context is None else seq_len
+    piece = max(1, min(seq_len, sample.longest) // 2) if model.context is None else seq_len
     alone = score(model, tokens, sample, seq_len=piece, batch_size=1, device=device, scorer=softmax.scorer)
     scored_N = together.scored_N
     batch = float(np.abs(together.nats_N[scored_N] - alone.nats_N[scored_N]).max())
     _require(batch <= tolerance, f"a sample scored one by one differs by {batch:.3g} nats from the same in batches")
-    _require(
-        softmax.difference <= tolerance,
-        f"the softmax does not sum to one: scores differ by {softmax.difference:.3g} nats from the logits",
-    )
-    return Checked(batch, softmax.difference, leak, time.monotonic() - start)
+    apart = softmax.difference(device)
+    _require(apart <= tolerance, f"the softmax does not sum to one: scores differ by {apart:.3g} nats from the logits")
+    return Checked(batch, apart, leak, time.monotonic() - start)
 
 
 def sample_windows(windows: Windows, unbounded: bool) -> Windows:
     """At least two windows, where there are so many, spread over the text with about SAMPLE_SHARE of its tokens.
 
-    Of the long windows of models without a context of their own pieces are taken, each from an empty state, so that one
-    over the whole text is not read twice.
+    Pieces of windows are taken, each from an empty state, where two whole ones would be more than that: of the long
+    windows of models without a context of their own, and of short texts.
     """
     windows = windows.take(windows.scored_W < windows.ends_W)
-    wanted = max(MIN_SAMPLE, int(SAMPLE_SHARE * windows.num_scored))
-    if unbounded and windows.longest > MAX_WINDOW:
+    wanted = sample_size(windows)
+    per_window = max(1, windows.num_scored // len(windows.begins_W))
+    if (unbounded and windows.longest > MAX_WINDOW) or 2 * per_window > wanted:
         number = max(2, wanted // MAX_WINDOW)
         return _pieces(windows, number, min(MAX_WINDOW, wanted // number))
-    per_window = max(1, windows.num_scored // len(windows.begins_W))
     return windows.take(_spread(len(windows.begins_W), max(2, wanted // per_window)))
+
+
+def sample_size(windows: Windows) -> int:
+    """How many of the scored tokens are about right to score again."""
+    return max(MIN_SAMPLE, int(SAMPLE_SHARE * windows.num_scored))
 
 
 def _pieces(windows: Windows, number: int, length: int) -> Windows:
@@ -99,35 +103,50 @@ def _pieces(windows: Windows, number: int, length: int) -> Windows:
 
 
 def _spread(length: int, number: int) -> Indices:
-    return np.unique(np.linspace(0, length - 1, min(number, length)).astype(np.int64))
+    return np.linspace(0, length - 1, min(number, length)).astype(np.int64)
 
 
 class _SoftmaxCheck:
-    """Scores by the head, and at a few rows of each call also by the logits of the whole vocabulary."""
+    """Scores by the head, and compares those of a few rows of each call with the logits of the whole vocabulary."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.model, self.difference = model, 0.0
+        self.model = model
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def scorer(self, hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
         scores = self.model.head.score(hidden_ND, targets_N)
-        rows = torch.from_numpy(_spread(len(targets_N), ROWS)).to(targets_N.device)
-        logs_RV = torch.log_softmax(self.model.head.logits(hidden_ND[rows]).double(), 1)
-        nats_R = -logs_RV.gather(1, targets_N[rows, None]).squeeze(1)
-        difference = float((nats_R - scores.nats_N[rows].double()).abs().max())
-        self.difference = max(self.difference, difference if math.isfinite(difference) else math.inf)
+        rows = torch.from_numpy(_spread(len(targets_N), max(1, len(targets_N) // ROWS))).to(targets_N.device)
+        self.rows.append((hidden_ND[rows], targets_N[rows], scores.nats_N[rows]))
         return scores
+
+    @torch.inference_mode()
+    def difference(self, device: Device) -> float:
+        """The largest, in nats; infinite where something is not finite."""
+        largest = 0.0
+        hidden_ND, targets_N, nats_N = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
+        with mode(self.model, training=False), device.autocast():
+            for start in range(0, len(nats_N), ROWS):
+                some = slice(start, start + ROWS)
+                logs_RV = torch.log_softmax(self.model.head.logits(hidden_ND[some]).double(), 1)
+                apart_R = -logs_RV.gather(1, targets_N[some, None]).squeeze(1) - nats_N[some].double()
+                difference = float(apart_R.abs().max())
+                largest = max(largest, difference if math.isfinite(difference) else math.inf)
+        return largest
 
 
 @torch.inference_mode()
-def look_for_leak(model: LanguageModel, tokens: Tokens, windows: Windows, *, device: Device, seed: int) -> float:
+def look_for_leak(
+    model: LanguageModel, tokens: Tokens, windows: Windows, *, length: int, device: Device, seed: int
+) -> float:
     """Largest change of log-probabilities before a position when the tokens from there on change; 0 is causal.
 
-    Looks at one of the windows, at two neighbouring places in its middle: a model that sees the rest of a block of
-    tokens shows nothing where a block begins. A position's own target counts as its future.
+    Looks at the first ``length`` inputs of the longest window, at two neighbouring places in their
+    middle: a model that sees the rest of a block of tokens shows nothing where a block begins. A position's own target
+    counts as its future.
     """
     chosen = int((windows.ends_W - windows.begins_W).argmax())
     begin, end = int(windows.begins_W[chosen]), int(windows.ends_W[chosen])
-    end = min(end, begin + MAX_WINDOW)
+    end = min(end, begin + length)
     if end - begin < 2 or model.vocab_size < 2:
         return 0.0
     prefix = int(windows.prefix_W[chosen])
@@ -181,43 +200,79 @@ class Overlap:
 def overlap(train: Tokens, tokens: Tokens, ends_line_V: Sequence[bool] | NDArray[np.bool_]) -> Overlap:
     """Lines of a text that are also in train, compared by 64-bit hashes of their tokens."""
     ends_V = np.asarray(ends_line_V, dtype=np.bool_)
-    hashes, lengths = line_hashes(tokens, ends_V)
-    train_hashes, train_lengths = line_hashes(train, ends_V)
-    long_enough = lengths >= MIN_LINE
-    known = np.isin(hashes[long_enough], train_hashes[train_lengths >= MIN_LINE])
-    counted = lengths[long_enough]
+    lines = line_hashes(tokens, ends_V)
+    in_train = line_hashes(train, ends_V, only=lines)
+    long_enough = lines.lengths >= MIN_LINE
+    known = _are_among(lines.hashes[long_enough], in_train.hashes[in_train.lengths >= MIN_LINE])
+    counted = lines.lengths[long_enough]
     share = float(counted[known].sum() / counted.sum()) if len(counted) else 0.0
     return Overlap(len(counted), int(known.sum()), share)
 
 
+@dataclass(frozen=True)
+class LineHashes:
+    """Per line of a text, (lines,) each."""
+
+    hashes: NDArray[np.uint64]
+    """Of all its tokens: equal lines have equal ones, different lines different ones but for 2^-64."""
+    heads: NDArray[np.uint64]
+    """Of its length and first two tokens."""
+    lengths: NDArray[np.int64]
+    """Tokens."""
+
+
 def line_hashes(
-    tokens: Tokens, ends_line_V: NDArray[np.bool_], chunk: int = 1 << 22
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """(lines,) hash and number of tokens of each line.
+    tokens: Tokens, ends_line_V: NDArray[np.bool_], chunk: int = 1 << 22, only: LineHashes | None = None
+) -> LineHashes:
+    """Hashes of the lines of a text, ``chunk`` tokens or more at a time; with ``only``, of those with a head among its.
 
     hash = sum over its tokens of r(token) (2 i + 1)^3 mod 2^64 with i the place in the line and r a random odd number.
     """
     random_V = np.random.default_rng(0).integers(0, 1 << 63, len(ends_line_V), dtype=np.uint64) | np.uint64(1)
-    hashes, lengths = [], []
+    found = [LineHashes(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.int64))]
     begin = 0
     while begin < len(tokens):
         piece = np.asarray(tokens[begin : begin + chunk])
         ends = np.flatnonzero(ends_line_V[piece]) + 1
         if begin + len(piece) == len(tokens):
-            ends = np.unique(np.append(ends, len(piece)))
+            ends = ends if len(ends) and ends[-1] == len(piece) else np.append(ends, len(piece))
         elif len(ends) == 0:
             chunk *= 2
             continue
-        piece = piece[: ends[-1]]
-        starts = np.append(0, ends)[:-1]
-        place = (np.arange(len(piece)) - np.repeat(starts, ends - starts)).astype(np.uint64)
-        terms = random_V[piece] * (np.uint64(2) * place + np.uint64(1)) ** np.uint64(3)
-        hashes.append(np.add.reduceat(terms, starts))
-        lengths.append(ends - starts)
-        begin += len(piece)
-    if not hashes:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    return np.concatenate(hashes), np.concatenate(lengths)
+        starts = np.append(0, ends[:-1])
+        lengths = ends - starts
+        second = piece[np.minimum(starts + 1, ends - 1)]
+        heads = (random_V[piece[starts]] * np.uint64(3) + random_V[second]) * (2 * lengths + 1).astype(np.uint64)
+        if only is not None:
+            kept = _are_among(heads, only.heads)
+            starts, lengths, heads = starts[kept], lengths[kept], heads[kept]
+        found.append(LineHashes(_hashes(piece, starts, lengths, random_V), heads, lengths))
+        begin += int(ends[-1])
+    return LineHashes(
+        np.concatenate([one.hashes for one in found]),
+        np.concatenate([one.heads for one in found]),
+        np.concatenate([one.lengths for one in found]),
+    )
+
+
+def _are_among(values: NDArray[np.uint64], pool: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Like numpy.isin, at a tenth of its time for few values in the pool."""
+    if len(pool) == 0:
+        return np.zeros(len(values), np.bool_)
+    pool = np.sort(pool)
+    found: NDArray[np.bool_] = pool[np.minimum(np.searchsorted(pool, values), len(pool) - 1)] == values
+    return found
+
+
+def _hashes(piece: Tokens, starts: Indices, lengths: Indices, random_V: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    if len(starts) == 0:
+        return np.zeros(0, np.uint64)
+    first = np.cumsum(lengths) - lengths
+    place = np.arange(int(lengths.sum())) - np.repeat(first, lengths)
+    tokens = piece[np.repeat(starts, lengths) + place]
+    terms = random_V[tokens] * (2 * place + 1).astype(np.uint64) ** np.uint64(3)
+    sums: NDArray[np.uint64] = np.add.reduceat(terms, first)
+    return sums
 
 
 def _require(holds: bool, problem: str) -> None:
