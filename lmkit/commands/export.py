@@ -39,7 +39,7 @@ def run(cfg: ExportConfig) -> dict[str, Any]:
     console = Console()
     target = _target(cfg.to)
     device = resolve_device(DeviceConfig(type=DeviceType.cpu))
-    loaded = load_run(cfg.run, device=device, console=console)
+    loaded = load_run(cfg.run, device=device, console=console, adapter=cfg.adapter)
     source = _source(loaded)
     with _made_whole(target) as folder:
         about = export_as(cfg.format, source, folder)
@@ -99,13 +99,14 @@ def _facts(cfg: ExportConfig, loaded: LoadedRun, about: dict[str, Any], digests:
     info = read_info(loaded.path) or {}
     stored = info.get("digests")
     data = {"data": str(stored["data"])} if isinstance(stored, dict) and "data" in stored else {}
+    name = loaded.path.name if cfg.adapter is None else f"{loaded.path.name} with {cfg.adapter}"
     return Facts(
-        name=loaded.path.name,
+        name=name,
         format=cfg.format.name,
         about=about,
         config=loaded.config,
         info=info,
-        result=read_result(loaded.path) or {},
+        result=(read_result(loaded.path) or {}) if cfg.adapter is None else {},
         step=loaded.step,
         num_parameters=loaded.model.num_parameters(),
         tokenizer_kind=loaded.tokenizer.kind,

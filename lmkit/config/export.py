@@ -22,7 +22,9 @@ class ExportConfig:
     """lmkit export: write a run's model and tokenizer for other programs, checked by reading it again."""
 
     run: ExistingRunConfig = field(default_factory=ExistingRunConfig)
-    """Run to export."""
+    """Run to export; the adapter that it was finetuned with, if any, is merged into its weights."""
+    adapter: str | None = None
+    """Folder of an adapter that was finetuned from the run, as in RUN/adapter, to merge into it; null: none."""
     to: str = "???"
     """Folder to make; it must not exist, or be empty."""
     format: ExportFormat = ExportFormat.hf

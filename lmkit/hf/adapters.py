@@ -1,7 +1,9 @@
 """Adapters as folders in the layout of the ``peft`` library: adapter_config.json and adapter_model.safetensors.
 
 ``PeftModel.from_pretrained(model, FOLDER)`` puts one on lmkit's own model, whose modules it names, and computes the
-same. ``lmkit.json`` says which checkpoint it belongs to; folders that peft wrote lack it, and are then taken on trust.
+same. The model of a classifier or regression is that of ``lmkit.models.classifier``, and what stands on its language
+model (``head``, ``network``) is among ``modules_to_save``. ``lmkit.json`` says which checkpoint an adapter belongs to
+and what it was finetuned for; folders that peft wrote lack it, and are then taken on trust.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,24 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Keys of peft's configuration whose other values change what is computed, and the values that do not."""
 
 
+ORIGIN_DEFAULTS: dict[str, Any] = {"base": None, "base_sha256": None, "prefix": "", "task": None}
+"""Keys of lmkit.json, and what stands for those that older folders lack."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from: what ``lmkit.json`` holds."""
+
+    base: str
+    """Checkpoint that was finetuned."""
+    base_sha256: str
+    """SHA-256 of its manifest."""
+    prefix: str = ""
+    """Of the names of the language model's modules in the model that was trained; empty: it was itself trained."""
+    task: dict[str, Any] | None = None
+    """What it was finetuned for, as JSON data; None: not told."""
+
+
 @dataclass(frozen=True)
 class FoundAdapter:
     """An adapter folder that was put on a model."""
@@ -42,21 +62,23 @@ class FoundAdapter:
     """SHA-256 of its weights' file and scaling."""
     description: str
     """In a few words."""
+    task: dict[str, Any] | None
+    """What it was finetuned for, as JSON data; None: not told."""
 
 
-def write_adapter(
-    folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor], *, base: Path, base_digest: str
-) -> None:
+def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor], origin: Origin) -> None:
     """Write the folder; one that is there is replaced.
 
-    weights: the adapters' tensors by their names in the model. base: checkpoint that was finetuned, and the SHA-256 of
-    its manifest. Raises OSError.
+    weights: the adapters' tensors by their names in the model, and those of modules beside its language model, which
+    were trained as a whole. Raises OSError.
     """
+    beside = sorted({name.partition(".")[0] for name in weights if not name.endswith(PARTS)})
+    ends = [f"model.{name}" for name in beside]  # of names in peft, which are not those inside the language model
     layers = sorted({name.removesuffix(f".{part}") for name in weights for part in PARTS if name.endswith(part)})
     description: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": origin.base,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -67,13 +89,13 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": ends or None,
     }
     temporary = folder.parent / storage.scratch_name(storage.TMP_PREFIX, folder.name)
     temporary.mkdir(parents=True)
     try:
         write_weights(temporary / WEIGHTS, {PREFIX + name: tensor.cpu() for name, tensor in weights.items()})
-        for name, data in ((CONFIG, description), (ORIGIN, {"base": str(base), "base_sha256": base_digest})):
+        for name, data in ((CONFIG, description), (ORIGIN, asdict(origin))):
             storage.write_file(temporary / name, (json.dumps(data, indent=2) + "\n").encode())
         storage.sync_directory(temporary)
         if folder.exists():
@@ -85,16 +107,17 @@ def write_adapter(
 
 
 def read_adapter(folder: Path, model: nn.Module, base_digest: str) -> FoundAdapter:
-    """Put the folder's adapter on a model, whose weights are then frozen.
+    """Put the folder's adapter on a language model, whose weights are then frozen. Modules beside it are left out.
 
     base_digest: SHA-256 of the manifest of the model's checkpoint. Raises CheckpointError for a folder that is missing,
     damaged, of another base, or does not fit the model.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"adapter={folder} is no folder", "name one with adapter_config.json, as RUN/adapter")
-    _check_origin(folder, base_digest)
-    config = _read_config(folder / CONFIG)
-    tensors = _read_weights(folder / WEIGHTS)
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"adapter={folder} holds no {CONFIG}", "name a folder that does, as RUN/adapter")
+    origin = _read_origin(folder, base_digest)
+    prefix = "" if origin is None else origin.prefix
+    config = _read_config(folder / CONFIG, prefix)
+    tensors = _read_weights(folder / WEIGHTS, prefix)
     for name, tensor in tensors.items():
         if name.endswith(PARTS[0]) and tensor.shape[:1] != (config.rank,):
             raise CheckpointError(
@@ -125,22 +148,26 @@ def read_adapter(folder: Path, model: nn.Module, base_digest: str) -> FoundAdapt
     identity = hashlib.sha256((folder / WEIGHTS).read_bytes() + f"{config.alpha} {config.use_rslora}".encode())
     kind = ("DoRA" if config.use_dora else "LoRA") + (" (rsLoRA)" if config.use_rslora else "")
     count = sum(t.numel() for t in targets.values())
-    return FoundAdapter(identity.hexdigest(), f"{kind} of rank {config.rank}, {count:,} parameters")
+    description = f"{kind} of rank {config.rank}, {count:,} parameters"
+    return FoundAdapter(identity.hexdigest(), description, None if origin is None else origin.task)
 
 
 def _parts(state: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return [(part, state[part]) for part in PARTS if part in state]
 
 
-def _check_origin(folder: Path, base_digest: str) -> None:
-    if not (folder / ORIGIN).exists():
-        return
-    origin = _read_json(folder / ORIGIN)
-    if origin.get("base_sha256") != base_digest:
-        raise CheckpointError(
-            f"adapter={folder} was finetuned from another checkpoint",
-            f"name that one: run={origin.get('base')}",
-        )
+def _read_origin(folder: Path, base_digest: str) -> Origin | None:
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    data = _read_json(path)
+    base, digest, prefix, task = (data.get(key, default) for key, default in ORIGIN_DEFAULTS.items())
+    texts = all(isinstance(value, str) for value in (base, digest, prefix))
+    if not texts or not isinstance(task, dict | None):
+        raise CheckpointError(f"{path} is damaged (base, base_sha256, prefix or task)")
+    if digest != base_digest:
+        raise CheckpointError(f"adapter={folder} was finetuned from another checkpoint", f"name that one: run={base}")
+    return Origin(base, digest, prefix, task)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -156,13 +183,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_config(path: Path) -> AdapterConfig:
+def _read_config(path: Path, prefix: str) -> AdapterConfig:
     data = _read_json(path)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path}: peft_type={str(data.get('peft_type'))[:40]!r} is not LORA", "convert it to LoRA"
         )
-    for key, harmless in UNSUPPORTED.items():
+    known = {key: values for key, values in UNSUPPORTED.items() if not prefix or key != "modules_to_save"}
+    for key, harmless in known.items():
         if data.get(key, harmless[0]) not in harmless:
             raise CheckpointError(f"{path}: {key}={json.dumps(data[key])[:100]} is not supported")
     targets = data.get("target_modules")
@@ -178,18 +206,22 @@ def _read_config(path: Path) -> AdapterConfig:
     ):
         raise CheckpointError(f"{path} is damaged (r, lora_alpha, target_modules, use_rslora or use_dora)")
     try:
-        return AdapterConfig(rank=rank, alpha=float(alpha), targets=targets, **flags)
+        return AdapterConfig(
+            rank=rank, alpha=float(alpha), targets=[target.removeprefix(prefix) for target in targets], **flags
+        )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in fp32 by their names in the model."""
+def _read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of the language model in fp32 by their names in it."""
+    before = PREFIX + prefix
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if not prefix or name.startswith(before)]  # noqa: SIM118
+            tensors = {name.removeprefix(before): file.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
     for name, tensor in tensors.items():
@@ -198,4 +230,4 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-__all__ = ["FoundAdapter", "read_adapter", "write_adapter"]
+__all__ = ["FoundAdapter", "Origin", "read_adapter", "write_adapter"]

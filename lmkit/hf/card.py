@@ -91,7 +91,7 @@ def card(facts: Facts) -> str:
 
 def _numbers(result: Mapping[str, Any]) -> list[str]:
     if not isinstance(result.get("token_ppl"), int | float):
-        return ["The run has no result: it did not come to its end."]
+        return ["No result: the run did not come to its end, or what was merged into it was not evaluated there."]
     rows = {"split": result.get("split", "valid"), "dataset": result.get("dataset", "?")}
     for key, name in (
         ("word_ppl", "perplexity per word"),

@@ -22,7 +22,7 @@ from lmkit.hf.families import family_for
 from lmkit.hf.weights import expressible
 from lmkit.models.transformer import Transformer, d_ff
 from lmkit.tokenizers import ByteTokenizer, HfTokenizer, SentencePieceTokenizer, Tokenizer
-from lmkit.tokenizers.convert import byte_letters, end_name, hf_json
+from lmkit.tokenizers.convert import QWEN2_SPLIT, byte_letters, end_name, hf_json
 
 FILE = "model.gguf"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -38,6 +38,8 @@ ARCHITECTURES = {
 """Family -> architecture of llama.cpp."""
 ACTIVATIONS = {"gpt2": Activation.gelu, "gemma": Activation.gelu}
 """The one activation that an architecture has; silu where nothing else is said."""
+SPLITS = {QWEN2_SPLIT: "qwen2", QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1): "llama-bpe"}
+"""Regular expressions of words -> llama.cpp's name of them; Llama 3 differs from Qwen2 in numbers of up to 3 digits."""
 
 
 def export_gguf(source: Source, folder: Path) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def export_gguf(source: Source, folder: Path) -> dict[str, Any]:
     writer.add_eos_token_id(source.tokenizer.eos_id)
     if source.tokenizer.unk_id is not None:
         writer.add_unk_token_id(source.tokenizer.unk_id)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(True)  # a prompt begins a text, as for lmkit generate
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
@@ -266,21 +268,43 @@ def _pieces(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def _merged_bytes(tokenizer: HfTokenizer) -> Vocabulary:
-    """A byte-level BPE that cuts text as GPT-2 does."""
+    """A byte-level BPE that cuts text in a way that llama.cpp knows."""
     spec = json.loads(hf_json(tokenizer))
-    cut, model = spec.get("pre_tokenizer") or {}, spec["model"]
-    like_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
-    if model["type"] != "BPE" or not like_gpt2 or spec.get("normalizer") is not None:
+    split, model, normalizer = _split_name(spec), spec["model"], spec.get("normalizer")
+    if model["type"] != "BPE" or split is None or normalizer not in (None, {"type": "NFC"}):
+        cut = (spec.get("pre_tokenizer") or {}).get("type")
         raise ConfigError(
-            f"format=gguf writes a tokenizer.json like GPT-2's, not one of {cut.get('type')} and {model['type']}",
+            f"format=gguf needs a tokenizer.json that cuts text as GPT-2's, Llama 3's, Qwen2's or SmolLM's does; {cut} "
+            f"and {model['type']} of this one do not",
             "use format=hf and llama.cpp's convert_hf_to_gguf.py",
         )
     tokens = [tokenizer.token_text(id) or f"<|unused_{id}|>" for id in range(tokenizer.vocab_size)]
     tokens[tokenizer.eos_id] = end_name(tokenizer)
-    special = {token["id"] for token in spec["added_tokens"] if token["special"]} | {tokenizer.eos_id}
-    types = [CONTROL if id in special else NORMAL for id in range(len(tokens))]
+    added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in spec["added_tokens"]}
+    added[tokenizer.eos_id] = CONTROL
+    types = [added.get(id, NORMAL) for id in range(len(tokens))]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    return Vocabulary("gpt2", tokens, types, [], merges, "gpt-2")
+    note = "" if normalizer is None else "; llama.cpp does not normalise text to NFC, as the run's tokenizer does"
+    return Vocabulary("gpt2", tokens, types, [], merges, split, note)
+
+
+def _split_name(spec: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for how a tokenizer.json cuts text into words; None if it has none."""
+    cut = spec.get("pre_tokenizer") or {}
+    *before, last = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(before) > 1:
+        return None
+    first = before[0] if before else {}
+    if first.get("type") == "Split":
+        whole = first["behavior"] == "Isolated" and not first["invert"] and not last.get("use_regex", True)
+        name = SPLITS.get(first["pattern"].get("Regex")) if whole else None
+    elif not last.get("use_regex", True):
+        name = None
+    elif first.get("type") == "Digits":
+        name = "smollm" if first["individual_digits"] else None
+    else:
+        name = None if before else "gpt-2"
+    return name if bool(spec["model"].get("ignore_merges")) == (name == "llama-bpe") else None
 
 
 __all__ = ["export_gguf", "read_gguf"]

@@ -1,0 +1,1 @@
+"""A run as a model of EleutherAI's lm-evaluation-harness."""
