@@ -10,6 +10,9 @@ from pathlib import Path
 from lmkit.keys import every_key, flags_of
 from lmkit.presets import groups_of, names_in, nearest
 
+PLUGINS = ("launcher", "sweeper")
+"""Hydra's plugins of a multirun: ``launcher=NAME`` and ``launcher.KEY=VALUE``, also as ``hydra/launcher=NAME``."""
+WITH_PLUGINS = ("pretrain", "finetune")
 ALIASES = {"run": "run.path", "init": "init.weights"}
 OPTIONS = ("--help", "--cfg", "--multirun")
 TEXT_OPTIONS = ("--prompt", "-p", "--prompt-file", "--stop")
@@ -40,6 +43,8 @@ class Line:
     help: bool = False
     show_config: bool = False
     multirun: bool = False
+    plugins: dict[str, str] = field(default_factory=dict)
+    """How the jobs of a multirun are run, by Hydra's own names: ``hydra/launcher``, ``hydra.launcher.KEY``."""
 
 
 def parse(command: str, args: Sequence[str]) -> Line:
@@ -65,7 +70,16 @@ def parse(command: str, args: Sequence[str]) -> Line:
             _put(line, name, value)
         else:
             line.problems.append(_stray(command, word))
+    if line.plugins and not line.multirun:
+        line.problems.append(f"{_plugin_text(line)} is for a multirun: add -m")
+    elif line.plugins and command not in WITH_PLUGINS:
+        line.problems.append(f"{_plugin_text(line)} works with {' and '.join(WITH_PLUGINS)}, not with {command}")
     return line
+
+
+def _plugin_text(line: Line) -> str:
+    key, value = next(iter(line.plugins.items()))
+    return f"{key[len('hydra/') :]}={value}"
 
 
 def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> None:
@@ -121,7 +135,11 @@ def option_names(command: str) -> list[str]:
 
 
 def _put(line: Line, key: str, value: str) -> None:
-    if key[:1] in ("+", "~") or key.partition(".")[0] == "hydra":
+    plugin = key[len("hydra/") :] if key[: len("hydra/")] in ("hydra/", "hydra.") else key
+    if plugin.replace("/", ".").partition(".")[0] in PLUGINS:
+        slash = plugin in PLUGINS or "/" in plugin  # a choice of a plugin or of a part of it, no key
+        line.plugins[f"hydra{'/' if slash else '.'}{plugin}"] = value
+    elif key[:1] in ("+", "~") or key.partition(".")[0] == "hydra":
         line.problems.append(f"{key}: keys can be set, not added or removed: write key=value")
     elif key in groups_of(line.command):
         plain = value.replace("-", "_")

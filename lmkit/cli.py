@@ -166,9 +166,9 @@ def run_command(line: Line, config: Any) -> Any:
     if line.command != "generate":
         return module.run(config)
     config.stop += line.stop
-    if None in line.prompts:  # kept in the line for the other jobs of a multirun
+    if None in line.prompts:  # kept in the list, which the other jobs of a multirun have too
         piped = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
-        line.prompts = [piped if text is None else text for text in line.prompts]
+        line.prompts[:] = [piped if text is None else text for text in line.prompts]
     return module.run(config, line.prompts or ([] if config.chat or config.interactive else [""]))
 
 

@@ -1,12 +1,14 @@
-"""``-m``: one job for each combination of comma-separated values, in order, in this process."""
+"""``-m``: one job for each combination of comma-separated values, in order, in this process or by a launcher."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,37 @@ if TYPE_CHECKING:
 
     from lmkit.arguments import Line
     from lmkit.store.sweeps import Job as StoredJob
+
+SEARCH = re.compile(r"(tag|choice|range|interval|int|float|shuffle|sort)\(.*\)")
+"""A value that leaves the choice to a sweeper."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a multirun."""
+
+    number: int
+    """From 0."""
+    name: str
+    """For people, as in ``job 1 of 4``."""
+    line: Line
+    made: Any
+    """Its configuration, as the command takes it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job has ended."""
+
+    code: int = 0
+    """Exit code."""
+    problem: str = ""
+    stopped: bool = False
+    """Stopped on request: it neither failed nor came to its end."""
+
+
+Runner = Callable[[Sequence[Job]], Iterator[tuple[Job, Outcome]]]
+"""Runs jobs, in this process or elsewhere, and tells how each of them has ended."""
 
 
 def combinations(line: Line) -> list[Line]:
@@ -33,7 +66,8 @@ def combinations(line: Line) -> list[Line]:
         values = {key: chosen[key] for key in line.values}
         jobs.append(dataclasses.replace(line, groups=groups, values=values))
     for key in ("run.dir", "to", "output"):
-        shared = len(jobs) > 1 and len({job.values.get(key) for job in jobs}) < len(jobs)
+        alike = len({job.values.get(key) for job in jobs}) < len(jobs)
+        shared = alike or (len(jobs) == 1 and "hydra/launcher" in line.plugins)
         for number, job in enumerate(jobs if shared else []):
             if job.values.get(key, "null") not in ("", "null"):
                 job.values[key] = _own(key, job.values[key], number)
@@ -48,6 +82,8 @@ def _own(key: str, name: str, number: int) -> str:
 def _split(value: str) -> list[str]:
     if value[:1] == "[" and value[-1:] == "]":
         return [value]
+    if SEARCH.fullmatch(value):
+        raise ConfigError(f"{value} leaves the choice to a sweeper", "add sweeper=optuna, or list the values: a,b,c")
     return [part.strip() for part in value.split(",")]
 
 
@@ -58,35 +94,85 @@ def sweep(line: Line) -> int:
     the sweep. Jobs with folders in one ``run.dir`` are written down there; started again, those that have finished with
     the same configuration are skipped.
     """
-    from lmkit.cli import run_command, to_yaml
-    from lmkit.reporting import report, show
+    from lmkit.cli import to_yaml
+    from lmkit.reporting import show
+
+    runner: Runner = here
+    if line.plugins:
+        from lmkit import launch
+
+        launch.check(line)
+        if launch.SWEEPER in line.plugins and not line.show_config:
+            return launch.search(line)
+        runner = launch.launched(line)
+    lines = combinations(line)
+    composed, configs = compose_all(lines)
+    if line.show_config:
+        for one, config in zip(lines, composed, strict=True):
+            show(f"---  # {' '.join(_words(one).split())}\n{to_yaml(config)}", end="")
+        return 0
+    noted = _note(line, lines)
+    jobs = [
+        Job(number, f"job {number + 1} of {len(lines)}", one, made)
+        for number, (one, made) in enumerate(zip(lines, configs, strict=True))
+    ]
+    outcomes = take(jobs, runner, noted)
+    return summed_up(outcomes)
+
+
+def summed_up(outcomes: Sequence[Outcome]) -> int:
+    """Say how many jobs have failed, and return the worst exit code."""
+    failed = sum(outcome.code != 0 and not outcome.stopped for outcome in outcomes)
+    if failed:
+        print(f"{failed} of {len(outcomes)} jobs failed", file=sys.stderr)
+    if stopped := sum(outcome.stopped for outcome in outcomes):
+        print(f"{stopped} of {len(outcomes)} jobs stopped: resume=true goes on with them", file=sys.stderr)
+    return max((outcome.code for outcome in outcomes), default=0)
+
+
+def take(jobs: Sequence[Job], runner: Runner, noted: Sequence[StoredJob]) -> list[Outcome]:
+    """Run the jobs that have not finished before, and note which fail; ``noted``: the jobs as they are written down."""
     from lmkit.store.sweeps import note_failure
 
-    jobs = combinations(line)
-    composed, configs = _compose_all(jobs)
-    if line.show_config:
-        for job, config in zip(jobs, composed, strict=True):
-            show(f"---  # {' '.join(_words(job).split())}\n{to_yaml(config)}", end="")
-        return 0
-    noted = _note(line, jobs)
-    worst, failed = 0, 0
-    for number, (job, made) in enumerate(zip(jobs, configs, strict=True), start=1):
-        if _is_finished(made):
-            print(f"job {number} of {len(jobs)}: finished before, skipped: {_words(job)}", file=sys.stderr)
-            continue
-        print(f"job {number} of {len(jobs)}: {_words(job)}", file=sys.stderr)
-        try:
-            run_command(line, made)
-        except (StoppedError, BrokenPipeError):
-            raise
-        except Exception as error:
-            code = report(error, line.command, debug=getattr(made, "debug", False), where=f"job {number}: ")
-            worst, failed = max(worst, code), failed + 1
-            if noted:
-                note_failure(Path(made.run.dir).parent, noted[number - 1], code, str(error), _warn)
-    if failed:
-        print(f"{failed} of {len(jobs)} jobs failed", file=sys.stderr)
-    return worst
+    outcomes = {job.number: Outcome() for job in jobs if _is_finished(job.made)}
+    for job in jobs:
+        if job.number in outcomes:
+            print(f"{job.name}: finished before, skipped: {_words(job.line)}", file=sys.stderr)
+    stored = {one.folder: one for one in noted}
+    rest = [job for job in jobs if job.number not in outcomes]
+    for job, outcome in runner(rest) if rest else ():
+        outcomes[job.number] = outcome
+        if outcome.code and not outcome.stopped and noted:
+            folder = Path(job.made.run.dir)
+            note_failure(folder.parent, stored[folder.name], outcome.code, outcome.problem, _warn)
+    return [outcomes[job.number] for job in jobs]
+
+
+def here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+    """Run jobs in this process, one after the other."""
+    for job in jobs:
+        print(f"{job.name}: {_words(job.line)}", file=sys.stderr)
+        yield job, run_job(job)
+
+
+def run_job(job: Job) -> Outcome:
+    """Run one job; its error is shown, and is no error of the sweep. Raises StoppedError where it was stopped."""
+    from lmkit.cli import run_command
+    from lmkit.config.plain import to_plain
+    from lmkit.reporting import report
+    from lmkit.store.sweeps import note_asked
+
+    try:
+        run_command(job.line, job.made)
+    except (StoppedError, BrokenPipeError):
+        raise
+    except Exception as error:
+        debug = getattr(job.made, "debug", False)
+        code = report(error, job.line.command, debug=debug, where=f"job {job.number + 1}: ")
+        return Outcome(code, str(error))
+    if (folder := _run_dir(job.made)) is not None:
+        note_asked(folder, to_plain(job.made))
+    return Outcome()
 
 
 def _note(line: Line, jobs: Sequence[Line]) -> list[StoredJob]:
@@ -95,7 +181,7 @@ def _note(line: Line, jobs: Sequence[Line]) -> list[StoredJob]:
     from lmkit.store.sweeps import begin
 
     root, folders = line.values.get("run.dir", "null"), [job.values.get("run.dir", "") for job in jobs]
-    if root in ("", "null") or len(jobs) < 2 or any(str(Path(f).parent) != str(Path(root)) for f in folders):
+    if root in ("", "null") or any(str(Path(f).parent) != str(Path(root)) for f in folders):
         return []
     choices = [{**job.groups, **job.values} for job in jobs]
     varied = [key for key in choices[0] if key != "run.dir" and len({values[key] for values in choices}) > 1]
@@ -109,20 +195,26 @@ def _note(line: Line, jobs: Sequence[Line]) -> list[StoredJob]:
 
 def _is_finished(made: Any) -> bool:
     """Whether the run that a job would make has come to its end before, with the same configuration."""
-    from lmkit.config.commands import FinetuneConfig, PretrainConfig
     from lmkit.config.plain import to_plain
     from lmkit.store.sweeps import has_finished
 
-    if not isinstance(made, PretrainConfig | FinetuneConfig) or made.run.dir is None:
-        return False
-    return has_finished(Path(made.run.dir), to_plain(made))
+    folder = _run_dir(made)
+    return folder is not None and has_finished(folder, to_plain(made))
+
+
+def _run_dir(made: Any) -> Path | None:
+    """Where the run of a job is made, if it makes one in a given place."""
+    from lmkit.config.commands import FinetuneConfig, PretrainConfig
+
+    is_training = isinstance(made, PretrainConfig | FinetuneConfig)
+    return Path(made.run.dir) if is_training and made.run.dir is not None else None
 
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def _compose_all(jobs: Sequence[Line]) -> tuple[list[DictConfig], list[Any]]:
+def compose_all(jobs: Sequence[Line]) -> tuple[list[DictConfig], list[Any]]:
     """The configuration of every job and its dataclass; raises ConfigError with what is wrong with any of them."""
     from lmkit.cli import compose, to_dataclass
 

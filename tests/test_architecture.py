@@ -13,15 +13,21 @@ PACKAGE = Path(__file__).parent.parent / "lmkit"
 
 LAYERS = [
     {"errors", "rng", "config"},
-    {"models", "heads", "objectives", "initialise", "lora", "tuning", "optim", "schedules", "averaging", "sampling"},
+    {
+        *("models", "heads", "objectives", "initialise", "lora", "tuning", "optim", "schedules", "averaging"),
+        *("sampling", "sharding"),
+    },
     {"store", "data", "tokenizers", "console", "device", "distributed", "signals", "reporting", "loggers", "hf"},
     {"train", "evaluation", "generate", "loading", "session", "planning", "tasks"},
-    {"commands"},
-    {"cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "explain", "__main__"},
+    {"commands", "lm_eval"},
+    {
+        *("cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "launch", "explain"),
+        "__main__",
+    },
 ]
 
 DOORS = {
-    "hydra": {"cli"},
+    "hydra": {"cli", "launch"},
     "omegaconf": {"cli", "help", "explain"},
     "rich": {"console"},
     "matplotlib": {"console"},
@@ -31,6 +37,7 @@ DOORS = {
     "safetensors": {"hf"},
     "transformers": {"hf"},
     "gguf": {"hf"},
+    "lm_eval": {"lm_eval"},
     "onnx": {"hf"},
     "onnxruntime": {"hf"},
     "huggingface_hub": {"hf", "data"},
@@ -40,7 +47,7 @@ DOORS = {
     "mlflow": {"loggers"},
     "trackio": {"loggers"},
     "nltk": {"evaluation"},
-    "torch.distributed": {"distributed"},
+    "torch.distributed": {"distributed", "sharding"},
 }
 
 FORBIDDEN_NAMES = {"eval", "exec", "__import__", "instantiate"}

@@ -1,0 +1,204 @@
+"""Multiruns by Hydra's launchers and by Optuna: each job once, its result in its run, and none of them twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmkit import cli, launch
+from lmkit.store.browse import read_summary
+from lmkit.store.sweeps import read
+
+WORDS = ["pretrain", "-m", "dataset=text", "tokenizer=byte", "model=tiny", "device=cpu", "train.max_steps=2"]
+WORDS += ["train.batch_size=2", "train.seq_len=8", "model.d_model=16", "model.num_layers=1", "model.num_heads=2"]
+WORDS += ["device.threads=1", "run.dir=jobs"]
+SEARCHED = ["sweeper=optuna", "sweeper.n_trials=3", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "model.dropout=0,0.1"]
+
+Lmkit = Callable[..., int]
+Output = pytest.CaptureFixture[str]
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec("hydra_plugins") is None or not importlib.util.find_spec(
+        f"hydra_plugins.{package}"
+    )
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
+
+
+@pytest.fixture
+def lmkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> Lmkit:
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: cli.main([*WORDS, f"dataset.path={corpus}", *words])
+
+
+LAUNCHERS = [
+    pytest.param(
+        ["launcher=joblib", "launcher.n_jobs=1"],
+        marks=[pytest.mark.extra("joblib"), needs("hydra_joblib_launcher")],
+        id="joblib",
+    ),
+    pytest.param(
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        marks=[pytest.mark.slow, pytest.mark.extra("joblib"), needs("hydra_joblib_launcher")],
+        id="joblib-2-processes",
+    ),
+    pytest.param(
+        ["launcher=submitit_local", "launcher.timeout_min=5"],
+        marks=[pytest.mark.slow, pytest.mark.extra("submitit"), needs("hydra_submitit_launcher")],
+        id="submitit_local",
+    ),
+    pytest.param(
+        ["launcher=ray", "launcher.ray.init.num_cpus=1", "launcher.ray.init.include_dashboard=false"],
+        marks=[pytest.mark.slow, pytest.mark.extra("ray"), needs("hydra_ray_launcher")],
+        id="ray",
+    ),
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_computes_what_this_process_does_and_skips_what_has_finished(
+    lmkit: Lmkit, launcher: list[str], capsys: Output
+) -> None:
+    assert lmkit("seed=1,2", *launcher) == 0
+    launched = [read_summary(Path("jobs") / str(n)).best_valid_loss for n in (0, 1)]
+    assert lmkit("seed=1,2", "run.dir=here") == 0
+    assert launched == [read_summary(Path("here") / str(n)).best_valid_loss for n in (0, 1)]
+    capsys.readouterr()
+    assert lmkit("seed=1,2", *launcher) == 0
+    assert capsys.readouterr().err.count("finished before, skipped") == 2
+    assert cli.main(["runs", "sweep", "jobs"]) == 0
+    assert "2 jobs: 2 done" in capsys.readouterr().out
+
+
+@pytest.mark.extra("joblib")
+@needs("hydra_joblib_launcher")
+def test_a_job_that_fails_in_a_launcher_is_noted_and_the_others_are_done(lmkit: Lmkit, capsys: Output) -> None:
+    Path("jobs/0").mkdir(parents=True)
+    Path("jobs/0/foreign.txt").write_text("in the way", encoding="utf-8")
+    assert lmkit("seed=1,2", "launcher=joblib", "launcher.n_jobs=1") == 2
+    assert "1 of 2 jobs failed" in capsys.readouterr().err
+    assert cli.main(["runs", "sweep", "jobs"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^0 +seed=1 +not started .*exit 2: run.dir=", table, re.MULTILINE)
+    assert re.search(r"^1 +seed=2 +done", table, re.MULTILINE)
+
+
+@pytest.mark.extra("optuna")
+@needs("hydra_optuna_sweeper")
+def test_a_search_ranks_by_valid_loss_and_goes_on_as_it_would_have(lmkit: Lmkit, capsys: Output) -> None:
+    assert lmkit(*SEARCHED) == 0
+    losses = [read_summary(Path("jobs") / str(number)).best_valid_loss for number in range(3)]
+    text = Path("jobs/optimization_results.yaml").read_text(encoding="utf-8")
+    assert f"best_value: {min(loss for loss in losses if loss is not None)}" in text
+    assert lmkit(*SEARCHED, "sweeper.n_trials=4") == 0
+    assert capsys.readouterr().err.count("finished before, skipped") == 3
+    sweep = read(Path("jobs"))
+    assert sweep is not None
+    assert lmkit(*SEARCHED, "sweeper.n_trials=4", "run.dir=at-once") == 0
+    at_once = read(Path("at-once"))
+    assert at_once is not None
+    assert [job.words for job in sweep.jobs] == [job.words for job in at_once.jobs]
+    assert cli.main(["runs", "sweep", "jobs"]) == 0
+    assert re.search(r"^3 +optimizer.lr=.* done", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.extra("optuna")
+@needs("hydra_optuna_sweeper")
+def test_another_search_in_the_same_folder_is_refused_before_a_job_runs(lmkit: Lmkit, capsys: Output) -> None:
+    assert lmkit(*SEARCHED, "sweeper.n_trials=1") == 0
+    other = ["sweeper=optuna", "sweeper.n_trials=1", "optimizer.lr=interval(1e-3,1e-1)", "model.dropout=0,0.1"]
+    assert lmkit(*other, "resume=true") == 2
+    assert "jobs holds another search: its job 0 is optimizer.lr=" in capsys.readouterr().err
+
+
+@pytest.mark.extra("optuna")
+@needs("hydra_optuna_sweeper")
+def test_a_search_goes_on_after_a_failed_job_and_counts_it_as_failed_again(lmkit: Lmkit, capsys: Output) -> None:
+    Path("jobs/0").mkdir(parents=True)
+    Path("jobs/0/foreign.txt").write_text("in the way", encoding="utf-8")
+    assert lmkit(*SEARCHED, "sweeper.n_trials=2") == 2
+    assert read_summary(Path("jobs/1")).best_valid_loss is not None
+    capsys.readouterr()
+    assert lmkit(*SEARCHED, "sweeper.n_trials=2") == 1
+    said = capsys.readouterr().err
+    assert "job 1: failed before, not tried again" in said
+    assert "job 2: finished before, skipped" in said
+
+
+def test_finished_jobs_are_skipped_where_the_stored_configuration_is_not_the_asked_one(
+    lmkit: Lmkit, capsys: Output
+) -> None:
+    words = [
+        "softmax=adaptive",
+        "model.tie_embeddings=false",
+        "seed=1,2",
+    ]  # the model that is stored has the cutoffs of its vocabulary
+    assert lmkit(*words) == 0
+    assert lmkit(*words) == 0
+    assert capsys.readouterr().err.count("finished before, skipped") == 2
+    asked = Path("jobs/0/asked.json")
+    assert set(json.loads(asked.read_text(encoding="utf-8"))) == {"asked", "stored"}
+    assert lmkit(*words, "optimizer.lr=0.5") == 2  # another configuration: the runs are in its way
+
+
+def test_finished_jobs_of_finetune_are_skipped_and_those_of_another_base_are_not(
+    lmkit: Lmkit, corpus: Path, capsys: Output
+) -> None:
+    assert lmkit("seed=1,2") == 0
+    tune = ["finetune", "-m", "dataset=text", f"dataset.path={corpus}", "device=cpu", "train.max_steps=1", "seed=1,2"]
+    tune += ["train.batch_size=2", "train.seq_len=8", "run.dir=tuned"]
+    assert cli.main([*tune, "run=jobs/0"]) == 0
+    capsys.readouterr()
+    assert cli.main([*tune, "run=jobs/0"]) == 0
+    assert capsys.readouterr().err.count("finished before, skipped") == 2
+    assert cli.main([*tune, "run=jobs/1"]) == 2
+    assert "finished before" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launcher=jobli"], "launcher=jobli is unknown: did you mean joblib?"),
+        (["sweeper=opt"], "sweeper=opt is unknown"),
+        (["launcher=joblib", "launcher._target_=os.system"], "names code to be run"),
+        (["launcher.n_jobs=2"], "launcher.n_jobs needs a launcher; add launcher=joblib"),
+        (["optimizer.lr=interval(1e-4,1e-2)"], "add sweeper=optuna"),
+    ],
+)
+def test_a_wrong_word_about_launchers_is_named(lmkit: Lmkit, words: list[str], said: str, capsys: Output) -> None:
+    assert lmkit(*words) == 2
+    message = capsys.readouterr().err.strip().replace("; did", ": did")
+    assert said in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("command", "option"), [("pretrain", []), ("eval-ppl", ["-m"])])
+def test_launchers_are_refused_where_they_have_no_use(command: str, option: list[str], capsys: Output) -> None:
+    assert cli.main([command, *option, "launcher=joblib", "run.dir=x"]) == 2
+    assert "launcher=joblib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["launcher=submitit_slurm", "launcher=ray", "launcher=joblib", "sweeper=optuna"])
+def test_a_missing_plugin_is_named_with_the_extra_that_brings_it(
+    lmkit: Lmkit, word: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert lmkit(word, "seed=1,2") == 6
+    extra = (launch.LAUNCHERS | launch.SWEEPERS)[word.partition("=")[2]]
+    message = capsys.readouterr().err.strip()
+    assert message.endswith(f"which is not installed; pip install 'lmkit[{extra}]'")
+    assert "\n" not in message
+
+
+@pytest.mark.extra("joblib")
+@needs("hydra_joblib_launcher")
+def test_a_wrong_setting_of_a_launcher_is_one_line(lmkit: Lmkit, capsys: Output) -> None:
+    assert lmkit("seed=1,2", "launcher=joblib", "launcher.n_job=2") == 2
+    message = capsys.readouterr().err.strip()
+    assert "launcher.n_job" in message
+    assert "\n" not in message
