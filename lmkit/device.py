@@ -57,6 +57,10 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
     Only ``auto`` chooses; a device or precision that was asked for by name and is not available is a ResourceError.
     On CPUs ``auto`` never picks bf16: without AVX512-BF16 or AMX it is emulated, a hundred times slower than fp32.
     """
+    if world.shards and config.compile is Switch.on:
+        raise ConfigError("device.compile=on does not go with parallel=fsdp", "leave it out, or use parallel=ddp")
+    if world.shards and config.precision is Precision.fp16:
+        raise ConfigError("device.precision=fp16 does not go with parallel=fsdp", "use bf16, or parallel=ddp")
     kind = config.type
     if kind is DeviceType.auto:
         kind = DeviceType.cpu
@@ -106,7 +110,7 @@ def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
         raise ResourceError("device.precision=bf16 is not supported by this GPU", "use device.precision=fp16 or fp32")
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_device(index)
-    compiled = config.compile is not Switch.off
+    compiled = config.compile is not Switch.off and not world.shards
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
     device = torch.device("cuda", index)
     return Device(device, precision, compiled, config.fused is not Switch.off, _describe(name, precision, compiled))

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from lmkit.config.parallel import DdpConfig, ParallelConfig
+from lmkit.config.parallel import DdpConfig, FsdpConfig, ParallelConfig
+from lmkit.config.plain import kind_of
 from lmkit.errors import ConfigError, DivergedError, LmkitError, ResourceError, StoppedError
 
 T = TypeVar("T")
@@ -50,6 +51,8 @@ class World:
     local_rank: int = 0
     """Place among the processes on this machine."""
     local_size: int = 1
+    shards: bool = False
+    """Whether each process holds a piece of the parameters only."""
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +62,7 @@ class World:
     @property
     def description(self) -> str:
         """For people, as the end of a line about the device."""
-        return "" if self.size == 1 else f"; {self.size} processes"
+        return "" if self.size == 1 else f"; {self.size} processes{', the model in pieces' if self.shards else ''}"
 
     @contextlib.contextmanager
     def joined(self, device: torch.device, config: ParallelConfig) -> Iterator[None]:
@@ -176,9 +179,14 @@ class World:
     def sum_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
         """Replace ``total`` and the gradients by their sums over the processes, the same bits in all of them.
 
-        A parameter without a gradient counts as zero, and stays without one if it has none in any process.
+        A parameter without a gradient counts as zero, and stays without one if it has none in any process. Gradients of
+        parameters in pieces were summed in the backward pass.
         """
         if self.size == 1:
+            return
+        if self.shards:
+            with _lost():
+                dist.all_reduce(total)
             return
         _, present = self.agree([], [p.grad is not None for p in parameters])
         grads = []
@@ -206,19 +214,21 @@ def find_world(config: ParallelConfig) -> World:
     keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [key for key in keys if key not in os.environ]
     if isinstance(config, DdpConfig):
+        kind = kind_of(config)
         if missing:
             raise ConfigError(
-                f"parallel=ddp needs to be started by torchrun ({', '.join(missing)} not set)",
-                "for two processes: torchrun --nproc-per-node 2 -m lmkit COMMAND parallel=ddp ...",
+                f"parallel={kind} needs to be started by torchrun ({', '.join(missing)} not set)",
+                f"for two processes: torchrun --nproc-per-node 2 -m lmkit COMMAND parallel={kind} ...",
             )
         if not dist.is_available():
-            raise ConfigError("parallel=ddp: this build of torch has no torch.distributed", "use parallel=none")
-        return World(*(int(os.environ[key]) for key in keys[:4]))
+            raise ConfigError(f"parallel={kind}: this build of torch has no torch.distributed", "use parallel=none")
+        own_rank, num_processes, local_rank, local_size = (int(os.environ[key]) for key in keys[:4])
+        return World(own_rank, num_processes, local_rank, local_size, shards=isinstance(config, FsdpConfig))
     if not missing and int(os.environ["WORLD_SIZE"]) > 1:
         rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
         if rank != "0":
             raise SystemExit(ConfigError.exit_code)  # the first process says it
-        raise ConfigError(f"torchrun has started {size} processes, but parallel=none", "add parallel=ddp")
+        raise ConfigError(f"torchrun has started {size} processes, but parallel=none", "add parallel=ddp or fsdp")
     return SINGLE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from lmkit.config.adapter import AdapterConfig
 from lmkit.config.data import DatasetConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
+from lmkit.config.tasks import TaskConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf import import_hf, resolve_hf
-from lmkit.hf.adapters import read_adapter
+from lmkit.hf.adapters import ORIGIN, read_adapter
 from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
@@ -30,6 +31,8 @@ from lmkit.tuning import language_model_in
 
 NO_LANGUAGE_MODEL = {"classify": "classifier", "regress": "regression"}
 """Tasks after which a run predicts no text, and what it is then."""
+BACKBONE = "backbone."
+"""What stands before the names of the language model in these."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,19 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
 
 
 def load_run(
-    config: ExistingRunConfig, *, device: Device, console: Console, adapter: str | None = None, latent: bool = False
+    config: ExistingRunConfig,
+    *,
+    device: Device,
+    console: Console,
+    adapter: str | None = None,
+    latent: bool = False,
+    inside: bool = False,
 ) -> LoadedRun:
     """The language model of a run: see ``read_run``. Adapters, the run's own and that of a folder, are merged into it.
 
-    ``latent``: the caller knows what to do with a sentence VAE, whose next words depend on a latent vector. Raises
-    CheckpointError also if the weights or the adapter do not fit, ConfigError for a run that is no language model.
+    ``latent``: the caller knows what to do with a sentence VAE, whose next words depend on a latent vector. ``inside``:
+    of a classifier or a regression on texts, the language model inside it will do. Raises CheckpointError also if the
+    weights or the adapter do not fit, ConfigError for a run that is no language model.
     """
     stored = read_run(config, console)
     if stored.model_config.objective == "vae" and not latent:
@@ -119,7 +129,10 @@ def load_run(
         )
     if stored.task in NO_LANGUAGE_MODEL:
         what = NO_LANGUAGE_MODEL[stored.task]
-        raise ConfigError(f"{stored.path} is a {what}", f"use lmkit finetune run={stored.path} predict=FILE")
+        if not inside:
+            raise ConfigError(f"{stored.path} is a {what}", f"use lmkit finetune run={stored.path} predict=FILE")
+        stored = _inside(stored)
+        console.say(f"{stored.path} is a {what}: starting from the language model inside it, without its head")
     model = stored.model_config.build(stored.tokenizer.vocab_size, seed=stored.seed)
     put_weights(stored, model)
     digest = read_manifest(stored.checkpoint).digest
@@ -128,6 +141,7 @@ def load_run(
         merge_adapter(model)
         console.say(f"adapter: {adapter}, {found.description}")
         digest = hashlib.sha256(f"{digest}{found.digest}".encode()).hexdigest()
+        stored = _finetuned_for(found.task, stored, Path(adapter) / ORIGIN)
     model.to(device.torch_device).eval()
     return LoadedRun(
         path=stored.path,
@@ -141,6 +155,26 @@ def load_run(
         context=None if model.context is None else min(model.context, stored.seq_len),
         config=stored.config,
     )
+
+
+def _inside(stored: StoredRun) -> StoredRun:
+    """A classifier or regression as the language model that it stands on. Raises ConfigError if there is none."""
+    weights = stored.snapshot.model
+    inner = {name.removeprefix(BACKBONE): tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
+    if not inner:
+        raise ConfigError(f"{stored.path} is a regression on numbers alone", "name a run that has read texts")
+    return replace(stored, snapshot=replace(stored.snapshot, model=inner))
+
+
+def _finetuned_for(task: dict[str, Any] | None, stored: StoredRun, source: Path) -> StoredRun:
+    """The run as one that was finetuned for an adapter's task; ``source``: where that stands."""
+    if task is None:
+        return stored
+    try:
+        from_plain(TaskConfig, task, where="task")
+    except ConfigError as error:
+        raise CheckpointError(f"{source} does not describe a task: {error}") from None
+    return replace(stored, snapshot=replace(stored.snapshot, config={**stored.config, "task": task}))
 
 
 def load_hf(name: str, dataset: DatasetConfig, *, device: Device, console: Console) -> LoadedRun:

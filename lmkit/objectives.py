@@ -11,7 +11,7 @@ from lmkit.config.optimization import AdaptiveSoftmaxConfig, SampledSoftmaxConfi
 from lmkit.errors import ConfigError
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.models.adaptive import AdaptiveHead
-from lmkit.models.base import IGNORE, Head
+from lmkit.models.base import IGNORE, Head, State
 
 
 class Objective(ABC):
@@ -23,6 +23,20 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Summed loss (nats, scalar, differentiable) over the targets that are not IGNORE."""
+
+    def at(self, progress: float) -> Objective:
+        """The objective to use where this share of the run is done (0 to 1)."""
+        return self
+
+    def of_batch(self, head: Head, hidden_BTD: Tensor, state: State | None, targets_BT: Tensor) -> Tensor:
+        """Summed loss of a batch that the model has read, in value; the gradient is also that of ``penalty``.
+
+        state: what the model returned beside the hidden vectors.
+        """
+        loss = self(head, hidden_BTD.flatten(0, 1), targets_BT.reshape(-1))
+        undropped_BTD = None if state is None else state.undropped_BTD
+        penalty = self.penalty(hidden_BTD, hidden_BTD if undropped_BTD is None else undropped_BTD, targets_BT)
+        return loss if penalty is None else loss + (penalty - penalty.detach())
 
     def penalty(self, hidden_BTD: Tensor, undropped_BTD: Tensor, targets_BT: Tensor) -> Tensor | None:
         """AR and TAR (Merity et al. 2017, "Revisiting activation regularization"), summed over targets; None: neither.
@@ -80,6 +94,10 @@ class SampledSoftmax(Objective):
         draw_V[self.frequent_C] = 1.0
         self.draw_V = draw_V.float()
         self.log_missed_V = torch.log1p(-share_V).float()
+        self.exact_from, self.exact = config.exact_from, ExactSoftmax()
+
+    def at(self, progress: float) -> Objective:
+        return self if progress < self.exact_from else self.exact
 
     def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         if not isinstance(head, SoftmaxHead):
@@ -110,10 +128,13 @@ def check_head(config: SoftmaxConfig, head: Head) -> None:
         )
 
 
-def build_objective(config: SoftmaxConfig, counts_V: Tensor) -> Objective:
-    """The objective of the ``softmax`` group; counts_V: how often each token occurs in train."""
+def build_objective(config: SoftmaxConfig, counts_V: Tensor | None) -> Objective:
+    """The objective of the ``softmax`` group; counts_V: how often each token occurs in train, for softmax=sampled."""
     objective: Objective = ExactSoftmax(config.label_smoothing)
     if isinstance(config, SampledSoftmaxConfig):
+        if counts_V is None:
+            raise TypeError("softmax=sampled needs counts")
         objective = SampledSoftmax(config, counts_V)
-    objective.ar_alpha, objective.tar_beta = config.ar_alpha, config.tar_beta
+    for part in (objective, objective.at(1.0)):
+        part.ar_alpha, part.tar_beta = config.ar_alpha, config.tar_beta
     return objective

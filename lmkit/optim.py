@@ -19,11 +19,15 @@ from lmkit.config.optimization import (
     NadamConfig,
     OptimizerConfig,
     RmspropConfig,
+    ScheduleFreeConfig,
     SgdConfig,
 )
+from lmkit.sharding import pieced, whole
 
 HOST_SLOTS = ("step", "mu_product")
 """Numbers that torch's optimizers keep on the host."""
+GROUPS, GROUP_SLOTS = "group ", ("k", "weight_sum", "lr_max")
+"""Numbers that schedule-free AdamW keeps for each group of parameters."""
 
 
 def build_optimizer(
@@ -58,6 +62,8 @@ def build_optimizer(
                 decoupled_weight_decay=True,
             )
         )
+    if isinstance(config, ScheduleFreeConfig):
+        return _finish(_build_schedule_free(config, groups))
     if isinstance(config, AdamConfig):
         kind: type[torch.optim.Adam] = torch.optim.AdamW if isinstance(config, AdamwConfig) else torch.optim.Adam
         betas = (config.beta1, config.beta2)
@@ -103,6 +109,15 @@ def _build_muon(
         {"params": rest, "weight_decay": _gain_decay(config), **adam},
     ]
     return Muon(_split(groups, factors), config)
+
+
+def _build_schedule_free(config: ScheduleFreeConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    betas = (config.beta1, config.beta2)
+    optimizer: Optimizer = AdamWScheduleFree(groups, lr=config.lr, betas=betas, eps=config.eps)
+    optimizer.train()  # type: ignore[attr-defined]  # and so it stays: the average is made beside it
+    return optimizer
 
 
 def _finish(optimizer: Optimizer) -> Optimizer:
@@ -167,7 +182,8 @@ class Muon(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(grad, 1.0 - self.config.momentum)
-        direction = newton_schulz(grad.lerp(state["momentum"], self.config.momentum), self.config.ns_steps)
+        matrix = whole(grad.lerp(state["momentum"], self.config.momentum))
+        direction = pieced(newton_schulz(matrix, self.config.ns_steps), like=p)
         p.add_(direction, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
     def _adam(self, p: Tensor, lr: float) -> None:
@@ -194,6 +210,12 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
         for slot, value in slots.items():
             if value is not None:
                 tensors[f"{names[id(p)]}/{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    for number, group in enumerate(optimizer.param_groups):
+        tensors |= {
+            f"{GROUPS}{number}/{slot}": torch.tensor(group[slot], dtype=torch.float64)
+            for slot in GROUP_SLOTS
+            if slot in group
+        }
     return tensors
 
 
@@ -202,11 +224,14 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
+        if name.startswith(GROUPS):
+            optimizer.param_groups[int(name.removeprefix(GROUPS))][slot] = value.item()
+            continue
         if name not in parameters:
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
         p = parameters[name]
         on_host = slot in HOST_SLOTS and not _steps_live_on_device(optimizer)
-        optimizer.state[p][slot] = value.clone() if on_host else value.to(p.device, copy=True)
+        optimizer.state[p][slot] = value.clone() if on_host else pieced(value.to(p.device, copy=True), like=p)
 
 
 def _steps_live_on_device(optimizer: Optimizer) -> bool:

@@ -15,6 +15,7 @@ from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, 
 from lmkit.console import Console, Progress, format_duration, format_number, plot_curves
 from lmkit.data.batches import Ahead
 from lmkit.errors import DivergedError, StoppedError
+from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
@@ -122,9 +123,10 @@ class Session:
         """
         self._window_start = time.monotonic()
         if self.train.budget_s is not None:
-            self._eval_estimate_s = self.task.validation_s(
-                device=self.trainer.device, micro_batch_size=self.trainer.micro_batch_size
-            )
+            with unsharded(self.trainer.model):
+                self._eval_estimate_s = self.task.validation_s(
+                    device=self.trainer.device, micro_batch_size=self.trainer.micro_batch_size
+                )
         with self._saves() as saves, self._bar() as bar, self.batches, self._saved_without_memory(saves, bar):
             self.stop.deferring = True
             if self.train.nonfinite is NonFinite.rollback and not list_checkpoints(self.run.path):
@@ -314,7 +316,7 @@ class Session:
         """Judge the model and record it. Raises _Interrupted if the run is to stop."""
         found = sample = None
         start = time.monotonic()
-        with contextlib.suppress(_Interrupted):
+        with contextlib.suppress(_Interrupted), self.judged():
             if self.world.is_first:
                 found, sample = self._judge()
         loss, took_s = math.nan if found is None else found.loss, time.monotonic() - start
@@ -339,24 +341,28 @@ class Session:
         return found
 
     def _judge(self) -> tuple[Validation, str | None]:
-        """The validation of the weights to use, and what they write where that is asked for."""
-        with self._averaged():
-            found = self.task.validate(
-                device=self.trainer.device,
-                micro_batch_size=self.trainer.micro_batch_size,
-                progress=self._interrupt,
-            )
-            if not self.eval.sample_tokens:
-                return found, None
-            return found, self.task.sample(self.eval.sample_tokens, device=self.trainer.device)
+        """The validation of the model, and what it writes where that is asked for."""
+        found = self.task.validate(
+            device=self.trainer.device,
+            micro_batch_size=self.trainer.micro_batch_size,
+            progress=self._interrupt,
+        )
+        if not self.eval.sample_tokens:
+            return found, None
+        return found, self.task.sample(self.eval.sample_tokens, device=self.trainer.device)
 
     def _interrupt(self, _num_tokens: int) -> None:
         if self.stop.deferring and self.stop.requested is not None:
             raise _Interrupted
 
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        average = self.trainer.average
-        return contextlib.nullcontext() if average is None else average.applied(self.trainer.model)
+    @contextlib.contextmanager
+    def judged(self) -> Iterator[None]:
+        """Context in which the model has the weights to use, averaged if there is an average, and all of them, so that
+        the first process can run it alone; entered in all processes at once."""
+        trainer = self.trainer
+        average = contextlib.nullcontext() if trainer.average is None else trainer.average.applied(trainer.model)
+        with average, unsharded(trainer.model):
+            yield
 
     def _snapshot(self) -> Snapshot:
         state = self.state

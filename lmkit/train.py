@@ -23,6 +23,7 @@ from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
+from lmkit.sharding import gathered, pieced, whole
 from lmkit.tasks.base import Task
 
 SPIKE_MEAN_WEIGHT = 0.02
@@ -186,13 +187,13 @@ class Trainer:
         if state.averaged_since is None and self.average_begins is not None and self.average_begins(state):
             state.averaged_since = step
         factor = lr_factor(self.schedule, step, progress, state.valid_losses)
-        set_lr(self.optimizer, factor * self.task.lr_scale(batch))
+        set_lr(self.optimizer, factor * self.task.lr_scale(batch, progress))
         num_targets = batch.num_targets
         total, carry = self._accumulate(batch, num_targets, progress)
         self._drop_frozen(progress)
         self.scaler.unscale_(self.optimizer)
         limit = self.optimizer_config.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
         numbers = torch.stack((total.float(), norm.to(total.device).float()))
         bad = self._is_bad(numbers, num_targets)
         self.updating = True
@@ -251,16 +252,24 @@ class Trainer:
         return StepReport(self.state.step, 0, self.lr(), progress, torch.zeros(2), torch.zeros((), dtype=torch.bool))
 
     def _accumulate(self, batch: TrainingBatch, num_targets: int, progress: float) -> tuple[Tensor, list[State | None]]:
-        """Add up the gradients of the micro-batches; return their summed loss and the new carried states."""
+        """Add up the gradients of the micro-batches; return their summed loss and the new carried states.
+
+        Where parameters lie in pieces, all processes have to compute at once: one that is left without a micro-batch
+        computes the last one again, which counts nothing.
+        """
+        world = self.world
         total = torch.zeros((), device=self.device.torch_device)
         number = self.num_micro_batches(batch)
         carry: list[State | None] = [None] * number
-        for micro in range(self.world.rank, number, self.world.size):
-            loss, new_state = self.run_micro_batch(batch, micro, progress)
+        for micro in range(world.rank, number + (-number % world.size if world.shards else 0), world.size):
+            loss, new_state = self.run_micro_batch(batch, min(micro, number - 1), progress)
+            if micro >= number:
+                (loss * 0.0).backward()  # type: ignore[no-untyped-call]
+                continue
             self.scaler.scale(loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
             carry[micro] = None if new_state is None else new_state.detach()
-        self.world.sum_gradients(self.parameters, total)
+        world.sum_gradients(self.parameters, total)
         if all(state is None for state in carry):
             carry = []
         return total, carry
@@ -313,8 +322,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a trainer: the weights to use (averaged if there is an average), and the rest for resuming."""
-    model = dict(trainer.model.state_dict())
+    """The tensors of a trainer: the weights to use (averaged if there is an average), and the rest for resuming.
+
+    Called in all processes at once; what lies in pieces is put together for the first one, and left out in the others.
+    """
+    model: dict[str, Tensor] = dict(trainer.model.state_dict(keep_vars=True))
     extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, trainer.model).items()}
     for micro, carried in enumerate(_gathered_carry(trainer)):
         if carried is not None:
@@ -324,9 +336,10 @@ def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tens
     if trainer.average is not None:
         extra.update({f"raw/{name}": p.detach() for name, p in trainer.model.named_parameters()})
         average = trainer.average.tensors()
-        storage_of = {p.data_ptr(): average[name] for name, p in trainer.model.named_parameters()}
-        model = {name: storage_of.get(t.data_ptr(), t) for name, t in model.items()}
-    return model, extra
+        average_of = {id(p): average[name] for name, p in trainer.model.named_parameters()}
+        model = {name: average_of.get(id(t), t) for name, t in model.items()}
+    keep = trainer.world.is_first
+    return gathered(model, keep=keep), gathered(extra, keep=keep)
 
 
 def _gathered_carry(trainer: Trainer) -> list[State | None]:
@@ -350,10 +363,11 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
     The micro-batch size may be another one: the carried state is cut anew.
     """
     device = trainer.device.torch_device
-    trainer.model.load_state_dict(model)
+    own = trainer.model.state_dict()
+    trainer.model.load_state_dict({name: pieced(t, own.get(name, t)) for name, t in model.items()})
     parameters = dict(trainer.model.named_parameters())
     if trainer.average is not None:
-        trainer.average = WeightAverage(trainer.model, trainer.average.decay)
+        trainer.average = trainer.average.restarted(trainer.model)
     optimizer: dict[str, Tensor] = {}
     carried: dict[str, list[tuple[int, Tensor]]] = {}
     for key, tensor in extra.items():
@@ -364,7 +378,7 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
             micro, _, slot = name.partition("/")
             carried.setdefault(slot, []).append((int(micro), tensor))
         elif part == "raw":
-            parameters[name].data.copy_(tensor)
+            parameters[name].data.copy_(pieced(tensor, parameters[name]))
         elif part == "guard":
             trainer.mean_nats = tensor.to(device)
     trainer.optimizer.state.clear()

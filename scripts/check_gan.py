@@ -30,13 +30,19 @@ from lmkit.tasks.vae import sentences_of
 TEMPERATURES = (0.7, 0.85, 1.0, 1.15)
 NUM_SCORED = 1000
 """Sentences whose LM scores are taken."""
+LENGTH_MAY_MOVE = 0.2
+"""By how much adversarial training may change the mean length of sentences without having collapsed."""
 NUM_BLEU = 200
 """Sentences, and references, that BLEU is counted on."""
 WORDS = (
     "model=relgan objective=gan dataset=ptb tokenizer=word softmax=sampled schedule=linear schedule.warmup_ratio=0.05"
     " optimizer.lr=0.005 optimizer.weight_decay=0 optimizer.clip_norm=0.25 init.embeddings=cooccurrence"
-    " train.batch_size=32 train.seq_len=60"
+    " train.batch_size=32 train.seq_len=60 objective.generator_lr=0.2 objective.discriminator_lr=0.2"
 )
+
+
+Row = tuple[str, list[list[str]], dict[str, float]]
+"""Name, sentences, LM scores."""
 
 
 def value_of(words: list[str], key: str, default: str) -> str:
@@ -44,12 +50,21 @@ def value_of(words: list[str], key: str, default: str) -> str:
     return next((word.partition("=")[2] for word in reversed(words) if word.startswith(f"{key}=")), default)
 
 
+def mean_length(samples: list[list[str]]) -> float:
+    return sum(map(len, samples)) / len(samples)
+
+
+def length_of(rows: list[Row], name: str) -> float:
+    """Words of the sentences in the row of that name."""
+    return next(mean_length(samples) for row, samples, _ in rows if row == name)
+
+
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     steps, share = (
-        int(value_of(words, "train.max_steps", "1000")),
+        int(value_of(words, "train.max_steps", "500")),
         float(value_of(words, "objective.pretrain_share", "0.8")),
     )
     boundary = round(steps * share)
@@ -61,7 +76,7 @@ def main() -> None:
             sys.exit(1)
     console, device = Console(), resolve_device(DeviceConfig(threads=1))
     torch.set_num_threads(1)
-    rows = []
+    rows: list[Row] = []
     for name, step, temperatures in (("maximum likelihood", boundary, TEMPERATURES), ("GAN", steps, (1.0,))):
         config = ExistingRunConfig(path=str(run), checkpoint=step_directory(step))
         loaded = load_run(config, device=device, console=console)
@@ -89,12 +104,18 @@ def main() -> None:
         quality, sameness = bleu(samples, references), self_bleu(samples)
         values = [f"{100 * quality[n]:.1f}" for n in ORDERS] + [f"{100 * sameness[n]:.1f}" for n in ORDERS]
         values += [f"{scores[key]:.3f}" if key in scores else "-" for key in ("lm_score", "reverse_lm_score")]
-        values.append(f"{sum(map(len, samples)) / len(samples):.1f}")
+        values.append(f"{mean_length(samples):.1f}")
         print(f"{name:<36}" + "".join(f"{value:>11}" for value in values))
     print(
         f"\nBLEU and self-BLEU in % of {NUM_BLEU} sentences against {NUM_BLEU} of valid (high BLEU: fluent; high"
         f" self-BLEU: monotonous).\nLM: nats per token of {NUM_SCORED} samples under a 5-gram model of train; reverse"
         " LM: of valid under a 5-gram model of the samples; lower is better."
+    )
+    pretrained, adversarial = (length_of(rows, f"{name}, temperature 1.0") for name in ("maximum likelihood", "GAN"))
+    kept = abs(adversarial / pretrained - 1) <= LENGTH_MAY_MOVE
+    print(
+        f"{'reached' if kept else 'MISSED '}  length of sentences {adversarial / pretrained - 1:+.0%} after"
+        f" {steps - boundary} adversarial steps (at most {LENGTH_MAY_MOVE:.0%} either way)"
     )
     for name, samples, _ in rows:
         print(f"\n{name}:")

@@ -12,17 +12,18 @@ from lmkit.commands.predict import check_prediction, predict_file
 from lmkit.commands.training import Job, Place, check_data, deal, execute, here, open_run
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig
+from lmkit.config.check import Problems
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import kind_of, to_plain
-from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, TaskConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.data.survey import digest_of
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.hf.adapters import write_adapter
+from lmkit.hf.adapters import Origin, write_adapter
 from lmkit.loading import LoadedRun, load_hf, load_run
 from lmkit.lora import adapter_tensors
 from lmkit.store import storage
@@ -76,6 +77,7 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             "dataset": to_plain(dataset),
             "model": to_plain(begin.model_config),
             "base": None if begin.base is None else str(begin.base.checkpoint),
+            "base_sha256": None if begin.base is None else begin.base.checkpoint_digest,
             "corpus": None if corpus is None else to_plain(corpus),
         }
         if fitted := begin.task.fitted():
@@ -87,22 +89,25 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
         )
         result = execute(job)
         if cfg.adapter is not None and begin.base is not None and world.is_first:
-            _save_adapter(cfg.adapter, this_run, begin.model, begin.base, console)
+            _save_adapter(cfg.adapter, cfg.task, this_run, begin.model, begin.base, console)
     if cfg.predict is None or not world.is_first:
         return result
     trained = ExistingRunConfig(root=cfg.run.root, path=str(this_run.path))
     return {**result, "prediction": predict_file(cfg, trained)}
 
 
-def _save_adapter(adapter: AdapterConfig, run: Run, model: nn.Module, base: LoadedRun, console: Console) -> None:
-    """Write the adapter of the run's best checkpoint into the run, without the model and what a task put on it."""
+def _save_adapter(
+    adapter: AdapterConfig, task: TaskConfig, run: Run, model: nn.Module, base: LoadedRun, console: Console
+) -> None:
+    """Write the adapter of the run's best checkpoint into the run, with what a task put on the language model."""
     weights = load_checkpoint(resolve_checkpoint(run.path, "best", console.warn), with_optimizer=False).model
     found = language_model_in(model)
     prefix = found[0] if found is not None else ""
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in adapter_tensors(weights).items()}
+    beside = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+    origin = Origin(str(base.checkpoint), base.checkpoint_digest, prefix, to_plain(task))
     folder = run.path / "adapter"
     try:
-        write_adapter(folder, adapter, tensors, base=base.checkpoint, base_digest=base.checkpoint_digest)
+        write_adapter(folder, adapter, {**adapter_tensors(weights), **beside}, origin)
     except OSError as error:
         raise storage.resource_error("save the adapter", folder, error) from error
     console.say(f"adapter: {folder}, as the peft library writes them")
@@ -110,6 +115,7 @@ def _save_adapter(adapter: AdapterConfig, run: Run, model: nn.Module, base: Load
 
 def set_up(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
     """Build task and model, and choose what of the model is trained. Raises LmkitError where things do not fit."""
+    _check_softmax(cfg)
     begin = _begin(cfg, device, console)
     choose_trainable(begin.model, cfg.adapter, cfg.tune, seed=cfg.seed)
     num_trained = sum(p.numel() for p in begin.model.parameters() if p.requires_grad)
@@ -119,6 +125,19 @@ def set_up(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
     return begin
 
 
+def _check_softmax(cfg: FinetuneConfig) -> None:
+    """ConfigError for what ``softmax`` adds to a loss that is not over the vocabulary, where it would do nothing."""
+    if isinstance(cfg.task, LmTaskConfig):
+        return
+    kind, rule = kind_of(cfg.softmax), f"has no use with task={kind_of(cfg.task)}: leave it out"
+    instructs = isinstance(cfg.task, InstructTaskConfig)
+    with Problems() as check:
+        check(kind == "exact" or (instructs and kind == "adaptive"), "softmax", kind, rule)
+        for name in ("label_smoothing", "ar_alpha", "tar_beta"):
+            value = getattr(cfg.softmax, name)
+            check(value == 0 or instructs, f"softmax.{name}", value, rule)
+
+
 def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
     """Load the base run and the data, and build the task."""
     if isinstance(cfg.task, RegressTaskConfig) and cfg.task.text is None:
@@ -126,7 +145,7 @@ def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
     if cfg.init.hf_name is not None:
         base = load_hf(cfg.init.hf_name, cfg.dataset, device=device, console=console)
     else:
-        base = load_run(cfg.run, device=device, console=console)
+        base = load_run(cfg.run, device=device, console=console, inside=True)
     if base.model_config.trains_by_counting:
         raise ConfigError(f"run={base.path} is an n-gram model, which cannot be finetuned", "name a neural run")
     if isinstance(cfg.task, LmTaskConfig):

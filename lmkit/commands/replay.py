@@ -146,7 +146,7 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     root: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig
     beside = ["command", "vocab_size", "run", "resume"]
     if stored.get("command") == "finetune":
-        root, beside = FinetuneConfig, [*beside, "model", "base", "corpus", "fitted"]
+        root, beside = FinetuneConfig, [*beside, "model", "base", "base_sha256", "corpus", "fitted"]
     cfg = from_plain(root, {key: value for key, value in stored.items() if key not in beside})
     model_config = from_plain(ModelConfig, stored["model"], where="model")
     if model_config.trains_by_counting:

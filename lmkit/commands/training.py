@@ -13,13 +13,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from lmkit.averaging import average_begins, build_average
+from lmkit.averaging import average_begins, build_average, check_schedule_free
 from lmkit.commands.forgetting import Forgetting
 from lmkit.commands.runs_text import columns, format_value
 from lmkit.config.adapter import TuneConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
-from lmkit.config.plain import with_defaults
+from lmkit.config.optimization import ScheduleFreeConfig, SgdConfig
+from lmkit.config.parallel import FsdpConfig
+from lmkit.config.plain import kind_of, with_defaults
 from lmkit.config.training import NonFinite, OnUsr1, TrainConfig
 from lmkit.console import Console, format_count, format_duration
 from lmkit.data.prepared import PreparedData
@@ -32,6 +34,7 @@ from lmkit.loggers import attach_logger, require_logger
 from lmkit.models.base import LanguageModel
 from lmkit.optim import build_optimizer
 from lmkit.session import Session, state_of
+from lmkit.sharding import shard
 from lmkit.signals import StopRequests, find_deadline
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
@@ -45,7 +48,7 @@ from lmkit.tuning import lr_factors, unfreezing
 
 IMMUTABLE = (
     "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
-    "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective",
+    "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective", "base_sha256",
     "task.kind", "task.class_weights", "task.dropout", "task.metric", "task.network", "task.pooling",
     "task.beta", "task.label_smoothing", "task.sft_weight",
 )  # fmt: skip
@@ -108,8 +111,21 @@ def here(cfg: PretrainConfig | FinetuneConfig) -> Iterator[Place]:
     ):
         console = Console(silent=not world.is_first)
         require_logger(cfg.logger)
+        check_schedule_free(cfg.optimizer, cfg.schedule, cfg.train)
+        check_sharding(cfg)
         console.say(f"device: {device.description}{world.description}")
         yield Place(world, device, console, stop, started)
+
+
+def check_sharding(cfg: PretrainConfig | FinetuneConfig) -> None:
+    """Raise ConfigError for what parallel=fsdp cannot train; called before any work."""
+    if not isinstance(cfg.parallel, FsdpConfig):
+        return
+    remedy = "use parallel=ddp"
+    if isinstance(cfg, PretrainConfig) and cfg.objective.name != "lm":
+        raise ConfigError(f"objective={cfg.objective.name} does not go with parallel=fsdp", remedy)
+    if isinstance(cfg.optimizer, ScheduleFreeConfig):
+        raise ConfigError("optimizer=schedule_free does not go with parallel=fsdp", remedy)
 
 
 def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None:
@@ -166,7 +182,8 @@ def open_run(
 def execute(job: Job) -> dict[str, Any]:
     """Train (or count), evaluate on valid, save, write result.json, and show the result."""
     if job.world.size > 1 and job.model_config.trains_by_counting:
-        raise ConfigError("parallel=ddp: a model that counts is made by one process", "leave parallel out")
+        kind = kind_of(job.cfg.parallel)
+        raise ConfigError(f"parallel={kind}: a model that counts is made by one process", "leave parallel out")
     job.run.begin(
         seed=job.cfg.seed,
         command=command_line(job.world),
@@ -216,9 +233,14 @@ def build_trainer(
     train = cfg.train
     if snapshot is None:
         task.begin()
+        world.copy_first(model.state_dict().values())
+    if world.shards and world.size > 1:
+        shard(model, device.torch_device)
     model = model.to(device.torch_device)
     tune = cfg.tune if isinstance(cfg, FinetuneConfig) else TuneConfig()
-    optimizer = build_optimizer(cfg.optimizer, model, fused=device.fused, lr_factors=lr_factors(model, tune))
+    factors = lr_factors(model, tune) | task.lr_factors()
+    fused = device.fused and not (world.shards and isinstance(cfg.optimizer, SgdConfig))  # torch cannot, for pieces
+    optimizer = build_optimizer(cfg.optimizer, model, fused=fused, lr_factors=factors)
     trainer = Trainer(
         task=task,
         model=model,
@@ -229,18 +251,16 @@ def build_trainer(
         seed=cfg.seed,
         micro_batch_size=train.micro_batch_size or train.batch_size,
         state=TrainState() if snapshot is None else TrainState.from_json(state_of(snapshot)),
-        average=build_average(train, model),
+        average=build_average(train, model, optimizer),
         average_begins=lambda state: average_begins(train, state.horizon.progress(state.step), state.valid_losses),
         max_skips=train.max_skips if train.nonfinite is NonFinite.skip else 0,
         spike_nats=train.spike_nats,
         frozen_until=unfreezing(model, tune),
         world=world,
-        reads_late=can_read_late(optimizer, device),
+        reads_late=can_read_late(optimizer, device) and not world.shards,
     )
     if snapshot is not None:
         restore_trainer(trainer, snapshot.model, snapshot.optimizer)
-    else:
-        world.copy_first(model.state_dict().values())
     return trainer
 
 
@@ -272,9 +292,8 @@ def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
     validation = session.execute()
     if job.world.is_first:
         session.plot()
-    if forgetting is not None:
-        average = trainer.average
-        with contextlib.nullcontext() if average is None else average.applied(trainer.model):
+    with session.judged():
+        if forgetting is not None:
             validation = forgetting.added_to(validation)
     state = trainer.state
     numbers = {

@@ -68,6 +68,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "adam": optimization.AdamConfig,
         "adamw": optimization.AdamwConfig,
         "nadam": optimization.NadamConfig,
+        "schedule_free": optimization.ScheduleFreeConfig,
         "muon": optimization.MuonConfig,
     },
     "schedule": {
@@ -120,6 +121,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "parallel": {
         "none": parallel.ParallelConfig,
         "ddp": parallel.DdpConfig,
+        "fsdp": parallel.FsdpConfig,
     },
 }
 """Group -> schema name -> dataclass: the one table from names to classes."""

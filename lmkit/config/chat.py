@@ -85,7 +85,7 @@ class InstructTaskConfig(ChatTaskConfig):
     messages: str | None = None
     """Column of a conversation, a list of {role, content}, in place of prompt and response; null: none."""
     packing: bool = True
-    """Put several examples into one row, none of which sees another; recurrent models take one a row."""
+    """Put several examples into one row, none of which sees another; models that carry a state take one a row."""
     exact_match: int = 200
     """Answer at most this many valid conversations greedily and count those answered word for word (>= 0)."""
 

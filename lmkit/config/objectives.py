@@ -33,13 +33,18 @@ class VaeObjectiveConfig(ObjectiveConfig):
     beta: float = 1.0
     """Weight of the KL term once it is annealed (>= 0); 1 is the bound itself."""
     anneal: Anneal = Anneal.linear
-    """Growth of that weight from 0: linear once, cyclical (Fu et al. 2019), or none."""
+    """Growth of that weight from 0 after the plain part: linear once, cyclical (Fu et al. 2019), or none."""
     anneal_share: float = 0.3
-    """Share of the run, or of each cycle, over which it grows (0 < share <= 1)."""
+    """Share of what follows the plain part, or of each cycle, over which it grows (0 < share <= 1)."""
     cycles: int = 4
-    """Cycles of anneal=cyclical in the run (>= 1)."""
+    """Cycles of anneal=cyclical after the plain part (>= 1)."""
     free_nats: float = 6.0
     """KL per sentence that costs nothing (>= 0), in equal parts per latent unit (free bits; Kingma et al. 2016)."""
+    target_nats: float = 0.0
+    """KL per sentence up to which none costs anything, however the units share it (>= 0; 0: free_nats alone count)."""
+    plain_share: float = 0.0
+    """Share of the run, at its start, in which the decoder learns as a language model without latent units (0 to < 1).
+    """
     num_samples: int = 10
     """Samples of the importance-weighted bound in validation (>= 1; Burda et al. 2016)."""
 
@@ -48,18 +53,27 @@ class VaeObjectiveConfig(ObjectiveConfig):
             check(0 <= self.beta < float("inf"), "objective.beta", self.beta, "must be >= 0")
             check(0 < self.anneal_share <= 1, "objective.anneal_share", self.anneal_share, "must be above 0, at most 1")
             check(self.cycles >= 1, "objective.cycles", self.cycles, "must be >= 1")
-            check(0 <= self.free_nats < float("inf"), "objective.free_nats", self.free_nats, "must be >= 0")
+            for name in ("free_nats", "target_nats"):
+                check(0 <= getattr(self, name) < float("inf"), f"objective.{name}", getattr(self, name), "must be >= 0")
+            check(
+                0 <= self.plain_share < 1, "objective.plain_share", self.plain_share, "must be at least 0 and below 1"
+            )
             check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
 
     @property
     def name(self) -> str:
         return "vae"
 
+    def is_plain(self, progress: float) -> bool:
+        """Whether the decoder still learns alone after this share of the run."""
+        return progress < self.plain_share
+
     def weight(self, progress: float) -> float:
         """Weight of the KL term after this share of the run."""
         if self.anneal is Anneal.none:
             return self.beta
-        within = progress if self.anneal is Anneal.linear else progress * self.cycles % 1.0
+        within = max(0.0, progress - self.plain_share) / (1.0 - self.plain_share)
+        within = within if self.anneal is Anneal.linear else within * self.cycles % 1.0
         return self.beta * min(1.0, within / self.anneal_share)
 
 
@@ -71,6 +85,10 @@ class GanObjectiveConfig(ObjectiveConfig):
     """Share of the run that is maximum likelihood only (0 to 1)."""
     length: int = 24
     """Tokens of a sentence that the discriminator sees (>= 1)."""
+    generator_lr: float = 0.02
+    """Learning rate of the generator in the adversarial part, in parts of optimizer.lr (> 0)."""
+    discriminator_lr: float = 0.02
+    """Learning rate of the discriminator, in parts of optimizer.lr (> 0)."""
     sharpness: float = 100.0
     """Inverse temperature of the Gumbel-softmax at the end of the run, from 1, exponentially (>= 1)."""
     num_samples: int = 500
@@ -80,6 +98,10 @@ class GanObjectiveConfig(ObjectiveConfig):
         with Problems() as check:
             check(0 <= self.pretrain_share <= 1, "objective.pretrain_share", self.pretrain_share, "must be from 0 to 1")
             check(self.length >= 1, "objective.length", self.length, "must be >= 1")
+            for name in ("generator_lr", "discriminator_lr"):
+                check(
+                    0 < getattr(self, name) < float("inf"), f"objective.{name}", getattr(self, name), "must be above 0"
+                )
             check(1 <= self.sharpness < float("inf"), "objective.sharpness", self.sharpness, "must be >= 1 and finite")
             check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
 

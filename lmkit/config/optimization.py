@@ -155,6 +155,24 @@ class NadamConfig(AdamConfig):
 
 
 @dataclass(kw_only=True)
+class ScheduleFreeConfig(AdamConfig):
+    """Schedule-free AdamW (Defazio et al. 2024), by the authors' library; takes schedule=constant and no average."""
+
+    lr: float = 5e-3
+    """Learning rate after warm-up (> 0)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (>= 0), of the point at which gradients are taken."""
+    beta1: float = 0.95
+    """How far that point is moved from the fast weights towards their average (0 < beta1 < 1)."""
+    beta2: float = 0.99
+    """Decay of the squared-gradient average (0 <= beta2 < 1)."""
+
+    def _check(self, check: Problems) -> None:
+        super()._check(check)
+        check(self.beta1 > 0, "optimizer.beta1", self.beta1, "must be > 0 for schedule_free")
+
+
+@dataclass(kw_only=True)
 class MuonConfig(OptimizerConfig):
     """Muon (Jordan et al. 2024) on the hidden matrices, AdamW on embeddings, the head, gains and biases."""
 
@@ -305,10 +323,13 @@ class SampledSoftmaxConfig(SoftmaxConfig):
     """This many of the most frequent tokens are always in the sample (>= 0)."""
     num_sampled: int = 300
     """Expected number of rarer tokens that are drawn for each batch (>= 1); the batch's targets come on top."""
+    exact_from: float = 1.0
+    """Share of the run after which the whole vocabulary is looked at (0 to 1; 1: never), at its cost."""
 
     def _check(self, check: Problems) -> None:
         check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
         check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
+        check(0 <= self.exact_from <= 1, "softmax.exact_from", self.exact_from, "must be between 0 and 1")
         check(self.label_smoothing == 0, "softmax.label_smoothing", self.label_smoothing, "needs softmax=exact")
 
 

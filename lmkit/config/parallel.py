@@ -23,3 +23,8 @@ class DdpConfig(ParallelConfig):
         with Problems() as check:
             good = 0 < self.timeout_s < float("inf")
             check(good, "parallel.timeout_s", self.timeout_s, "must be > 0 and finite")
+
+
+@dataclass(kw_only=True)
+class FsdpConfig(DdpConfig):
+    """As ddp, but each process holds a piece of the parameters, gradients and optimizer state: for large models."""

@@ -97,6 +97,15 @@ class VaeLstm(LanguageModel):
                 std = 0.1 if name == "embedding.weight" else 1 / math.sqrt(p.shape[1])
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
 
+    @torch.no_grad()
+    def ignore_latent(self) -> None:
+        """Make the decoder the same for every latent vector, which it can then learn to listen to."""
+        if self.initial is not None and self.skip is not None:
+            self.initial.weight.zero_()
+            self.skip.weight.zero_()
+            input_weights: Tensor = self.decoder.weight_ih_l0  # type: ignore[assignment]
+            input_weights[:, self.config.d_embed :] = 0.0
+
     def encode(self, targets_BT: Tensor) -> Posterior:
         """The posterior of sentences, padded with IGNORE behind their ends.
 

@@ -62,9 +62,13 @@ class Task(ABC):
         generator, which the loop keys by (seed, step, micro-batch). ``progress`` is the share of the run that is done.
         """
 
-    def lr_scale(self, batch: Any) -> float:
+    def lr_scale(self, batch: Any, progress: float) -> float:
         """What the learning rate of the update from this batch is multiplied by, beside the schedule's factor."""
         return 1.0
+
+    def lr_factors(self) -> dict[str, float]:
+        """What the peak learning rate of single parameters is multiplied by: name -> factor, where it is not 1."""
+        return {}
 
     @abstractmethod
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:

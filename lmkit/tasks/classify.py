@@ -129,7 +129,9 @@ def build_model(config: ClassifyTaskConfig, backbone: LanguageModel, num_labels:
 
 
 def find_labels(records: Sequence[Record], column: str) -> list[str]:
-    """The labels in sorted order. Raises DataError if there is only one, or nearly one a row."""
+    """The labels in sorted order. Raises DataError if one is empty, if there is only one, or nearly one a row."""
+    if empty := next((record for record in records if not record.text(column).strip()), None):
+        raise DataError(f"{empty.where}, column '{column}' is empty", "give the label, or remove the row")
     counts = Counter(record.text(column) for record in records)
     if len(counts) < 2:
         raise DataError(f"column '{column}' holds only the label {min(counts)!r}", "there must be two or more")
@@ -142,9 +144,14 @@ def find_labels(records: Sequence[Record], column: str) -> list[str]:
 
 
 def label_ids(records: Sequence[Record], column: str, labels: list[str], *, strict: bool) -> Counts:
-    """(N,) the number of each row's label. A label that is not among them: DataError if strict, else UNKNOWN."""
+    """(N,) the number of each row's label. A label that is not among them: DataError if strict, else UNKNOWN.
+
+    So is one that is null, as in rows still to be labelled.
+    """
     known = {label: number for number, label in enumerate(labels)}
-    ids = np.array([known.get(record.text(column), UNKNOWN) for record in records], dtype=np.int64)
+    told = [strict or record.values[column] is not None for record in records]
+    found = [known.get(record.text(column), UNKNOWN) if t else UNKNOWN for record, t in zip(records, told, strict=True)]
+    ids = np.array(found, dtype=np.int64)
     if strict and (ids == UNKNOWN).any():
         record = records[int(np.argmax(ids == UNKNOWN))]
         shown = ", ".join(map(repr, labels[:20]))
@@ -203,7 +210,8 @@ def score_rows(scores: dict[str, float], confusion_CC: Counts, labels: list[str]
     width = max(len(str(count)) for count in confusion_CC.flat)
     for label, counts, f1 in zip(labels, confusion_CC, f1_scores(confusion_CC), strict=True):
         cells = " ".join(f"{count:>{width}}" for count in counts)
-        rows.append((f"is {label[:30]!r}, predicted as", f"{cells}   F1 {100 * f1:.1f} %"))
+        shown = "-" if np.isnan(f1) else f"{100 * f1:.1f} %"
+        rows.append((f"is {label[:30]!r}, predicted as", f"{cells}   F1 {shown}"))
     return rows
 
 

@@ -78,13 +78,22 @@ class AdversarialSentences(Task):
             tokens = self.prepared.splits["train"].tokens
             initialise_from_text(self.model.generator, self.init, tokens, self.counts_V, seed=self.seed)
 
+    def lr_scale(self, batch: Batch, progress: float) -> float:
+        return self.config.generator_lr if self.config.is_adversarial(progress) else 1.0
+
+    def lr_factors(self) -> dict[str, float]:
+        """The discriminator only learns in the adversarial part, where ``lr_scale`` is meant for the generator."""
+        factor = self.config.discriminator_lr / self.config.generator_lr
+        names = (name for name, _ in self.model.named_parameters() if name.startswith("discriminator."))
+        return {} if factor == 1.0 else dict.fromkeys(names, factor)
+
     def loss(
         self, forward: nn.Module, batch: Batch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
         """Nats of all targets; in the adversarial part the two losses per sentence, times the number of targets."""
         if not self.config.is_adversarial(progress):
-            hidden_BTD, _ = forward(batch.inputs_BT)
-            return self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1)), None
+            hidden_BTD, read = forward(batch.inputs_BT)
+            return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
         generator, discriminator = adversarial_losses(
             self.model, batch, self.config.length, self.tokenizer.eos_id, self.config.inverse_temperature(progress)
         )

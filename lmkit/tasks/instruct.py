@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from lmkit.config.chat import InstructTaskConfig
 from lmkit.config.commands import FinetuneConfig
-from lmkit.config.optimization import SampledSoftmaxConfig
 from lmkit.console import Console, format_number
 from lmkit.data.chat import ChatTemplate, Encoded, answers_of
 from lmkit.data.conversations import ChatBatch, ChatBatches, chat_batch, conversation_of, digest_of, read_splits
 from lmkit.device import Device
-from lmkit.errors import ConfigError
 from lmkit.evaluation.scoring import exp
 from lmkit.loading import LoadedRun
 from lmkit.models.base import LanguageModel, State
 from lmkit.models.transformer import Transformer
+from lmkit.objectives import Objective, build_objective, check_head
 from lmkit.tasks.base import Task, Validation
 from lmkit.tasks.chat import check_length, encode_all, greedy_answers, with_template
 from lmkit.tokenizers import Tokenizer
@@ -38,6 +37,7 @@ class Instruct(Task):
         tokenizer: Tokenizer,
         train: Sequence[Encoded],
         valid: Sequence[Encoded],
+        objective: Objective,
         *,
         data_name: str,
         batch_size: int,
@@ -50,6 +50,7 @@ class Instruct(Task):
         num_answered: valid examples that are answered greedily.
         """
         self.model, self.tokenizer, self.valid, self.num_answered = model, tokenizer, valid, num_answered
+        self.objective = objective
         batches = ChatBatches(train, tokenizer.eos_id, batch_size=batch_size, room=room, seed=seed)
         self.batches, self.num_rows = batches, len(batches.rows)
         self.data_name = data_name
@@ -59,12 +60,12 @@ class Instruct(Task):
     def loss(
         self, forward: nn.Module, batch: ChatBatch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
-        hidden_BTD = _hidden(forward, batch)
-        return self.model.head.loss(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1)), None
+        hidden_BTD, read = _read(forward, batch)
+        return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
 
     @torch.no_grad()
     def row_losses(self, forward: nn.Module, batch: ChatBatch, state: State | None) -> list[float]:
-        hidden_BTD = _hidden(forward, batch)
+        hidden_BTD, _ = _read(forward, batch)
         scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
         nats: list[float] = scores.nats_N.view(batch.targets_BT.shape).double().sum(1).tolist()
         return nats
@@ -114,7 +115,7 @@ class Instruct(Task):
             batch = chat_batch(rows, self.tokenizer.eos_id, packing=False)
             batch = batch.cut(slice(None), device.torch_device)
             with device.autocast():
-                hidden_BTD = _hidden(self.model, batch)
+                hidden_BTD, _ = _read(self.model, batch)
                 scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
             nats += float(scores.nats_N.double().sum())
             num_correct += int(scores.correct_N.sum())
@@ -142,13 +143,13 @@ class Instruct(Task):
         return sum(answer is not None and decode(answer).strip() == decode(ids).strip() for answer, ids in pairs)
 
 
-def _hidden(forward: nn.Module, batch: ChatBatch) -> Tensor:
-    """(B, T, D) hidden vectors; of rows of several examples each by itself."""
+def _read(forward: nn.Module, batch: ChatBatch) -> tuple[Tensor, State | None]:
+    """(B, T, D) hidden vectors, of rows of several examples each by itself; and the model's state after them."""
     if batch.segments_BT is None:
-        hidden_BTD: Tensor = forward(batch.inputs_BT)[0]
+        read: tuple[Tensor, State | None] = forward(batch.inputs_BT)
     else:
-        hidden_BTD = forward(batch.inputs_BT, segments_BT=batch.segments_BT)[0]
-    return hidden_BTD
+        read = forward(batch.inputs_BT, segments_BT=batch.segments_BT)
+    return read
 
 
 def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: LoadedRun, console: Console) -> Instruct:
@@ -156,8 +157,7 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
 
     Raises ConfigError or DataError for what does not fit together.
     """
-    if isinstance(cfg.softmax, SampledSoftmaxConfig):
-        raise ConfigError("softmax=sampled has no use with task=instruct", "leave it out")
+    check_head(cfg.softmax, base.model.head)
     seq_len = cfg.train.seq_len
     check_length(base, seq_len)
     cfg.task = config = with_template(config, base)
@@ -168,12 +168,13 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
         for name, part in zip(("train", "valid"), splits, strict=True)
     ]
     train, valid = ([e for e in part if e is not None] for part in encoded)
-    packs = config.packing and isinstance(base.model, Transformer)
+    packs = config.packing and isinstance(base.model, Transformer) and not base.model_config.carries_state
     task = Instruct(
         base.model,
         base.tokenizer,
         train,
         valid,
+        build_objective(cfg.softmax, None),
         data_name="instruct",
         batch_size=cfg.train.batch_size,
         room=seq_len if packs else None,

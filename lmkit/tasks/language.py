@@ -46,14 +46,7 @@ class NextToken(Task):
         self, forward: nn.Module, batch: Batch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
         hidden_BTD, new_state = forward(batch.inputs_BT, state)
-        loss = self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
-        undropped_BTD = None if new_state is None else new_state.undropped_BTD
-        penalty = self.objective.penalty(
-            hidden_BTD, hidden_BTD if undropped_BTD is None else undropped_BTD, batch.targets_BT
-        )
-        if penalty is not None:
-            loss = loss + (penalty - penalty.detach())  # learnt from, but no part of the loss that is shown
-        return loss, new_state
+        return self.objective.at(progress).of_batch(self.model.head, hidden_BTD, new_state, batch.targets_BT), new_state
 
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         raise TypeError("there is no validation data")
@@ -96,7 +89,7 @@ class LanguageModelling(NextToken):
         self.tokenizer, self.data_name, self.data_digest = prepared.tokenizer, prepared.name, prepared.key
         self.num_targets = prepared.splits["train"].num_tokens
 
-    def lr_scale(self, batch: Batch) -> float:
+    def lr_scale(self, batch: Batch, progress: float) -> float:
         return batch.inputs_BT.shape[1] / self.train.seq_len if self.train.seq_len_jitter else 1.0
 
     def begin(self) -> None:

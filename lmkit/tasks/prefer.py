@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from lmkit.config.chat import PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig
-from lmkit.config.optimization import SampledSoftmaxConfig
 from lmkit.console import Console, format_number
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded, Turn
 from lmkit.data.conversations import answer_of, chat_batch, digest_of, epoch_rows, read_splits
 from lmkit.data.rows import Record
 from lmkit.device import Device
-from lmkit.errors import ConfigError, DataError
+from lmkit.errors import DataError
 from lmkit.loading import LoadedRun
 from lmkit.models.base import IGNORE, LanguageModel, State
 from lmkit.tasks.base import Task, Validation
@@ -240,8 +239,6 @@ def build_prefer(
 
     Raises ConfigError or DataError for what does not fit together.
     """
-    if isinstance(cfg.softmax, SampledSoftmaxConfig):
-        raise ConfigError("softmax=sampled has no use with task=prefer", "leave it out")
     check_length(base, cfg.train.seq_len)
     cfg.task = config = with_template(config, base)
     template = ChatTemplate.of(config)

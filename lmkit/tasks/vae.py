@@ -80,18 +80,24 @@ class SentenceVae(Task):
         if self.init is not None:
             tokens = self.prepared.splits["train"].tokens
             initialise_from_text(self.model, self.init, tokens, self.counts_V, seed=self.seed)
+        if self.config.plain_share > 0:
+            self.model.ignore_latent()
 
     def loss(
         self, forward: nn.Module, batch: Batch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
-        """Reconstruction plus weighted KL of all sentences; the free nats go by each unit's mean over the rows."""
+        """Reconstruction plus weighted KL of all sentences; what is free of it goes by the means over the rows."""
+        if self.config.is_plain(progress):
+            hidden_BTD, read = forward(batch.inputs_BT)
+            return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
         posterior = self.model.encode(batch.targets_BT)
         latent_BZ = posterior.draw(torch.randn_like(posterior.mean_BZ))
-        hidden_BTD, _ = forward(batch.inputs_BT, self.model.start(latent_BZ))
-        reconstruction = self.objective(self.model.head, hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
+        hidden_BTD, read = forward(batch.inputs_BT, self.model.start(latent_BZ))
+        reconstruction = self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT)
         kl_Z = posterior.kl_BZ().mean(0)
         charged_Z = kl_Z.clamp(min=self.config.free_nats / max(1, len(kl_Z)))
-        return reconstruction + self.config.weight(progress) * batch.num_rows * charged_Z.sum(), None
+        charged = charged_Z.sum().clamp(min=self.config.target_nats if len(kl_Z) else 0.0)
+        return reconstruction + self.config.weight(progress) * batch.num_rows * charged, None
 
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         scores = self._score(self.valid, device, progress)

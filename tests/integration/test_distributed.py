@@ -1,6 +1,6 @@
 """Several processes train what one process trains: the same losses, weights and state, whatever happens on the way.
 
-The file is a test module and, started by torchrun with the arguments DIR CORPUS CASE..., each of its processes.
+The file is a test module and, started by torchrun with PARALLEL DIR CORPUS CASE..., each of its processes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import torch
 
 from lmkit.cli import main
 from lmkit.commands import pretrain, training
-from lmkit.commands.training import deal
+from lmkit.commands.training import check_sharding, deal
+from lmkit.config import SCHEMAS
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
-from lmkit.config.machine import DeviceConfig, DeviceType
-from lmkit.config.model import RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, CosineConfig, PlateauConfig
-from lmkit.config.parallel import DdpConfig, ParallelConfig
+from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
+from lmkit.config.model import RecurrentConfig, TransformerConfig, VaeLstmConfig
+from lmkit.config.objectives import VaeObjectiveConfig
+from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, PlateauConfig, ScheduleFreeConfig
+from lmkit.config.parallel import DdpConfig, FsdpConfig, ParallelConfig
 from lmkit.config.training import (
     Average,
     EvalConfig,
@@ -38,9 +40,11 @@ from lmkit.config.training import (
     SaveConfig,
     TrainConfig,
 )
+from lmkit.device import resolve_device
 from lmkit.distributed import SINGLE, World, find_world
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
+from lmkit.sharding import is_sharded
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, load_checkpoint
 from lmkit.store.runs import read_metrics, read_result
 from lmkit.train import Trainer
@@ -87,8 +91,14 @@ def stopped(root: Path, corpus: Path) -> PretrainConfig:
     return replace(base(root, corpus, "stopped"), model=LSTM)
 
 
+def begun(root: Path, corpus: Path) -> PretrainConfig:
+    """Begun, and stopped, by one process; its micro-batches leave one of two processes none at an epoch's end."""
+    config = base(root, corpus, "begun", micro_batch_size=2, seq_len=24)
+    return replace(config, optimizer=MuonConfig())
+
+
 CASES: dict[str, Callable[[Path, Path], PretrainConfig]] = {
-    made.__name__: made for made in (averaged, carried, left_out, stopped)
+    made.__name__: made for made in (averaged, carried, left_out, stopped, begun)
 }
 
 
@@ -103,32 +113,38 @@ def poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
     return run_micro_batch
 
 
+def stopping(name: str) -> Callable[[Session], None]:
+    """``Session._follow_clock`` that asks a run of this name to stop after STOP_STEP."""
+    original = Session._follow_clock
+
+    def follow(self: Session) -> None:
+        original(self)
+        if self.run.path.name == name and self.state.step == STOP_STEP:
+            signal.raise_signal(signal.SIGTERM)
+
+    return follow
+
+
 # What each process does
 
 
-def work(root: Path, corpus: Path, names: list[str]) -> None:
-    """Train the cases; write down the digest of the weights that this process ends with."""
+def work(parallel: str, root: Path, corpus: Path, names: list[str]) -> None:
+    """Train the cases; write down the digest of the whole weights that this process ends with."""
     rank = int(os.environ["RANK"])
     trainers: list[Trainer] = []
-    original_build, original_follow = training.build_trainer, Session._follow_clock
+    original_build = training.build_trainer
 
     def build(*args: object) -> Trainer:
         trainers.append(original_build(*args))  # type: ignore[arg-type]
         return trainers[-1]
 
-    def follow(self: Session) -> None:
-        original_follow(self)
-        if (
-            self.run.path.name == "stopped"
-            and self.state.step == STOP_STEP
-            and rank == int(os.environ["WORLD_SIZE"]) - 1
-        ):
-            signal.raise_signal(signal.SIGTERM)
-
-    training.build_trainer, Session._follow_clock = build, follow  # type: ignore[assignment,method-assign]
+    if rank == int(os.environ["WORLD_SIZE"]) - 1:
+        Session._follow_clock = stopping("stopped")  # type: ignore[method-assign]
+    training.build_trainer = build  # type: ignore[assignment]
     Trainer.run_micro_batch = poisoned(Trainer.run_micro_batch)  # type: ignore[method-assign]
     for name in names:
-        config = replace(CASES[name](root, corpus), parallel=DdpConfig(timeout_s=60.0))
+        config = replace(CASES[name](root, corpus), parallel=SCHEMAS["parallel"][parallel](timeout_s=60.0))
+        config.resume = name == "begun"
         try:
             pretrain.run(config)
         except (StoppedError, SystemExit) as end:
@@ -137,7 +153,7 @@ def work(root: Path, corpus: Path, names: list[str]) -> None:
             pretrain.run(replace(config, resume=True))
         digest = hashlib.sha256()
         for tensor in trainers[-1].model.state_dict().values():
-            digest.update(tensor.numpy().tobytes())
+            digest.update(b"" if is_sharded(tensor) else tensor.numpy().tobytes())
         (root / f"{name}-weights-{rank}").write_text(digest.hexdigest(), encoding="utf-8")
 
 
@@ -170,11 +186,16 @@ def assert_close(first: Path, second: Path) -> None:
 
 
 def check_cases(
-    processes: int, tmp_path: Path, corpus: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
+    parallel: str, processes: int, tmp_path: Path, corpus: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several, alone = tmp_path / "several", tmp_path / "alone"
     several.mkdir()
-    words = torchrun(processes, __file__, str(several), str(corpus), *names)
+    if "begun" in names:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "_follow_clock", stopping("begun"))
+            with pytest.raises(StoppedError):
+                pretrain.run(CASES["begun"](several, corpus))
+    words = torchrun(processes, __file__, parallel, str(several), str(corpus), *names)
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(Trainer, "run_micro_batch", poisoned(Trainer.run_micro_batch))
@@ -197,16 +218,26 @@ def check_cases(
 def test_two_processes_compute_what_one_does_with_the_same_bits_in_both(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cases(2, tmp_path, corpus, list(CASES), monkeypatch)
+    check_cases("ddp", 2, tmp_path, corpus, ["averaged", "carried", "left_out", "stopped"], monkeypatch)
+
+
+def test_two_processes_with_the_model_in_pieces_compute_what_one_does(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_cases("fsdp", 2, tmp_path, corpus, ["averaged", "begun"], monkeypatch)
 
 
 @pytest.mark.slow
-def test_four_processes_compute_what_one_does(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_cases(4, tmp_path, corpus, list(CASES), monkeypatch)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_four_processes_compute_what_one_does(
+    parallel: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_cases(parallel, 4, tmp_path, corpus, list(CASES), monkeypatch)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint(
-    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+    parallel: str, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         *("pretrain", "dataset=text", f"dataset.path={corpus}", "tokenizer=byte", "model=lstm", "schedule=constant"),
@@ -214,7 +245,7 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoi
         *("train.micro_batch_size=2", "eval.every_steps=1000000", "save.every_steps=10", "schedule.warmup_steps=5"),
     ]
     run = tmp_path / "killed"
-    endless = [*words, f"run.dir={run}", "train.max_steps=1000000", "parallel=ddp"]
+    endless = [*words, f"run.dir={run}", "train.max_steps=1000000", f"parallel={parallel}"]
     with subprocess.Popen(torchrun(2, "-m", "lmkit", *endless), stderr=subprocess.PIPE, text=True) as job:
         until = time.monotonic() + 120
         while latest_checkpoint(run) is None and job.poll() is None and time.monotonic() < until:
@@ -298,7 +329,7 @@ def test_ddp_without_torchrun_says_the_command_to_use(monkeypatch: pytest.Monkey
 def test_torchrun_without_ddp_is_refused_by_one_process_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {**ENVIRONMENT, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match=r"has started 2 processes, but parallel=none; add parallel=ddp"):
+    with pytest.raises(ConfigError, match=r"has started 2 processes, but parallel=none; add parallel=ddp or fsdp"):
         find_world(ParallelConfig())
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as caught:
@@ -306,5 +337,30 @@ def test_torchrun_without_ddp_is_refused_by_one_process_aloud(monkeypatch: pytes
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"optimizer": ScheduleFreeConfig()},
+            "optimizer=schedule_free does not go with parallel=fsdp; use parallel=ddp",
+        ),
+        ({"objective": VaeObjectiveConfig(), "model": VaeLstmConfig()}, "objective=vae does not go with parallel=fsdp"),
+    ],
+)
+def test_what_cannot_be_trained_in_pieces_is_refused(
+    changes: dict[str, Any], problem: str, tmp_path: Path, corpus: Path
+) -> None:
+    config = replace(base(tmp_path, corpus, "refused"), **changes)
+    with pytest.raises(ConfigError, match=problem):
+        check_sharding(replace(config, parallel=FsdpConfig()))
+    check_sharding(replace(config, parallel=DdpConfig()))
+
+
+@pytest.mark.parametrize("changes", [{"compile": Switch.on}, {"precision": Precision.fp16}])
+def test_the_model_in_pieces_is_neither_compiled_nor_trained_in_fp16(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="does not go with parallel=fsdp"):
+        resolve_device(DeviceConfig(type=DeviceType.cpu, **changes), World(0, 2, 0, 2, shards=True))
+
+
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    work(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from lmkit.config.data import ByteTokenizerConfig, TextConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, OptimizerConfig, SgdConfig
-from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
 from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
@@ -178,6 +179,17 @@ def test_a_run_cannot_be_resumed_with_another_adapter_or_other_parts(
         finetune.run(replace(cfg, resume=True, train=replace(cfg.train, max_steps=4), **{key: others[key]}))
 
 
+def test_a_run_cannot_be_resumed_from_another_base(bases: dict[str, Path], numbers: Path, tmp_path: Path) -> None:
+    cfg = tuning(bases["transformer"], numbers, tmp_path / "run", train={"max_steps": 2})
+    finetune.run(cfg)
+    shutil.copytree(bases["transformer"], tmp_path / "moved")
+    moved = replace(cfg, run=replace(cfg.run, path=str(tmp_path / "moved")), resume=True)
+    finetune.run(moved)
+    finetune.run(tuning(bases["transformer"], numbers, tmp_path / "other", train={"max_steps": 1}))
+    with pytest.raises(ConfigError, match=r"cannot be resumed with other values \(base_sha256: "):
+        finetune.run(replace(cfg, run=replace(cfg.run, path=str(tmp_path / "other")), resume=True))
+
+
 def test_an_adapter_trains_beside_a_base_that_keeps_every_bit_and_is_reported(
     bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,10 +303,33 @@ def test_a_classifier_with_an_adapter_reports_forgetting_predicts_and_is_no_lang
     refused = rf"run is a classifier; use lmkit finetune run={tmp_path / 'run'} predict=FILE"
     with pytest.raises(ConfigError, match=refused):
         evaluated(tmp_path / "run")
-    with pytest.raises(ConfigError, match=refused):
-        finetune.run(tuning(tmp_path / "run", numbers, tmp_path / "more"))
     after = evaluated(bases["transformer"], adapter=str(tmp_path / "run" / "adapter"))
     assert after["token_ppl"] != evaluated(bases["transformer"])["token_ppl"]
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_a_classifier_is_a_base_by_the_language_model_inside_it(
+    adapter: AdapterConfig | None, bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"{'cat dog' if i % 2 else '12 34'} {i}", "label": "ab"[i % 2], "n": i} for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = ClassifyTaskConfig(data=str(data))
+    length = {"max_steps": 4, "seq_len": 32}
+    first = tuning(bases["transformer"], numbers, tmp_path / "one", task=task, adapter=adapter, train=length)
+    learnt = finetune.run(first)["forgetting"]
+    regress = RegressTaskConfig(data=str(data), text="text", target="n")
+    for name, next_task in (("again", task), ("number", regress), ("text", LmTaskConfig())):
+        cfg = tuning(tmp_path / "one", numbers, tmp_path / name, task=next_task, train={"max_steps": 2})
+        found = finetune.run(replace(cfg, run=replace(cfg.run, checkpoint="latest")))["forgetting"]
+        assert found["dataset"] == learnt["dataset"]
+        assert found["before"]["token_ppl"] == pytest.approx(learnt["after"]["token_ppl"], rel=1e-4)
+        replay_step(tmp_path / name, 2, Console())
+    alone = RegressTaskConfig(data=str(data), numeric=["n"], target="m")
+    data.write_text("".join(json.dumps({"n": i, "m": i * i}) + "\n" for i in range(40)), encoding="utf-8")
+    finetune.run(tuning(bases["transformer"], numbers, tmp_path / "alone", task=alone, train={"max_steps": 2}))
+    with pytest.raises(ConfigError, match=r"alone is a regression on numbers alone; name a run that has read texts"):
+        finetune.run(tuning(tmp_path / "alone", numbers, tmp_path / "none"))
 
 
 # Adapters in other commands
@@ -368,6 +403,6 @@ def test_from_the_command_line(
     assert "DoRA of rank 2, " in capsys.readouterr().err
     assert cli.main(["eval-ppl", *words, *adapter, "checks=false", "baselines=false"]) == 0
     assert cli.main(["eval-ppl", *words, f"adapter={tmp_path / 'none'}"]) == 4
-    assert "is no folder; name one with adapter_config.json" in capsys.readouterr().err
+    assert "holds no adapter_config.json; name a folder that does" in capsys.readouterr().err
     assert cli.main(["finetune", *words, *data, "adapter=lora", "adapter.targets=q_proj", *shape[:3]]) == 2
     assert "adapter.targets=q_proj matches no linear layer of the model; it has blocks.*" in capsys.readouterr().err

@@ -18,10 +18,16 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import TextConfig, WordTokenizerConfig
 from lmkit.config.model import RelganConfig
 from lmkit.config.objectives import GanObjectiveConfig
-from lmkit.config.optimization import AdamwConfig
+from lmkit.config.optimization import AdamwConfig, ConstantConfig
+from lmkit.config.training import ExistingRunConfig
+from lmkit.console import Console
+from lmkit.device import resolve_device
 from lmkit.errors import StoppedError
+from lmkit.loading import load_run
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from lmkit.store.manifest import step_directory
+from lmkit.tasks.gan import draw_sentences
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -41,7 +47,9 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gan(config: MakeConfig, lines: Path) -> MakeConfig:
     """A maker of small configurations, half maximum likelihood and half adversarial."""
 
-    def make(*, pretrain_share: float = 0.5, **values: object) -> PretrainConfig:
+    def make(
+        *, pretrain_share: float = 0.5, rates: tuple[float, float] = (1.0, 1.0), **values: object
+    ) -> PretrainConfig:
         return replace(
             config(**({"batch_size": 16, "seq_len": 16, "max_steps": 12} | values)),
             dataset=TextConfig(path=str(lines), valid_fraction=0.2),
@@ -49,7 +57,13 @@ def gan(config: MakeConfig, lines: Path) -> MakeConfig:
             model=RelganConfig(
                 d_embed=16, num_filters=8, num_representations=2, d_representation=4, dropout_input=0, dropout_output=0
             ),
-            objective=GanObjectiveConfig(pretrain_share=pretrain_share, length=7, num_samples=100),
+            objective=GanObjectiveConfig(
+                pretrain_share=pretrain_share,
+                length=7,
+                num_samples=100,
+                generator_lr=rates[0],
+                discriminator_lr=rates[1],
+            ),
             optimizer=AdamwConfig(lr=1e-2),
         )
 
@@ -102,6 +116,50 @@ def test_the_discriminator_rests_while_the_generator_learns_by_maximum_likelihoo
     assert all(torch.equal(two[name], six[name]) for name in judge)
     assert not all(torch.equal(six[name], eight[name]) for name in judge)
     assert not torch.equal(six["generator.embedding.weight"], eight["generator.embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"), [((1.0, 1.0), (1, 1)), ((0.1, 0.5), (0.1, 0.5)), ((0.5, 0.1), (0.5, 0.1))]
+)
+def test_each_part_moves_at_its_own_rate_once_they_are_adversaries(
+    gan: MakeConfig, rates: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    """The first step of Adam moves a parameter by its learning rate, whatever the gradient."""
+    cfg = gan(run=f"rates{rates}", rates=rates, pretrain_share=0.0, max_steps=1)
+    cfg = replace(cfg, optimizer=AdamwConfig(lr=1e-2, weight_decay=0.0), schedule=ConstantConfig(warmup_ratio=0.0))
+    pretrain.run(cfg)
+    initial = cfg.model.build(6, seed=cfg.seed).state_dict()
+    trained = weights(cfg)
+    for part, factor in zip(("generator.embedding.weight", "discriminator.embedding.weight"), expected, strict=True):
+        assert initial[part].shape == trained[part].shape
+        assert float((trained[part] - initial[part]).abs().max()) == pytest.approx(1e-2 * factor, rel=0.01)
+
+
+def test_a_short_adversarial_part_leaves_sentences_as_long_as_they_were(gan: MakeConfig) -> None:
+    """With one learning rate for everything they become ten times as long, or two words."""
+    default = GanObjectiveConfig()
+    cfg = gan(
+        run="long",
+        rates=(default.generator_lr, default.discriminator_lr),
+        pretrain_share=0.6,
+        max_steps=200,
+        batch_size=32,
+    )
+    cfg = replace(
+        cfg,
+        optimizer=AdamwConfig(lr=0.02),
+        save=replace(cfg.save, every_steps=120, keep_every=120),
+        eval=replace(cfg.eval, every_steps=200),
+    )
+    pretrain.run(cfg)
+    assert cfg.run.dir is not None
+    device, lengths = resolve_device(cfg.device), []
+    for step in (120, 200):
+        stored = ExistingRunConfig(path=cfg.run.dir, checkpoint=step_directory(step))
+        loaded = load_run(stored, device=device, console=Console(silent=True))
+        drawn = draw_sentences(loaded.model, 300, eos_id=loaded.tokenizer.eos_id, seed=1, device=device)
+        lengths.append(sum(map(len, drawn)) / len(drawn))
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.2)
 
 
 def test_from_a_file_to_sentences_that_repeat_their_word(

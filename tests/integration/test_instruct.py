@@ -18,12 +18,13 @@ import torch
 from lmkit import cli
 from lmkit.commands import chat, finetune, pretrain
 from lmkit.commands.replay import replay
+from lmkit.config.adapter import AdapterConfig
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig, TooLong
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, PydocsConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, CosineConfig
+from lmkit.config.optimization import AdamwConfig, CosineConfig, SoftmaxConfig
 from lmkit.config.training import EvalConfig, LogConfig, RunConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.errors import DataError, StoppedError
@@ -35,6 +36,7 @@ CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {
     "transformer": TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=64, dropout=0.1),
     "lstm": RecurrentConfig(d_embed=48, d_hidden=96, num_layers=1, dropout_recurrent=0.1),
+    "memory": TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=64, memory_tokens=32),
 }
 ANSWERS = {"cat": "a mat", "dog": "under the tree", "bird": "flew", "the": "cat ran", "sat": "on a mat", "ran": "bird"}
 
@@ -170,7 +172,7 @@ def test_a_step_is_replayed_with_the_loss_of_the_run(bases: dict[str, Path], que
 # Learning and answering
 
 
-@pytest.mark.parametrize("name", ["transformer", "lstm", "word"])
+@pytest.mark.parametrize("name", ["transformer", "lstm", "memory", "word"])
 def test_from_a_file_to_answers_on_the_command_line(
     name: str, bases: dict[str, Path], questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +218,41 @@ def test_preferences_take_over_the_template_and_are_learnt(
     assert result["reward_accuracy"] == 1.0
     assert result["reward_margin"] > 0.5
     assert result["preference_loss"] < 0.5
+
+
+def test_an_adapter_alone_on_the_base_answers_as_its_run_does(
+    bases: dict[str, Path], questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = InstructTaskConfig(data=questions, valid=questions, template="Q {prompt} A {response}.", system="be kind")
+    cfg = tuning(task, bases["transformer"], tmp_path / "run", lr=3e-2, max_steps=40, seq_len=64, batch_size=6)
+    finetune.run(replace(cfg, adapter=AdapterConfig(rank=8)))
+    words = ["--chat", "-p", "dog", "-p", "cat", "-n", "12"]
+    folder = tmp_path / "run" / "adapter"
+    own = answers(capsys, f"run={tmp_path / 'run'}", *words)
+    assert answers(capsys, f"run={bases['transformer']}", f"adapter={folder}", *words) == own
+    origin = json.loads((folder / "lmkit.json").read_text(encoding="utf-8"))
+    origin["task"] = {"kind": "instruct", "template": "no places"}
+    (folder / "lmkit.json").write_text(json.dumps(origin), encoding="utf-8")
+    assert cli.main(["generate", f"run={bases['transformer']}", f"adapter={folder}", *words]) == 4
+    assert "lmkit.json does not describe a task" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["transformer", "lstm"])
+def test_what_softmax_adds_to_the_loss_is_learnt_from_on_answers_too(
+    name: str, bases: dict[str, Path], questions: str, tmp_path: Path
+) -> None:
+    task, losses = InstructTaskConfig(data=questions, exact_match=0), {}
+    cases = {
+        "plain": SoftmaxConfig(),
+        "smooth": SoftmaxConfig(label_smoothing=0.3),
+        "penalty": SoftmaxConfig(ar_alpha=5.0, tar_beta=5.0),
+    }
+    for case, softmax in cases.items():
+        finetune.run(replace(tuning(task, bases[name], tmp_path / case, max_steps=2), softmax=softmax))
+        losses[case] = [row["loss"] for row in read_metrics(tmp_path / case) if "loss" in row]
+    assert losses["smooth"][0] > losses["plain"][0] + 0.01
+    assert losses["penalty"][0] == losses["plain"][0]  # it is no part of the loss that is shown
+    assert losses["penalty"][1] != losses["plain"][1]
 
 
 # Talking
@@ -360,7 +397,7 @@ def test_equal_answers_of_a_pair_are_refused(bases: dict[str, Path], tmp_path: P
         ([], 2, "task.data must be given"),
         (["task.data=x.jsonl", "task.template={prompt}"], 2, "task.template={prompt} must be plain"),
         (["task.data=DATA", "train.seq_len=65"], 2, "train.seq_len=65 is longer than model.context=64"),
-        (["task.data=DATA", "softmax=sampled"], 2, "softmax=sampled has no use"),
+        (["task.data=DATA", "softmax=sampled"], 2, "softmax=sampled has no use with task=instruct"),
         (
             ["task.data=DATA", "train.seq_len=64", "task.response=answer"],
             3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lmkit.config.optimization import (
     PlateauConfig,
     RmspropConfig,
     SampledSoftmaxConfig,
+    ScheduleFreeConfig,
     SgdConfig,
     SoftmaxConfig,
 )
@@ -108,6 +110,16 @@ def test_every_optimizer_resumes_bit_for_bit(
     optimizer: OptimizerConfig, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (replace(config(run=name), optimizer=optimizer) for name in ("run", "other"))
+    check_stop_and_resume(first, second, monkeypatch)
+
+
+@pytest.mark.extra("schedule-free")
+@pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="needs schedulefree")
+def test_schedule_free_training_resumes_bit_for_bit(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (
+        replace(config(run=name), optimizer=ScheduleFreeConfig(), schedule=ConstantConfig())
+        for name in ("run", "other")
+    )
     check_stop_and_resume(first, second, monkeypatch)
 
 

@@ -81,6 +81,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in shapes}
 
 
+@pytest.mark.parametrize("words", [["softmax=sampled"], ["softmax.label_smoothing=0.1", "softmax.ar_alpha=1"]])
+def test_what_softmax_adds_to_a_loss_over_words_is_refused_where_it_would_do_nothing(
+    words: list[str], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = reviews(tmp_path / "rows.jsonl", 20, seed=1)
+    run = [f"run={bases['lstm']}", f"run.dir={tmp_path / 'run'}", f"task.data={data}", "device=cpu"]
+    assert cli.main(["finetune", "task=classify", *run, *words]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"{word} has no use with task=classify" in found.replace("=1.0", "=1") for word in words)
+    assert not (tmp_path / "run").exists()
+
+
 def config_of(task: TaskConfig, run: Path, base: Path | None = None, **train: Any) -> FinetuneConfig:
     return FinetuneConfig(
         task=task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
+from lmkit.store.manifest import step_directory
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 TOPICS = [["red", "green", "blue"], ["one", "two", "three"], ["cat", "dog", "bird"], ["salt", "oil", "rice"]]
@@ -49,7 +51,13 @@ def vae(config: MakeConfig, topics: Path) -> MakeConfig:
 
     def make(**values: Any) -> PretrainConfig:
         model = VaeLstmConfig(d_embed=16, d_encoder=16, d_latent=values.pop("d_latent", 3), dropout_word=0.2)
-        objective = VaeObjectiveConfig(free_nats=1.5, num_samples=8, anneal_share=0.2)
+        objective = VaeObjectiveConfig(
+            free_nats=1.5,
+            target_nats=values.pop("target_nats", 0.0),
+            num_samples=8,
+            anneal_share=0.2,
+            plain_share=values.pop("plain_share", 0.0),
+        )
         made = config(**({"max_steps": 12, "batch_size": 16, "seq_len": 32} | values))
         return replace(
             made,
@@ -168,6 +176,34 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(vae: MakeConfig, monk
     first, second = tensors(whole), tensors(cut)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_in_its_plain_part_the_decoder_learns_alone(vae: MakeConfig) -> None:
+    cfg = vae(plain_share=0.75)
+    pretrain.run(replace(cfg, save=replace(cfg.save, every_steps=3, keep=10)))
+    paths = (Path(run_dir(cfg)) / "checkpoints" / step_directory(step) for step in (3, 9, 12))
+    early, late, end = (load_checkpoint(path, with_optimizer=False).model for path in paths)
+    encoder = [name for name in early if name.startswith(("encoder.", "posterior."))]
+    assert encoder
+    assert all(torch.equal(early[name], late[name]) for name in encoder)
+    assert not any(torch.equal(late[name], end[name]) for name in encoder)
+    assert not torch.equal(early["decoder.weight_hh_l0"], late["decoder.weight_hh_l0"])
+    listens = [(weights["skip.weight"], weights["decoder.weight_ih_l0"][:, 16:]) for weights in (early, late, end)]
+    assert [any(bool(w.any()) for w in both) for both in listens] == [False, False, True]
+
+
+@pytest.mark.parametrize(("d_latent", "adds"), [(0, False), (3, True)])
+def test_nats_that_are_free_are_counted_in_the_loss_only_where_there_are_latent_units(
+    vae: MakeConfig, d_latent: int, adds: bool
+) -> None:
+    losses = []
+    for target in (0.0, 40.0):
+        cfg = vae(run=f"target{target}", d_latent=d_latent, target_nats=target, max_steps=6)
+        pretrain.run(replace(cfg, log=replace(cfg.log, every_steps=1)))
+        lines = (Path(run_dir(cfg)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row][-1])
+    assert (losses[1] > losses[0] + 1.0) is adds
+    assert adds or losses[1] == losses[0]
 
 
 def test_validation_does_not_disturb_training(vae: MakeConfig) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.model import TransformerConfig
+from lmkit.config.tasks import Pooling
 from lmkit.errors import CheckpointError
-from lmkit.hf.adapters import CONFIG, ORIGIN, WEIGHTS, read_adapter, write_adapter
+from lmkit.hf.adapters import CONFIG, ORIGIN, WEIGHTS, Origin, read_adapter, write_adapter
 from lmkit.lora import adapter_tensors, add_adapter
 from lmkit.models.base import LanguageModel
+from lmkit.models.classifier import Classifier
 
 VOCAB, BASE = 13, "ab" * 32
 PREFIX = "base_model.model.blocks.0.attention.qkv"
@@ -51,7 +53,7 @@ def trained(config: AdapterConfig) -> LanguageModel:
 
 def written(folder: Path, config: AdapterConfig = KINDS[0]) -> LanguageModel:
     model = trained(config)
-    write_adapter(folder, config, adapter_tensors(model.state_dict()), base=Path("runs/x"), base_digest=BASE)
+    write_adapter(folder, config, adapter_tensors(model.state_dict()), Origin("runs/x", BASE))
     return model
 
 
@@ -98,6 +100,38 @@ def test_a_folder_that_peft_writes_is_read(config: AdapterConfig, tmp_path: Path
     other = base()
     read_adapter(tmp_path / "a", other, BASE)
     torch.testing.assert_close(logits(other), logits(tuned, plain), rtol=1e-4, atol=1e-5)
+
+
+def classifier(folder: Path) -> Classifier:
+    """One with a trained adapter and head, written to the folder."""
+    model = Classifier(trained(KINDS[0]), 3, pooling=Pooling.mean, dropout=0.0, seed=1).eval()
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([1.0, -2.0, 3.0]))
+    weights = model.state_dict()
+    head = {name: weights[name] for name in ("head.weight", "head.bias")}
+    origin = Origin("runs/x", BASE, "backbone.", {"kind": "classify"})
+    write_adapter(folder, KINDS[0], {**adapter_tensors(weights), **head}, origin)
+    return model
+
+
+def test_the_folder_of_a_classifier_holds_its_head_and_puts_its_adapter_on_the_language_model(tmp_path: Path) -> None:
+    model, plain = classifier(tmp_path / "a"), base()
+    found = read_adapter(tmp_path / "a", plain, BASE)
+    assert found.task == {"kind": "classify"}
+    assert isinstance(model.backbone, LanguageModel)
+    assert torch.equal(logits(plain), logits(model.backbone))
+    assert torch.equal(load_file(tmp_path / "a" / WEIGHTS)["base_model.model.head.bias"], model.head.bias)
+    assert json.loads((tmp_path / "a" / CONFIG).read_text(encoding="utf-8"))["modules_to_save"] == ["model.head"]
+
+
+def test_peft_makes_the_same_classifier_of_the_folder_with_its_head(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = classifier(tmp_path / "a")
+    plain = Classifier(base(), 3, pooling=Pooling.mean, dropout=0.0, seed=2).eval()
+    lengths_B = torch.tensor([TOKENS.shape[1]])
+    with torch.no_grad():
+        tuned = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+        torch.testing.assert_close(tuned(TOKENS, lengths_B), model(TOKENS, lengths_B), rtol=1e-4, atol=1e-5)
 
 
 def test_writing_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -153,7 +187,7 @@ def weights_with(**values: Tensor | None) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / CONFIG).unlink(), "adapter_config.json cannot be read"),
+        (lambda folder: (folder / CONFIG).unlink(), "holds no adapter_config.json"),
         (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json is damaged"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "holds no object"),
         (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "adapter_config.json is damaged"),

@@ -97,10 +97,12 @@ def test_swa_begins_at_its_share_of_the_run_and_ema_needs_no_start() -> None:
     ],
 )
 def test_the_configuration_chooses_the_average(config: TrainConfig, decay: float | None) -> None:
-    average = build_average(config, nn.Linear(1, 1))
+    model = nn.Linear(1, 1)
+    sgd = torch.optim.SGD(model.parameters())
+    average = build_average(config, model, sgd)
     assert average is not None
     assert average.decay == decay
-    assert build_average(TrainConfig(), nn.Linear(1, 1)) is None
+    assert build_average(TrainConfig(), model, sgd) is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ from lmkit.data.examples import Examples
 from lmkit.data.rows import Record
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError
-from lmkit.tasks.classify import Classify, class_weights, confusion, f1_scores, find_labels, label_ids, summary
+from lmkit.tasks.classify import (
+    Classify,
+    class_weights,
+    confusion,
+    f1_scores,
+    find_labels,
+    label_ids,
+    score_rows,
+    summary,
+)
 from lmkit.tasks.regress import summary as regress_summary
 from lmkit.tokenizers import ByteTokenizer
 
@@ -134,6 +143,19 @@ def test_labels_are_sorted_and_one_that_training_has_not_is_refused_by_name_and_
     with pytest.raises(DataError, match=r"file\.csv, line 3: the label 'c' does not occur .*'a', 'b'"):
         label_ids(rows("a", "c"), "label", labels, strict=True)
     assert label_ids(rows("b", "c"), "label", labels, strict=False).tolist() == [1, -1]
+
+
+def test_an_empty_label_is_refused_in_training_and_unknown_in_prediction() -> None:
+    with pytest.raises(DataError, match=r"column 'label' is empty; give the label, or remove the row"):
+        find_labels(rows("a", "b", " "), "label")
+    unlabelled = [*rows("b", ""), Record("x, line 3", {"label": None})]
+    assert label_ids(unlabelled, "label", ["a", "b"], strict=False).tolist() == [1, -1, -1]
+
+
+def test_a_label_that_neither_occurs_nor_is_predicted_has_no_f1_to_show() -> None:
+    confusion_CC = confusion(np.array([0, 0]), np.array([0, 0]), 2)
+    shown = score_rows(summary(confusion_CC), confusion_CC, ["a", "b"])
+    assert [value.split("F1 ")[1] for _, value in shown[-2:]] == ["100.0 %", "-"]
 
 
 def test_a_single_label_and_a_column_that_is_no_label_are_refused() -> None:

@@ -133,8 +133,9 @@ def test_the_gumbel_softmax_sharpens_from_one_to_the_end() -> None:
     assert [config.is_adversarial(p) for p in (0.0, 0.49, 0.5, 1.0)] == [False, False, True, True]
     assert [config.inverse_temperature(p) for p in (0.2, 0.5, 0.75, 1.0)] == pytest.approx([1, 1, 10, 100])
     assert not GanObjectiveConfig(pretrain_share=1.0).is_adversarial(0.999)
-    with pytest.raises(ConfigError, match=r"objective\.pretrain_share=2.*objective\.sharpness=0"):
-        GanObjectiveConfig(pretrain_share=2, sharpness=0)
+    wrong = r"objective\.pretrain_share=2.*objective\.generator_lr=0.*objective\.discriminator_lr=-1.*sharpness=0"
+    with pytest.raises(ConfigError, match=wrong):
+        GanObjectiveConfig(pretrain_share=2, generator_lr=0, discriminator_lr=-1, sharpness=0)
 
 
 def test_without_nltk_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig, Sampl
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.initialise import cooccurrence_embeddings, initialise_from_text, token_counts
 from lmkit.models.base import IGNORE
-from lmkit.objectives import build_objective
+from lmkit.objectives import ExactSoftmax, build_objective
 
 VOCAB, WIDTH, N = 60, 8, 24
 
@@ -105,3 +105,14 @@ def test_initialising_keeps_the_scale_and_sets_the_bias_to_the_log_frequency(sta
     assert isinstance(model.head, SoftmaxHead)
     assert model.head.bias is not None
     torch.testing.assert_close(model.head.bias.softmax(0), (counts / counts.sum()).float())
+
+
+def test_a_sampled_softmax_is_the_exact_one_after_its_share_of_the_run_penalties_included() -> None:
+    config = SampledSoftmaxConfig(num_frequent=2, num_sampled=2, exact_from=0.8, ar_alpha=0.5, tar_beta=0.25)
+    objective = build_objective(config, torch.arange(VOCAB).flip(0) + 1)
+    assert objective.at(0.79) is objective
+    late = objective.at(0.8)
+    assert isinstance(late, ExactSoftmax)
+    assert (late.ar_alpha, late.tar_beta) == (0.5, 0.25)
+    never = build_objective(SampledSoftmaxConfig(), torch.ones(VOCAB))
+    assert never.at(0.999) is never

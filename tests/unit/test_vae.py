@@ -243,13 +243,34 @@ def test_the_weight_of_the_kl_grows_as_configured() -> None:
     cyclical = VaeObjectiveConfig(anneal=Anneal.cyclical, cycles=2, anneal_share=0.5)
     assert [cyclical.weight(p) for p in (0.0, 0.125, 0.25, 0.49, 0.5, 0.625)] == [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
     assert VaeObjectiveConfig(anneal=Anneal.none).weight(0.0) == 1.0
+    after = VaeObjectiveConfig(plain_share=0.5, anneal_share=0.5)
+    assert [after.is_plain(p) for p in (0.0, 0.49, 0.5, 1.0)] == [True, True, False, False]
+    assert [after.weight(p) for p in (0.0, 0.5, 0.625, 0.75, 1.0)] == [0.0, 0.0, 0.5, 1.0, 1.0]
 
 
 def test_all_wrong_values_are_named_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"objective\.beta=-1.*objective\.anneal_share=0.*objective\.num_samples=0"):
-        VaeObjectiveConfig(beta=-1, anneal_share=0, num_samples=0)
+    wrong = r"objective\.beta=-1.*anneal_share=0.*target_nats=-1.*objective\.plain_share=1.*objective\.num_samples=0"
+    with pytest.raises(ConfigError, match=wrong):
+        VaeObjectiveConfig(beta=-1, anneal_share=0, target_nats=-1, plain_share=1, num_samples=0)
     with pytest.raises(ConfigError, match=r"model\.d_latent=-1.*model\.dropout_word=1"):
         VaeLstmConfig(d_latent=-1, dropout_word=1.0)
+
+
+def test_a_decoder_told_to_ignore_its_latent_vector_does_and_can_learn_to_listen() -> None:
+    model = tiny()
+    batch = sentences().batch(np.arange(3))
+    z_BZ = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+    model.ignore_latent()
+    assert torch.equal(model(batch.inputs_BT, model.start(z_BZ))[0], model(batch.inputs_BT)[0])
+    hidden, _ = model(batch.inputs_BT, model.start(z_BZ))
+    hidden.square().sum().backward()
+    assert model.skip is not None
+    assert model.initial is not None
+    for listens in (model.skip.weight, model.initial.weight, model.decoder.weight_ih_l0[:, 6:]):
+        assert not listens.any()
+    assert all(bool(w.grad is not None and w.grad.any()) for w in (model.skip.weight, model.initial.weight))
+    assert model.decoder.weight_ih_l0.grad is not None
+    assert bool(model.decoder.weight_ih_l0.grad[:, 6:].any())
 
 
 def test_the_encoder_reads_only_real_tokens() -> None:
