@@ -1,11 +1,12 @@
 """Does task=regress reach what can be reached? House prices with known noise (scripts/make_houses.py), on one core.
 
-usage: python scripts/check_regress.py [--folder DIR] [--rows N] [--epochs N]
+usage: python scripts/check_regress.py [--folder DIR] [--rows N] [--epochs N]   (4 minutes)
 
 1. The network with one hidden layer, by SGD, on the numbers alone: relu, tanh and sigmoid must each come within 5 % of
    the RMSE that the ideal prediction from the numbers reaches on the same rows.
-2. A small LSTM, pretrained on the listings, with the numbers beside its vector: it must come within 15 % of the RMSE of
-   the ideal prediction from everything, which the numbers alone cannot get near.
+2. A small LSTM, pretrained on the listings, with the numbers beside its vector: it must come within 5 % of the RMSE of
+   the ideal prediction from everything, which the numbers alone cannot get near. (It needs more rows than the
+   network: of 6,000 it comes within 7 %.)
 
 Prints a table; exit code 1 if a bound is missed.
 """
@@ -24,7 +25,7 @@ from make_houses import NUMERIC, make_houses
 
 from lmkit import cli
 
-NUMBERS_WITHIN, TEXT_WITHIN = 1.05, 1.15
+WITHIN = 1.05
 
 
 def run(words: list[str], folder: Path) -> dict[str, Any]:
@@ -51,14 +52,14 @@ def text_model(folder: Path, epochs: int) -> dict[str, Any]:
     run([*words, "train.batch_size=16", "train.seq_len=32"], folder / "language_model")
     words = ["finetune", "task=regress", f"run={folder / 'language_model'}", f"task.data={folder / 'train.csv'}"]
     words += [f"task.valid={folder / 'valid.csv'}", "task.target=price", f"task.numeric={','.join(NUMERIC)}"]
-    words += ["task.text=listing", "task.pooling=mean", "task.dropout=0", "optimizer.lr=3e-3", "train.batch_size=32"]
-    return run([*words, f"train.max_epochs={epochs}"], folder / "text")
+    words += ["task.text=listing", "task.pooling=mean", "task.dropout=0.05", "optimizer.lr=4e-3", "train.batch_size=64"]
+    return run([*words, "schedule=cosine", f"train.max_epochs={epochs}"], folder / "text")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=20000)
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="houses-"))
@@ -68,12 +69,11 @@ def main() -> None:
         start = time.monotonic()
         found = text_model(folder, max(1, args.epochs // 4)) if name == "text" else network(folder, name, args.epochs)
         floor = floors["all" if name == "text" else "numbers"]
-        within = TEXT_WITHIN if name == "text" else NUMBERS_WITHIN
-        rows.append((name, found["rmse"], floor, found["rmse"] / floor, within, time.monotonic() - start))
-    print(f"{'model':<10} {'RMSE':>8} {'floor':>8} {'ratio':>7} {'bound':>6} {'seconds':>8}")
-    for name, rmse, floor, ratio, within, seconds in rows:
-        print(f"{name:<10} {rmse:8.3f} {floor:8.3f} {ratio:7.4f} {within:6.2f} {seconds:8.1f}")
-    sys.exit(any(ratio > within for _, _, _, ratio, within, _ in rows))
+        rows.append((name, found["rmse"], floor, found["rmse"] / floor, time.monotonic() - start))
+    print(f"{'model':<10} {'RMSE':>8} {'floor':>8} {'ratio':>7} {'seconds':>8}")
+    for name, rmse, floor, ratio, seconds in rows:
+        print(f"{name:<10} {rmse:8.3f} {floor:8.3f} {ratio:7.4f} {seconds:8.1f}")
+    sys.exit(any(ratio > WITHIN for _, _, _, ratio, _ in rows))
 
 
 if __name__ == "__main__":

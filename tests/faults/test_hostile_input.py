@@ -159,7 +159,15 @@ def test_row_82_the_command_line_reaches_no_part_of_hydra_that_runs_code(
     assert list(Path.cwd().iterdir()) == []
 
 
-ALLOWED_IMPORTS = {"__init__.py", "averaging.py", "cli.py", "hf/exporting.py", "hf/onnx_file.py", "launch.py", "loggers.py"}
+ALLOWED_IMPORTS = {
+    "__init__.py",
+    "averaging.py",
+    "cli.py",
+    "hf/exporting.py",
+    "hf/onnx_file.py",
+    "launch.py",
+    "loggers.py",
+}
 """Modules that import by a name: of a command, a public name or an optional package, each from a table in the code."""
 
 

@@ -151,6 +151,7 @@ def exported(folder: Path, config: TransformerConfig, tokenizer: Tokenizer) -> S
     return source
 
 
+@pytest.mark.extra("hf")
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_shape_loads_with_no_custom_code_and_continues_greedily_the_same(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -160,6 +161,7 @@ def test_every_shape_loads_with_no_custom_code_and_continues_greedily_the_same(t
     assert greedy(source.model, prompt, 12) == generated(model, prompt, 12)
 
 
+@pytest.mark.extra("hf")
 @pytest.mark.parametrize(
     "config",
     [
@@ -187,6 +189,8 @@ def test_every_tokenizer_encodes_a_page_of_mixed_text_the_same(tmp_path: Path, c
     assert again.eos_id == tokenizer.eos_id
 
 
+@pytest.mark.extra("gguf")
+@pytest.mark.extra("hf")
 @pytest.mark.parametrize("name", ["medium", "gpt2", "qwen2", "qwen3"])
 def test_the_gguf_reader_of_transformers_finds_the_same_model(tmp_path: Path, name: str) -> None:
     """Another program's reader, which turns the rows of q and k back by itself. It takes GPT-2's context and the

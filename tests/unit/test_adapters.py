@@ -73,6 +73,7 @@ def test_a_folder_read_back_is_the_same_adapter_bit_for_bit(config: AdapterConfi
     assert f"of rank {config.rank}, {model.num_parameters():,} parameters" in found.description
 
 
+@pytest.mark.extra("hf")
 @pytest.mark.parametrize("config", KINDS)
 def test_peft_puts_a_folder_on_the_model_and_computes_the_same(config: AdapterConfig, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -82,6 +83,7 @@ def test_peft_puts_a_folder_on_the_model_and_computes_the_same(config: AdapterCo
     assert (logits(model) - logits(base())).abs().max() > 0.01
 
 
+@pytest.mark.extra("hf")
 @pytest.mark.parametrize("config", KINDS)
 def test_a_folder_that_peft_writes_is_read(config: AdapterConfig, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -124,6 +126,7 @@ def test_the_folder_of_a_classifier_holds_its_head_and_puts_its_adapter_on_the_l
     assert json.loads((tmp_path / "a" / CONFIG).read_text(encoding="utf-8"))["modules_to_save"] == ["model.head"]
 
 
+@pytest.mark.extra("hf")
 def test_peft_makes_the_same_classifier_of_the_folder_with_its_head(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = classifier(tmp_path / "a")

@@ -145,6 +145,7 @@ def test_without_nltk_the_message_says_what_to_install(monkeypatch: pytest.Monke
         bleu([["a"]], [["a"]])
 
 
+@pytest.mark.extra("gan")
 def test_bleu_is_one_for_a_copy_and_self_bleu_for_samples_that_are_all_the_same() -> None:
     pytest.importorskip("nltk")
     text = ["the", "cat", "sat", "on", "the", "mat"]

@@ -527,6 +527,7 @@ GGUF = {name: config for name, config in MODELS.items() if name != "openai-gpt"}
 }
 
 
+@pytest.mark.extra("gguf")
 @pytest.mark.parametrize("name", GGUF)
 def test_a_gguf_file_holds_the_model(tmp_path: Path, name: str) -> None:
     pytest.importorskip("gguf")
@@ -542,6 +543,7 @@ def test_a_gguf_file_holds_the_model(tmp_path: Path, name: str) -> None:
     assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.extra("gguf")
 def test_rows_of_q_and_k_stand_in_gguf_as_llama_cpp_turns_them(tmp_path: Path) -> None:
     """The formula of llama.cpp's convert_hf_to_gguf.py (LlamaModel.permute)."""
     gguf = pytest.importorskip("gguf")
@@ -555,6 +557,7 @@ def test_rows_of_q_and_k_stand_in_gguf_as_llama_cpp_turns_them(tmp_path: Path) -
     assert (stored["blk.1.attn_v.weight"] == qkv[48:]).all()
 
 
+@pytest.mark.extra("gguf")
 def test_gguf_refuses_what_llama_cpp_lacks(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     for config, tokenizer, named in (
@@ -567,6 +570,7 @@ def test_gguf_refuses_what_llama_cpp_lacks(tmp_path: Path) -> None:
             export_as(ExportFormat.gguf, source_of(config, tokenizer), tmp_path)
 
 
+@pytest.mark.extra("onnx")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "openai-gpt", "qwen3", "gemma", "vanilla"])
 def test_an_onnx_graph_computes_the_logits(tmp_path: Path, name: str) -> None:

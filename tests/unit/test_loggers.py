@@ -260,6 +260,7 @@ TRAIN = [(step, 10.0 / step) for step in range(1, 9)]
 VALID = [(step, 20.0 / step) for step in range(2, 9, 2)]
 
 
+@pytest.mark.extra("tensorboard")
 def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     accumulators = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
@@ -271,6 +272,7 @@ def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.extra("mlflow")
 def test_mlflow_has_each_step_once_in_one_run(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     tracking = importlib.import_module("mlflow.tracking")
@@ -285,6 +287,7 @@ def test_mlflow_has_each_step_once_in_one_run(tmp_path: Path) -> None:
         assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == values
 
 
+@pytest.mark.extra("wandb")
 def test_wandb_has_each_step_once_under_one_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     path = twice(tmp_path, "WandbLoggerConfig(offline=True)", WANDB_CACHE_DIR=str(tmp_path))
@@ -332,6 +335,7 @@ def _is_number(item: Any) -> bool:
     return True
 
 
+@pytest.mark.extra("trackio")
 def test_trackio_has_each_step_once_in_one_run(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     twice(tmp_path, "TrackioLoggerConfig()", TRACKIO_DIR=str(tmp_path / "trackio"))
