@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +56,7 @@ def _fields(classes: Sequence[type]) -> Iterator[tuple[str, Any]]:
 
 def _walk(cls: type, prefix: str, members: Callable[[str], Sequence[type]]) -> Iterator[tuple[str, Any, type]]:
     """Dotted key, type, and the dataclass that it is a field of."""
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         inner = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
         if inner is None:
             yield f"{prefix}{name}", hint, cls
@@ -64,6 +65,9 @@ def _walk(cls: type, prefix: str, members: Callable[[str], Sequence[type]]) -> I
                 yield from _walk(member, f"{name}.", members)
         else:
             yield from _walk(typing.cast(type, inner), f"{prefix}{name}.", members)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
