@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WITH_EXTRAS := $(VENV)/.installed-extras
+EXTRAS := hf,gguf,llama-cpp,onnx,lm-eval,tensorboard,wandb,mlflow,trackio,schedule-free,gan,joblib,submitit,ray,optuna
 # One thread a process: the tests run in two processes, and tiny tensors gain nothing from more.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
@@ -16,6 +18,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmkit needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(WITH_EXTRAS): $(STAMP) constraints-extras.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --constraint constraints-extras.txt --editable '.[dev,$(EXTRAS)]' accelerate
 	@touch $@
 
 install: $(STAMP)  ## make .venv and install lmkit with the tested versions
@@ -38,7 +45,7 @@ unit: $(STAMP)  ## the fast tests
 smoke: $(STAMP)  ## the five commands through the installed lmkit
 	$(TEST_ENV) $(BIN)/python scripts/smoke.py
 
-test-all: lint types $(STAMP)  ## every test, the slow ones and those on the real corpora (LMKIT_DATA) included
+test-all: lint types $(WITH_EXTRAS)  ## every test: the slow ones, the extras (llama.cpp is compiled), the corpora (LMKIT_DATA)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 faults: $(STAMP)  ## every fault: kills, power cuts, damage, full disks, hostile input; a longer soak with LMKIT_SOAK_S=600
