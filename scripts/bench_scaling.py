@@ -96,7 +96,8 @@ def measured(processes: list[int], rounds: int, steps: int, model: str, threads:
     for number in processes:
         words = [str(Path(__file__).resolve()), "--collectives", str(num_parameters)]
         done = subprocess.run(torchrun(number, *words), capture_output=True, text=True, check=True)
-        times = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+        times, _ = json.JSONDecoder().raw_decode(line)  # another process may have written into its end
         best = max(speeds[number])
         ratio = best / max(speeds[processes[0]])
         table.append({"processes": number, "tokens_per_s": best, "ratio": ratio, "rounds": speeds[number], **times})
