@@ -107,6 +107,21 @@ def test_label_smoothing_is_that_of_cross_entropy_in_value_and_gradient(bias: bo
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_training_with_a_sampled_softmax_ends_with_the_exact_one_where_that_is_asked_for() -> None:
+    model = TransformerConfig(**SMALL).build(VOCAB, seed=0)
+    batch = Batch(text(), text(1), starts_text=True)
+    sampled = SampledSoftmaxConfig(num_frequent=3, num_sampled=3, exact_from=0.5)
+
+    def loss(softmax: SoftmaxConfig, progress: float) -> float:
+        torch.manual_seed(0)
+        task = NextToken(model, None, build_objective(softmax, COUNTS))  # type: ignore[arg-type]
+        return task.loss(model, batch, None, progress)[0].item()
+
+    exact = loss(SoftmaxConfig(), 0.0)
+    assert loss(sampled, 0.49) != pytest.approx(exact, rel=1e-3)
+    assert loss(sampled, 0.5) == exact
+
+
 def gradients(model: LanguageModel, softmax: SoftmaxConfig, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of one batch, dropout drawn from seed 0."""
     task = NextToken(model, None, build_objective(softmax, COUNTS))  # type: ignore[arg-type]
