@@ -28,6 +28,8 @@ from lmkit.store.runs import CHECKPOINTS, Run
 from lmkit.store.tensorfile import file_bytes, spec_of, write_tensors
 
 _DISK_RESERVE_BYTES = 1 << 20
+START_TRIES = 1000
+"""Milliseconds in which a thread whose start was interrupted runs, if it ever does."""
 
 
 class SavableTokenizer(Protocol):
@@ -129,7 +131,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait for the save in flight and raise what went wrong with it."""
         if self._thread is not None:
-            self._thread.join()
+            _join(self._thread)
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -339,3 +341,13 @@ def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *
     with CheckpointWriter(run, tokenizer, keep=keep, background=False) as writer:
         writer.submit(snapshot)
     return run.path / CHECKPOINTS / mf.step_directory(snapshot.step)
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread. If a signal has interrupted its start, it runs in a moment, or never will."""
+    for _ in range(START_TRIES):
+        try:
+            return thread.join()
+        except RuntimeError:  # not started, as far as it knows
+            time.sleep(0.001)
+    return None

@@ -299,3 +299,26 @@ def test_a_copied_checkpoint_is_valid_wherever_it_is(run: Run, tmp_path: Path) -
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(entry.read_bytes())
     assert load_checkpoint(copy, with_optimizer=True).step == 1
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_signal_in_the_start_of_a_save_neither_fails_nor_loses_it(
+    run: Run, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python raises KeyboardInterrupt in Thread.start, before or after the thread has been made."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if runs:
+            timer = threading.Timer(0.05, start, [thread])
+            start(timer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_writer, "START_TRIES", 1000 if runs else 10)
+    writer = CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.submit(snapshot(3))
+    writer.close()
+    assert [found.name for found in list_checkpoints(run.path)] == (["step-000000000003"] if runs else [])
