@@ -25,7 +25,10 @@ from lmkit.models.base import LanguageModel, Scores
 
 SAMPLE_SHARE = 0.004
 """Share of the scored tokens that are scored again."""
-MIN_SAMPLE, MAX_WINDOW = 64, 256
+MIN_SAMPLE, MAX_WINDOW, MAX_WINDOWS = 64, 256, 8
+"""The sample has at least so many tokens, where there are, and at most so many windows or pieces of at most this length:
+scored one by one, a short window takes several times its share of the time.
+"""
 ROWS = 8
 """One position in so many has its whole distribution looked at; as many are compared before a change of the future."""
 MIN_LINE = 8
@@ -72,18 +75,21 @@ def prove(
 
 
 def sample_windows(windows: Windows, unbounded: bool) -> Windows:
-    """At least two windows, where there are so many, spread over the text with about SAMPLE_SHARE of its tokens.
+    """Two to MAX_WINDOWS windows, where there are so many, spread over the text, for about SAMPLE_SHARE of its tokens.
 
-    Pieces of windows are taken, each from an empty state, where two whole ones would be more than that: of the long
-    windows of models without a context of their own, and of short texts.
+    All tokens of a window count, also those that are only context in the whole text. Pieces of windows are taken, each
+    from an empty state, where two whole ones would be more than that: of the long windows of models without a context
+    of their own, and of short texts.
     """
     windows = windows.take(windows.scored_W < windows.ends_W)
     wanted = sample_size(windows)
-    per_window = max(1, windows.num_scored // len(windows.begins_W))
+    per_window = max(1, int((windows.ends_W - windows.begins_W).mean()))
     if (unbounded and windows.longest > MAX_WINDOW) or 2 * per_window > wanted:
-        number = max(2, wanted // MAX_WINDOW)
+        number = min(MAX_WINDOWS, max(2, wanted // MAX_WINDOW))
         return _pieces(windows, number, min(MAX_WINDOW, wanted // number))
-    return windows.take(_spread(len(windows.begins_W), max(2, wanted // per_window)))
+    sample = windows.take(_spread(len(windows.begins_W), min(MAX_WINDOWS, max(2, wanted // per_window))))
+    scored_W = np.maximum(sample.begins_W, np.append(0, sample.ends_W[:-1]))
+    return Windows(sample.begins_W, scored_W, sample.ends_W, sample.prefix_W)
 
 
 def sample_size(windows: Windows) -> int:
