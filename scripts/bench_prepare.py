@@ -1,11 +1,12 @@
 """How fast ``prepare`` is, end to end, and how much memory it takes.
 
-    python scripts/bench_prepare.py [--text FILE] [--vocab-size N] [--gigabyte] [--repeat N]
+    python scripts/bench_prepare.py [--text FILE] [--copies N] [--vocab-size N] [--gigabyte] [--repeat N]
 
-Without --text it takes WikiText-2 from LMKIT_DATA, or pydocs repeated. Rates are MB of text (1e6 UTF-8 bytes) a second
+Without --text it takes WikiText-2 from LMKIT_DATA, or pydocs repeated; --copies makes it longer, since only long texts
+are encoded on all cores. Rates are MB of text (1e6 UTF-8 bytes) a second
 of wall time, the best of --repeat. ``sentencepiece alone`` encodes the same lines with the library itself and writes
 the ids, without counting, digests or checks. --gigabyte prepares a generated 1 GB text file in a process of its own
-and reports that process's peak resident memory.
+and reports the largest resident memory of that process, and that of its children that encode.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ memory = psutil.Process().memory_info()
 peak = getattr(memory, "peak_wset", None)
 if peak is None:
     import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(sum(split.num_tokens for split in data.splits.values()), peak)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak, child = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+else:
+    child = 0
+print(sum(split.num_tokens for split in data.splits.values()), peak, child)
 """
 
 
@@ -125,14 +129,20 @@ def bench_memory(folder: Path, kinds: list[str]) -> None:
     for kind in kinds:
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", CHILD, str(path), kind], stdout=subprocess.PIPE, check=True)
-        tokens, peak = map(int, done.stdout.split())
+        tokens, peak, child = map(int, done.stdout.split())
         seconds = time.perf_counter() - start
-        show(f"1 GB, {kind}", path.stat().st_size, seconds, f"peak {peak / 1e6:,.0f} MB, {tokens:,} tokens")
+        show(
+            f"1 GB, {kind}",
+            path.stat().st_size,
+            seconds,
+            f"peak {peak / 1e6:,.0f} MB, a child {child / 1e6:,.0f} MB, {tokens:,} tokens",
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="text file to measure on")
+    parser.add_argument("--text", type=Path, help="text file to measure on, as it is")
+    parser.add_argument("--copies", type=int, default=8, help="copies of that text, one after the other")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the sentencepiece model")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each measurement")
     parser.add_argument(
@@ -150,7 +160,7 @@ def main() -> None:
         path = options.text
         if path is None:
             path = Path(folder) / "sample.txt"
-            path.write_text(sample_text(), encoding="utf-8", newline="\n")
+            path.write_text(sample_text() * options.copies, encoding="utf-8", newline="\n")
         bench_rates(path, options.vocab_size, options.repeat)
 
 

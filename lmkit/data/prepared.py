@@ -27,6 +27,7 @@ from lmkit.data.corpus import Corpus, open_corpus
 from lmkit.data.survey import VERSION as TEXT_VERSION
 from lmkit.data.survey import Survey, Surveyor, digest_of, recall, remember
 from lmkit.data.tokenfiles import FORMAT, VERSION, PreparedData, Split, SplitWriter, open_prepared, write_index
+from lmkit.data.workers import count_words, encoded
 from lmkit.errors import DataError, ResourceError
 from lmkit.store import storage
 from lmkit.tokenizers import Tokenizer, train_tokenizer
@@ -145,7 +146,7 @@ class _Preparation:
 
             def train(lines: Callable[[], Iterator[str]]) -> None:
                 if self.config is not None:
-                    self.tokenizer = train_tokenizer(self.config, lines)
+                    self.tokenizer = train_tokenizer(self.config, lines, count_words)
 
             return Surveyor(self.corpus, progress).run(train)
 
@@ -157,7 +158,7 @@ class _Preparation:
     def _build(self, survey: Survey) -> PreparedData:
         if self.tokenizer is None:
             assert self.config is not None
-            self.tokenizer = train_tokenizer(self.config, lambda: self._train_text(survey))
+            self.tokenizer = train_tokenizer(self.config, lambda: self._train_text(survey), count_words)
         key = self._key(survey)
         temporary = self.folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
         temporary.mkdir()
@@ -177,8 +178,8 @@ class _Preparation:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(self.console.progress(survey.total_bytes, f"tokenizing {self.corpus.name}"))
             writers = {split: stack.enter_context(SplitWriter(folder, split, tokenizer)) for split in survey.counts}
-            for split, piece in self.corpus.read() if survey.pieces is None else survey.pieces:
-                done += writers[split].add(piece)
+            for split, piece, ids in encoded(tokenizer, self.corpus.read() if survey.pieces is None else survey.pieces):
+                done += writers[split].add(piece, ids)
                 if time.monotonic() - start_s > _QUIET_S:
                     bar.update(done, tokens=format_count(sum(writer.num_tokens for writer in writers.values())))
         entries = {}

@@ -102,11 +102,11 @@ class SplitWriter:
             finally:
                 file.close()
 
-    def add(self, piece: Piece) -> int:
-        """Encode and write a piece; returns its size in bytes."""
+    def add(self, piece: Piece, ids: NDArray[np.integer[Any]]) -> int:
+        """Write a piece, with the ids of its text; returns its size in bytes."""
         before = self.counter.counts.num_bytes
         self.counter.add(piece)
-        self._write_tokens(self._tokenizer.encode(piece.text))
+        self._write_tokens(ids)
         if piece.ends_document:
             self._write_tokens(np.asarray(self._tokenizer.encode_document_end(), np.int64))
             self._write("ends", np.array([self.num_tokens], _ENDS_TYPE))

@@ -26,8 +26,9 @@ from lmkit.models.base import LanguageModel, Scores
 SAMPLE_SHARE = 0.004
 """Share of the scored tokens that are scored again."""
 MIN_SAMPLE, MAX_WINDOW, MAX_WINDOWS = 64, 256, 8
-"""The sample has at least so many tokens, where there are, and at most so many windows or pieces of at most this length:
-scored one by one, a short window takes several times its share of the time.
+"""The sample has at least so many tokens, and at most so many windows, or pieces of windows, of at most this length.
+
+Scored one by one, a short window takes several times its share of the time.
 """
 ROWS = 8
 """One position in so many has its whole distribution looked at; as many are compared before a change of the future."""

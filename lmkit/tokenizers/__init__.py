@@ -34,7 +34,7 @@ from lmkit.tokenizers.base import (
     one_line,
     utf8,
 )
-from lmkit.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
+from lmkit.tokenizers.basic import ByteTokenizer, CharTokenizer, WordCounter, WordTokenizer
 from lmkit.tokenizers.hf import HfTokenizer
 from lmkit.tokenizers.probe import try_in_child
 from lmkit.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -59,11 +59,12 @@ KINDS: dict[str, type[Tokenizer]] = {
 """The name in a saved tokenizer -> its class."""
 
 
-def train_tokenizer(config: TokenizerConfig, lines: Lines) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, lines: Lines, count: WordCounter | None = None) -> Tokenizer:
     """Train, or for ``hf`` read, the tokenizer that ``config`` asks for.
 
     ``lines()`` starts a new pass over the text of the train split, in pieces that end at line ends. The result depends
-    on the text and the options only. Raises DataError if the text is empty or does not allow it.
+    on the text and the options only. ``count`` counts words, see ``WordTokenizer.train``. Raises DataError if the text
+    is empty or does not allow it.
     """
 
     def checked() -> Iterator[str]:
@@ -73,7 +74,7 @@ def train_tokenizer(config: TokenizerConfig, lines: Lines) -> Tokenizer:
 
     match config:
         case WordTokenizerConfig():
-            return WordTokenizer.train(checked, config.vocab_size)
+            return WordTokenizer.train(checked, config.vocab_size, count)
         case CharTokenizerConfig():
             return CharTokenizer.train(checked)
         case ByteTokenizerConfig():

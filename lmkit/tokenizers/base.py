@@ -48,6 +48,8 @@ class Tokenizer(ABC):
     """Name of the file that holds the content when it is the file of another library."""
     ends_lines: ClassVar[bool] = False
     """True: ``eos_id`` ends a line, and documents have no end token of their own."""
+    encodes_slowly: ClassVar[bool] = True
+    """Whether a long text is worth several processes."""
     vocab_size: int
     eos_id: int
     unk_id: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,16 @@ from lmkit.tokenizers.base import (
     Tokenizer,
     utf8,
 )
+
+WordCounter = Callable[[Iterable[str]], Counter[str]]
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word, between white space, is in the texts."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.split())
+    return counts
 
 
 class WordTokenizer(Tokenizer):
@@ -45,11 +55,12 @@ class WordTokenizer(Tokenizer):
             raise DataError("a word of the vocabulary is empty or holds white space")
 
     @classmethod
-    def train(cls, lines: Lines, vocab_size: int | None) -> WordTokenizer:
-        """The ``vocab_size`` - 2 most frequent words (None: all); equally frequent ones in code point order."""
-        counts: Counter[str] = Counter()
-        for text in lines():
-            counts.update(text.split())
+    def train(cls, lines: Lines, vocab_size: int | None, count: WordCounter | None = None) -> WordTokenizer:
+        """The ``vocab_size`` - 2 most frequent words (None: all); equally frequent ones in code point order.
+
+        ``count`` counts the words of texts; None: on one core.
+        """
+        counts = (count or count_words)(lines())
         if not counts:
             raise DataError("the train split has no words to make a vocabulary of")
         for special in (UNK, EOS):
@@ -114,6 +125,7 @@ class CharTokenizer(BytesTokenizer):
     """
 
     kind = "char"
+    encodes_slowly = False
     eos_id = 1
 
     def __init__(self, characters: str) -> None:
@@ -155,6 +167,7 @@ class ByteTokenizer(BytesTokenizer):
     """The bytes of UTF-8, ids 0 to 255; the end of a document is id 256. Round-trips every text."""
 
     kind = "byte"
+    encodes_slowly = False
     eos_id = 256
     vocab_size = 257
 

@@ -27,6 +27,8 @@ class SentencePieceTokenizer(BytesTokenizer):
     kind = "sentencepiece"
     side_file = "sentencepiece.model"
     _BATCH_CHARS = 1 << 22
+    num_threads = 2
+    """Threads that encode a batch of many lines."""
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
@@ -70,7 +72,7 @@ class SentencePieceTokenizer(BytesTokenizer):
 
     def _encode_lines(self, lines: list[str]) -> Ids:
         ids: list[int] = []
-        num_threads = 2 if len(lines) > 1000 else 1
+        num_threads = self.num_threads if len(lines) > 1000 else 1
         for line, line_ids in zip(lines, self._sp.encode(lines, num_threads=num_threads), strict=True):
             if BLANK in line:
                 parts = self._sp.encode(line.split(BLANK), num_threads=1)

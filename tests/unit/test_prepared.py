@@ -311,11 +311,11 @@ from lmkit.data.prepared import prepare
 from lmkit.data.tokenfiles import SplitWriter
 kill = len(sys.argv) > 2
 real = SplitWriter.add
-def add(self, piece):
+def add(self, piece, ids):
     print("encoding", flush=True)
     if kill:
         os._exit(9)
-    return real(self, piece)
+    return real(self, piece, ids)
 SplitWriter.add = add
 print(prepare(TextConfig(path=sys.argv[1]), WordTokenizerConfig()).key)
 """
