@@ -6,7 +6,7 @@ Without --text it takes WikiText-2 from LMKIT_DATA, or pydocs repeated; --copies
 are encoded on all cores. Rates are MB of text (1e6 UTF-8 bytes) a second
 of wall time, the best of --repeat. ``sentencepiece alone`` encodes the same lines with the library itself and writes
 the ids, without counting, digests or checks. --gigabyte prepares a generated 1 GB text file in a process of its own
-and reports the largest resident memory of that process, and that of its children that encode.
+and reports its largest resident memory, without and with the processes that encode for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from lmkit.config.data import (
     ByteTokenizerConfig,
@@ -41,16 +42,7 @@ from lmkit.config.data import TextConfig, WordTokenizerConfig, ByteTokenizerConf
 from lmkit.data.prepared import prepare
 tokenizer = {"word": WordTokenizerConfig, "byte": ByteTokenizerConfig, "sentencepiece": SentencePieceTokenizerConfig}
 data = prepare(TextConfig(path=sys.argv[1]), tokenizer[sys.argv[2]]())
-import psutil
-memory = psutil.Process().memory_info()
-peak = getattr(memory, "peak_wset", None)
-if peak is None:
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak, child = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-else:
-    child = 0
-print(sum(split.num_tokens for split in data.splits.values()), peak, child)
+print(sum(split.num_tokens for split in data.splits.values()))
 """
 
 
@@ -128,15 +120,27 @@ def bench_memory(folder: Path, kinds: list[str]) -> None:
             file.write("\n".join(paragraph) + "\n")
     for kind in kinds:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", CHILD, str(path), kind], stdout=subprocess.PIPE, check=True)
-        tokens, peak, child = map(int, done.stdout.split())
+        with subprocess.Popen([sys.executable, "-c", CHILD, str(path), kind], stdout=subprocess.PIPE) as process:
+            peak = peak_bytes(psutil.Process(process.pid))
+            assert process.stdout is not None
+            tokens = int(process.stdout.read())
         seconds = time.perf_counter() - start
-        show(
-            f"1 GB, {kind}",
-            path.stat().st_size,
-            seconds,
-            f"peak {peak / 1e6:,.0f} MB, a child {child / 1e6:,.0f} MB, {tokens:,} tokens",
-        )
+        note = f"peak {peak[0] / 1e6:,.0f} MB, with its children {peak[1] / 1e6:,.0f} MB, {tokens:,} tokens"
+        show(f"1 GB, {kind}", path.stat().st_size, seconds, note)
+
+
+def peak_bytes(process: psutil.Process) -> tuple[int, int]:
+    """Largest resident memory of a process until it ends, without and with its children; looks 10 times a second."""
+    alone = together = 0
+    while True:
+        try:
+            rss = [one.memory_info().rss for one in (process, *process.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            rss = [0]
+        alone, together = max(alone, rss[0]), max(together, sum(rss))
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return alone, together
+        time.sleep(0.1)
 
 
 def main() -> None:
