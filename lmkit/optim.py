@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from lmkit.config.optimization import (
     SgdConfig,
 )
 from lmkit.sharding import pieced, whole
+
+Kind = TypeVar("Kind", bound=Optimizer)
 
 HOST_SLOTS = ("step", "mu_product")
 """Numbers that torch's optimizers keep on the host."""
@@ -53,7 +56,7 @@ def build_optimizer(
     if isinstance(config, NadamConfig):
         betas = (config.beta1, config.beta2)
         return _finish(
-            torch.optim.NAdam(
+            _without_compiler(torch.optim.NAdam)(
                 groups,
                 lr=lr,
                 betas=betas,
@@ -67,18 +70,35 @@ def build_optimizer(
     if isinstance(config, AdamConfig):
         kind: type[torch.optim.Adam] = torch.optim.AdamW if isinstance(config, AdamwConfig) else torch.optim.Adam
         betas = (config.beta1, config.beta2)
-        return _finish(kind(groups, lr=lr, betas=betas, eps=config.eps, fused=fused or None))
+        return _finish(_without_compiler(kind)(groups, lr=lr, betas=betas, eps=config.eps, fused=fused or None))
     if isinstance(config, SgdConfig):
         return _finish(
-            torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None)
+            _without_compiler(torch.optim.SGD)(
+                groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
+            )
         )
     if isinstance(config, AdagradConfig):
-        return _finish(torch.optim.Adagrad(groups, lr=lr, eps=config.eps))
+        return _finish(_without_compiler(torch.optim.Adagrad)(groups, lr=lr, eps=config.eps))
     if isinstance(config, AdadeltaConfig):
-        return _finish(torch.optim.Adadelta(groups, lr=lr, rho=config.rho, eps=config.eps))
+        return _finish(_without_compiler(torch.optim.Adadelta)(groups, lr=lr, rho=config.rho, eps=config.eps))
     if isinstance(config, RmspropConfig):
-        return _finish(torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps))
+        return _finish(
+            _without_compiler(torch.optim.RMSprop)(
+                groups, lr=lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps
+            )
+        )
     raise TypeError(f"no optimizer for {type(config).__name__}")
+
+
+def _without_compiler(kind: type[Kind]) -> type[Kind]:
+    """The same optimizer, with methods that do not step out of a graph that is being compiled.
+
+    torch's own do, in every call, and import its compiler for it: a second before the first step. Here a step is never
+    part of a compiled graph.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def _gain_decay(config: OptimizerConfig) -> float:
@@ -108,7 +128,7 @@ def _build_muon(
         {"params": tables_and_head, "weight_decay": config.weight_decay, **adam},
         {"params": rest, "weight_decay": _gain_decay(config), **adam},
     ]
-    return Muon(_split(groups, factors), config)
+    return _without_compiler(Muon)(_split(groups, factors), config)
 
 
 def _build_schedule_free(config: ScheduleFreeConfig, groups: list[dict[str, Any]]) -> Optimizer:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +16,7 @@ from lmkit.config.optimization import (
     AdamConfig,
     AdamwConfig,
     MuonConfig,
+    NadamConfig,
     OptimizerConfig,
     RmspropConfig,
     SgdConfig,
@@ -25,6 +30,7 @@ ALL: list[OptimizerConfig] = [
     RmspropConfig(momentum=0.5),
     AdamConfig(),
     AdamwConfig(),
+    NadamConfig(),
     MuonConfig(),
 ]
 
@@ -66,6 +72,51 @@ def test_state_put_back_continues_bit_for_bit(config: OptimizerConfig) -> None:
     load_optimizer_tensors(resumed, other, saved)
     steps(other, resumed, x, 3)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+QUICK_START = """
+import json, sys, torch
+from torch import nn
+from lmkit.config import optimization
+from lmkit.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+found = {}
+for name in sys.argv[1:]:
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(getattr(optimization, name)(), model, fused=True)
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    load_optimizer_tensors(optimizer, model, optimizer_tensors(optimizer, model))
+    found[name] = "torch._dynamo" in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_no_optimizer_waits_for_the_compiler_to_be_imported() -> None:
+    names = [type(config).__name__ for config in ALL]
+    done = subprocess.run([sys.executable, "-c", QUICK_START, *names], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == dict.fromkeys(names, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "options"),
+    [
+        (AdamwConfig(lr=0.01), torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}),
+        (AdamConfig(lr=0.01), torch.optim.Adam, {"fused": True}),
+        (SgdConfig(lr=0.1, momentum=0.9), torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+        (AdagradConfig(lr=0.1), torch.optim.Adagrad, {}),
+    ],
+)
+def test_an_optimizer_does_what_torchs_own_does(
+    config: OptimizerConfig, kind: type[torch.optim.Optimizer], options: dict[str, object]
+) -> None:
+    config.weight_decay = 0.0
+    (ours, x), (theirs, _) = model_and_data(), model_and_data()
+    betas = {"betas": (config.beta1, config.beta2), "eps": config.eps} if isinstance(config, AdamConfig) else {}
+    steps(ours, build_optimizer(config, ours, fused=True), x, 5)
+    steps(theirs, kind(theirs.parameters(), lr=config.lr, **betas, **options), x, 5)  # type: ignore[arg-type, call-arg]
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
