@@ -95,7 +95,11 @@ def generate(
     limit = model.context if context is None else context
     model.eval()
     plain_cpu = device.torch_device.type == "cpu" and device.precision is Precision.fp32
-    step = token_step(model) if plain_cpu and max_new_tokens >= MIN_TOKENS else None
+    step = (
+        token_step(model, min(num_samples, MAX_BATCH), max_new_tokens)
+        if plain_cpu and max_new_tokens >= MIN_TOKENS
+        else None
+    )
     samples = []
     for first in range(0, num_samples, MAX_BATCH):
         numbers = range(first, min(first + MAX_BATCH, num_samples))

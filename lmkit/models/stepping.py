@@ -1,8 +1,8 @@
 """One more token of each text through a Transformer, in as few operations as it takes: for generation on CPUs.
 
 At one token a time most of Transformer.forward is the cost of calling, and products of few rows with (out, in) matrices
-read them slowly. Here every matrix is copied once as (in, out), biases and residual sums are part of the products, and
-queries and keys are rotated together. The result is that of Transformer.forward up to rounding.
+read them slowly. Here every matrix is copied once as (in, out), and queries and keys are rotated together. The result
+is that of Transformer.forward up to rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmkit import products
 from lmkit.config.model import Positions
 from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel
@@ -28,66 +29,88 @@ KNOWN_PARTS = {Block, Attention, FeedForward, nn.Linear, RMSNorm, nn.LayerNorm, 
 KNOWN_PARTS |= {nn.Sequential, nn.Identity}
 
 
-@dataclass(frozen=True)
 class Product:
-    """x W + b with W as (in, out)."""
+    """x W + b with W as (in, out), cut into P parts of its columns where that many threads are to read it."""
 
-    weight_IO: Tensor
-    bias_O: Tensor | None
-
-    @classmethod
-    def of(cls, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
-        return cls(weight_OI.detach().T.contiguous(), None if bias_O is None else bias_O.detach())
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, batch: int) -> None:
+        weight_IO = weight_OI.detach().T
+        self.bias_O = None if bias_O is None else bias_O.detach()
+        self.by_onednn = batch > 1 and products.by_onednn(weight_OI, products.MIN_ROWS)
+        num_out = len(weight_OI)
+        self.parts = 1 if self.by_onednn else math.gcd(torch.get_num_threads(), num_out)
+        """MKL reads a matrix with one thread where there are few rows, but several matrices at once with several."""
+        self.weight_PIO = weight_IO.reshape(len(weight_IO), self.parts, -1).transpose(0, 1).contiguous()
 
     def __call__(self, x_BI: Tensor) -> Tensor:
-        if self.bias_O is None:
-            return torch.mm(x_BI, self.weight_IO)
-        return torch.addmm(self.bias_O, x_BI, self.weight_IO)
+        if self.by_onednn:
+            return products.onednn(x_BI, self.weight_PIO[0].T, self.bias_O)
+        y_PBO = torch.bmm(x_BI.expand(self.parts, -1, -1), self.weight_PIO)
+        y_BO = y_PBO.transpose(0, 1).reshape(len(x_BI), -1)
+        return y_BO if self.bias_O is None else y_BO.add_(self.bias_O)
 
-    def add_to(self, sum_BO: Tensor, x_BI: Tensor) -> Tensor:
-        """sum + x W + b, in place of sum."""
-        sum_BO.addmm_(x_BI, self.weight_IO)
-        return sum_BO if self.bias_O is None else sum_BO.add_(self.bias_O)
+
+class Norm:
+    """The normalisation of a layer; RMSNorm in fewer operations than torch takes on a CPU."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+        if isinstance(norm, RMSNorm):
+            assert norm.eps is not None
+            self.width, self.weight_D = norm.normalized_shape[0], norm.weight.detach()
+            self.eps = torch.tensor(norm.eps)
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        if not isinstance(self.norm, RMSNorm):
+            y_BD: Tensor = self.norm(x_BD)
+            return y_BD
+        squares_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True).square_()
+        rate_B1 = torch.add(self.eps, squares_B1, alpha=1 / self.width).rsqrt_()
+        return (x_BD * rate_B1).mul_(self.weight_D)
 
 
 @dataclass(frozen=True)
 class Layer:
     """The parts of a block."""
 
-    attention_norm: nn.Module
+    attention_norm: Norm
     qkv: Product
     out: Product
-    feed_forward_norm: nn.Module
+    feed_forward_norm: Norm
     up: Product
     """gate and up in one if the block is gated."""
     down: Product
 
     @classmethod
-    def of(cls, block: Block) -> Layer:
+    def of(cls, block: Block, batch: int) -> Layer:
         attention, feed_forward = block.attention, block.feed_forward
         rise = feed_forward.gate_up if feed_forward.gated else feed_forward.up
         qkv, out, up, down = (
-            Product.of(linear.weight, linear.bias) for linear in (attention.qkv, attention.out, rise, feed_forward.down)
+            Product(linear.weight, linear.bias, batch)
+            for linear in (attention.qkv, attention.out, rise, feed_forward.down)
         )
-        return cls(block.attention_norm, qkv, out, block.feed_forward_norm, up, down)
+        return cls(Norm(block.attention_norm), qkv, out, Norm(block.feed_forward_norm), up, down)
 
 
-def token_step(model: LanguageModel) -> TokenStep | None:
-    """A TokenStep of the model; None if one of its parts is not known here (an adapter, another head)."""
+def token_step(model: LanguageModel, batch: int, num_tokens: int) -> TokenStep | None:
+    """A TokenStep for ``num_tokens`` tokens of each of ``batch`` texts; it works for other numbers, less fast.
+
+    None if a part of the model is not known here (an adapter, another head).
+    """
     if type(model) is not Transformer or type(model.head) is not SoftmaxHead or model.config.qk_norm:
         return None
     parts = {type(module) for block in model.blocks for module in block.modules()}
-    return TokenStep(model, model.head) if parts <= KNOWN_PARTS else None
+    return TokenStep(model, model.head, batch, num_tokens) if parts <= KNOWN_PARTS else None
 
 
 class TokenStep:
     """Logits of the next token of each text, from one token of each and the cache. Holds a copy of the matrices."""
 
-    def __init__(self, model: Transformer, head: SoftmaxHead) -> None:
+    def __init__(self, model: Transformer, head: SoftmaxHead, batch: int, num_tokens: int) -> None:
         """The model must not change while this is in use; see ``token_step`` for which can be given."""
-        self.model, self.config = model, model.config
-        self.layers = [Layer.of(block) for block in model.blocks]  # type: ignore[arg-type]
-        self.head = Product.of(head.weight, head.bias)
+        self.model, self.config, self.num_tokens = model, model.config, num_tokens
+        self.layers = [Layer.of(block, batch) for block in model.blocks]  # type: ignore[arg-type]
+        self.head = Product(head.weight, head.bias, batch)
+        self.final_norm = Norm(model.final_norm)
         self.num_heads = model.config.num_heads
         self.num_kv_heads = model.config.num_kv_heads or model.config.num_heads
         if model.config.positions is Positions.rotary:
@@ -97,22 +120,22 @@ class TokenStep:
     def __call__(self, tokens_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """(logits_BV, cache with one more token). The buffers of the given cache are written to."""
         position = cache.length
-        cache = cache.with_room(1, self.config.context)
+        if cache.keys_LBKSC.shape[3] == position:
+            cache = cache.with_room(min(self.num_tokens, self.config.context - position), self.config.context)
         x_BD = self._embed(tokens_B, position)
         for layer, keys_BKSC, values_BKSC in zip(
             self.layers, cache.keys_LBKSC.unbind(0), cache.values_LBKSC.unbind(0), strict=True
         ):
             if self.config.pre_norm:
                 seen_BD = self._attend(layer.qkv(layer.attention_norm(x_BD)), keys_BKSC, values_BKSC, position)
-                x_BD = layer.out.add_to(x_BD, seen_BD)
-                x_BD = layer.down.add_to(x_BD, self._activate(layer.up(layer.feed_forward_norm(x_BD))))
+                x_BD += layer.out(seen_BD)
+                x_BD += layer.down(self._activate(layer.up(layer.feed_forward_norm(x_BD))))
             else:
                 seen_BD = self._attend(layer.qkv(x_BD), keys_BKSC, values_BKSC, position)
-                x_BD = layer.attention_norm(layer.out.add_to(x_BD, seen_BD))
-                x_BD = layer.down.add_to(x_BD, self._activate(layer.up(x_BD)))
-                x_BD = layer.feed_forward_norm(x_BD)
+                x_BD = layer.attention_norm(x_BD + layer.out(seen_BD))
+                x_BD = layer.feed_forward_norm(x_BD + layer.down(self._activate(layer.up(x_BD))))
         if self.config.pre_norm:
-            x_BD = self.model.final_norm(x_BD)
+            x_BD = self.final_norm(x_BD)
         return self.head(x_BD).float(), KVCache(cache.keys_LBKSC, cache.values_LBKSC, position + 1)
 
     def _embed(self, tokens_B: Tensor, position: int) -> Tensor:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lmkit import products
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.models.base import LanguageModel, State, seeded_generator
 from lmkit.models.dropout import DropPath, LockedDropout, embed_with_dropout
@@ -246,8 +247,7 @@ class Attention(nn.Module):
             is_causal=mask_TS is None and start == 0,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        y_BTD: Tensor = self.out(y_BHTC.transpose(1, 2).flatten(2))
-        return y_BTD
+        return products.apply(self.out, y_BHTC.transpose(1, 2).flatten(2))
 
     def _project(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, *, trains: bool
@@ -260,8 +260,8 @@ class Attention(nn.Module):
                 x_BTD, self.qkv.weight, self.qkv.bias, turns_TP, self.num_heads, self.num_kv_heads
             )
             return heads
-        heads_BTC = self.qkv(x_BTD).view(*x_BTD.shape[:-1], -1, self.channels).transpose(1, 2)
-        q_BHTC, k_BKTC, v_BKTC = heads_BTC.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        heads_BTC = products.apply(self.qkv, x_BTD).view(*x_BTD.shape[:-1], -1, self.channels).transpose(1, 2)
+        q_BHTC, k_BKTC, v_BKTC = torch.split(heads_BTC, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.qk_norm:
             q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
         if rotary is not None:
@@ -287,15 +287,14 @@ class FeedForward(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         swiglu = self.gated and self.activation is Activation.silu
         if swiglu and type(self.down) is nn.Linear and trains_on_cpu(x_BTD):
-            gated_BTD: Tensor = _SwigluDown.apply(self.gate_up(x_BTD), self.down.weight, self.down.bias)  # type: ignore[no-untyped-call]
+            gated_BTD: Tensor = _SwigluDown.apply(products.apply(self.gate_up, x_BTD), self.down.weight, self.down.bias)  # type: ignore[no-untyped-call]
             return gated_BTD
         if self.gated:
-            gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+            gate_BTF, up_BTF = products.apply(self.gate_up, x_BTD).chunk(2, dim=-1)
             inner_BTF = activate(self.activation, gate_BTF) * up_BTF
         else:
-            inner_BTF = activate(self.activation, self.up(x_BTD))
-        y_BTD: Tensor = self.down(inner_BTF)
-        return y_BTD
+            inner_BTF = activate(self.activation, products.apply(self.up, x_BTD))
+        return products.apply(self.down, inner_BTF)
 
 
 def segment_layout(segments_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,7 +418,7 @@ class _SwigluDown(torch.autograd.Function):
     def forward(ctx: Any, gate_up_BTF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_BTF, weight_DF)
         gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
-        return F.linear(F.silu(gate_BTF).mul_(up_BTF), weight_DF, bias_D)
+        return products.linear(F.silu(gate_BTF).mul_(up_BTF), weight_DF, bias_D)
 
     @staticmethod
     @once_differentiable
@@ -429,14 +428,13 @@ class _SwigluDown(torch.autograd.Function):
         active_BTF = F.silu(gate_BTF)
         d_gate_up_BTF = d_weight_DF = d_bias_D = None
         if ctx.needs_input_grad[0]:
-            d_inner_BTF = dy_BTD @ weight_DF
+            d_inner_BTF = products.times(dy_BTD, weight_DF)
             d_gate_up_BTF = torch.empty_like(gate_up_BTF)
             d_gate_BTF, d_up_BTF = d_gate_up_BTF.chunk(2, dim=-1)
             torch.mul(d_inner_BTF, active_BTF, out=d_up_BTF)
             torch.ops.aten.silu_backward.grad_input(d_inner_BTF.mul_(up_BTF), gate_BTF, grad_input=d_gate_BTF)
         if ctx.needs_input_grad[1]:
-            inner_NF = active_BTF.mul_(up_BTF).flatten(0, -2)
-            d_weight_DF = dy_BTD.flatten(0, -2).T @ inner_NF
+            d_weight_DF = products.outer(dy_BTD, active_BTF.mul_(up_BTF))
         if ctx.needs_input_grad[2]:
             d_bias_D = dy_BTD.flatten(0, -2).sum(0)
         return d_gate_up_BTF, d_weight_DF, d_bias_D
@@ -464,7 +462,7 @@ class _RotaryProjection(torch.autograd.Function):
         rotated = 2 * turns_TP.shape[1]
         weight_MD = reordered(weight_MD, rotated, (-1, 2, channels // 2))
         bias_M = None if bias_M is None else reordered(bias_M, rotated, (-1, 2, channels // 2))
-        rows_BTM = F.linear(x_BTD, weight_MD, bias_M)
+        rows_BTM = products.linear(x_BTD, weight_MD, bias_M)
         as_complex(rows_BTM[..., :rotated]).mul_(turns_TP)
         ctx.save_for_backward(x_BTD, weight_MD, turns_TP)
         ctx.channels = channels
@@ -489,9 +487,9 @@ class _RotaryProjection(torch.autograd.Function):
         d_rows_BTM[..., start:] = dv_BKTC.transpose(1, 2).flatten(2)
         dx_BTD = d_weight_MD = d_bias_M = None
         if ctx.needs_input_grad[0]:
-            dx_BTD = d_rows_BTM @ weight_MD
+            dx_BTD = products.times(d_rows_BTM, weight_MD)
         if ctx.needs_input_grad[1]:
-            d_weight_MD = reordered(d_rows_BTM.flatten(0, -2).T @ x_BTD.flatten(0, -2), rotated, pair)
+            d_weight_MD = reordered(products.outer(d_rows_BTM, x_BTD), rotated, pair)
         if ctx.needs_input_grad[2]:
             d_bias_M = reordered(d_rows_BTM.flatten(0, -2).sum(0), rotated, pair)
         return dx_BTD, d_weight_MD, d_bias_M, None, None, None

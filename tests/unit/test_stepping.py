@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmkit import products
 from lmkit.config.commands import SamplingConfig
 from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
 from lmkit.models.stepping import token_step
@@ -52,12 +53,18 @@ def build(kind: str) -> Transformer:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("threads", "onednn"), [(1, False), (2, False), (2, True)])
 @torch.no_grad()
-def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(kind: str, batch: int) -> None:
+def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(
+    kind: str, batch: int, threads: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices cut for two threads or not, multiplied by either library."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: onednn)
     model = build(kind)
     tokens_BT = torch.randint(VOCAB, (batch, 12), generator=torch.Generator().manual_seed(3))
     expected = model.head.logits(model(tokens_BT)[0].flatten(0, 1)).view(batch, 12, VOCAB)
-    step = token_step(model)
+    step = token_step(model, batch, 6)
     assert step is not None
     _, cache = model(tokens_BT[:, :4], use_state=True)
     for t in range(4, 10):
@@ -70,7 +77,7 @@ def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(kind: str, bat
 def test_a_step_does_not_change_the_embedding() -> None:
     model = build("vanilla")
     before = model.embedding.weight.detach().clone()
-    step = token_step(model)
+    step = token_step(model, 2, 9)
     assert step is not None
     with torch.no_grad():
         _, cache = model(torch.tensor([[1, 2]]), use_state=True)
@@ -84,12 +91,12 @@ def test_a_model_with_a_part_that_is_not_known_has_no_step() -> None:
             super().__init__()
             self.inner = inner
 
-    assert token_step(RecurrentConfig(d_embed=4, d_hidden=4).build(VOCAB, seed=1)) is None
+    assert token_step(RecurrentConfig(d_embed=4, d_hidden=4).build(VOCAB, seed=1), 2, 9) is None
     normed = TransformerConfig(**SMALL, qk_norm=True).build(VOCAB, seed=1)
-    assert token_step(normed) is None
+    assert token_step(normed, 2, 9) is None
     model = build("llama")
     model.blocks[1].attention.qkv = Wrapped(model.blocks[1].attention.qkv)  # type: ignore[union-attr]
-    assert token_step(model) is None
+    assert token_step(model, 2, 9) is None
 
 
 def test_greedy_takes_the_smallest_id_of_equally_probable_tokens_in_large_vocabularies_too() -> None:

@@ -1,0 +1,117 @@
+"""Products of fp32 matrices on a CPU, by the faster of the two libraries that torch is built with.
+
+torch multiplies with MKL, which uses AVX-512 on the CPUs of Intel only. oneDNN uses it on all that have it, there at
+more than twice the rate; elsewhere the two are equally fast, and MKL has less to do before it begins. On GPUs, in half
+precision and in compiled or traced code these are torch's own. Shape letters: N positions, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MIN_ROWS = 32
+"""With fewer, what oneDNN does before it begins takes longer than the product."""
+MAX_SHAPES = 128
+"""Shapes of products that oneDNN keeps ready, 1 to 2 MB each; by itself it keeps 1,024."""
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether this CPU has AVX-512 and is not Intel's."""
+    if not torch._C._has_mkldnn or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if "intel" in str(torch.cpu.get_capabilities().get("cpu_name", "intel")).lower():
+        return False
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MAX_SHAPES))
+    return True
+
+
+def by_onednn(x: Tensor, num_rows: int) -> bool:
+    """Whether products of ``num_rows`` rows like ``x`` go to oneDNN."""
+    return (
+        num_rows >= MIN_ROWS
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and prefers_onednn()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., I) -> (..., O), differentiable. MKL writes a result that is not differentiated to ``out``."""
+    if not by_onednn(x, x.numel() // max(1, x.shape[-1])):
+        if out is None:
+            return F.linear(x, weight_OI, bias_O)
+        return torch.mm(x, weight_OI.T, out=out) if bias_O is None else torch.addmm(bias_O, x, weight_OI.T, out=out)
+    if torch.is_grad_enabled():
+        y: Tensor = _Linear.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+        return y
+    return onednn(x, weight_OI, bias_O)
+
+
+def apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, by way of ``linear`` if it is a plain nn.Linear."""
+    if type(layer) is nn.Linear:
+        return linear(x, layer.weight, layer.bias)
+    y: Tensor = layer(x)
+    return y
+
+
+def times(dy: Tensor, weight_OI: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dy W: (..., O) -> (..., I), to ``out`` if it is given; not differentiable."""
+    if not by_onednn(dy, dy.numel() // max(1, dy.shape[-1])):
+        return torch.matmul(dy, weight_OI, out=out)
+    dx = onednn(dy, weight_OI.T, None)
+    return dx if out is None else out.copy_(dx)
+
+
+def outer(dy: Tensor, x: Tensor) -> Tensor:
+    """The sum over all positions of dy x^T: (..., O), (..., I) -> (O, I), not differentiable."""
+    dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
+    if not by_onednn(dy_NO, len(dy_NO)):
+        return dy_NO.T @ x_NI
+    # oneDNN reads the first factor row by row, so that its transposed copy is made: the smaller of the two
+    if dy_NO.shape[1] <= x_NI.shape[1]:
+        return onednn(dy_NO.T, x_NI.T, None)
+    return onednn(x_NI.T, dy_NO.T, None).T
+
+
+def add_outer(total_OI: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total_OI`` (of ``dtype``; None: zeros) plus outer(dy, x), in place."""
+    if total_OI is None:
+        return outer(dy, x).to(dtype)
+    if by_onednn(dy, len(dy)) or dy.dtype != dtype:
+        return total_OI.add_(outer(dy, x).to(dtype))
+    return total_OI.addmm_(dy.T, x)
+
+
+def onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return onednn(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            times(dy, weight_OI) if needs_x else None,
+            outer(dy, x) if needs_weight else None,
+            dy.flatten(0, -2).sum(0) if needs_bias else None,
+        )

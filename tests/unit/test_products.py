@@ -1,0 +1,127 @@
+"""Both libraries give the product, and its gradients, whatever the shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmkit import heads, products
+from lmkit.heads import Candidates, SoftmaxHead
+from lmkit.models.base import IGNORE
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """oneDNN multiplies on every CPU, also where MKL is preferred."""
+    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
+    return bool(request.param)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 40), (2, 3, 16), (5,), (1, 1), (0,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_and_its_gradients_are_those_of_torch_in_double_precision(shape: tuple[int, ...], bias: bool) -> None:
+    inputs = [drawn(*shape, 24), drawn(40, 24), *([drawn(40)] if bias else [])]
+    ours = [t.clone().requires_grad_() for t in inputs]
+    exact = [t.double().requires_grad_() for t in inputs]
+    y, expected = products.linear(*ours), F.linear(*exact)
+    close(y, expected)
+    weights = drawn(*shape, 40)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        close(a.grad, b.grad)
+
+
+def test_transposed_and_sliced_operands_are_read_as_they_are() -> None:
+    x, w = drawn(48, 100).T[:, 4:28], drawn(24, 40).T
+    close(products.linear(x, w), x.double() @ w.double().T)
+    close(products.times(x, w.T), x.double() @ w.double().T)
+    for a, b in ((x, drawn(100, 40)), (drawn(100, 40), x)):
+        close(products.outer(a, b), a.double().T @ b.double())
+
+
+def test_results_are_written_or_added_where_they_are_asked_to_be() -> None:
+    dy, x, w = drawn(64, 40), drawn(64, 24), drawn(40, 24)
+    out = torch.full((70, 24), 7.0)
+    products.times(dy, w, out=out[:64])
+    close(out[:64], dy.double() @ w.double())
+    assert (out[64:] == 7.0).all()
+    total = products.add_outer(None, dy, x, torch.float32)
+    total = products.add_outer(total, dy, x, torch.float32)
+    close(total, 2 * (dy.double().T @ x.double()))
+
+
+def test_only_float32_in_eager_mode_on_a_cpu_goes_to_onednn(library: bool) -> None:
+    x = drawn(64, 8)
+    assert products.by_onednn(x, 64) == library
+    assert not products.by_onednn(x, products.MIN_ROWS - 1)
+    assert not products.by_onednn(x.double(), 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not products.by_onednn(x, 64)
+
+
+def test_a_frozen_input_costs_no_product() -> None:
+    x, layer = drawn(64, 24), nn.Linear(24, 40)
+    layer.weight.requires_grad_(False)
+    products.apply(layer, x).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+    close(layer.bias.grad, torch.full((40,), 64.0))
+
+
+def test_other_layers_are_called_as_they_are() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(24, 40), drawn(64, 24)
+    close(products.apply(layer, x), 2 * F.linear(x, layer.weight, layer.bias))
+
+
+def test_the_loss_of_the_head_and_its_gradients_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "rows_per_chunk", lambda *_: 48)
+    head = SoftmaxHead(nn.Parameter(drawn(300, 24)), bias=True)
+    hidden = drawn(100, 24).requires_grad_()
+    targets = torch.arange(100) * 3
+    targets[7] = IGNORE
+    loss = head.loss(hidden, targets)
+    loss.backward()
+    assert head.bias is not None
+    exact = [t.detach().double().requires_grad_() for t in (hidden, head.weight, head.bias)]
+    expected = F.cross_entropy(F.linear(*exact), targets, ignore_index=IGNORE, reduction="sum")
+    expected.backward()
+    close(loss, expected)
+    for a, b in zip((hidden, head.weight, head.bias), exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        close(a.grad, b.grad)
+
+
+def test_a_sampled_loss_does_not_depend_on_the_rounding_of_its_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for multiple in (1, heads.CANDIDATES_MULTIPLE):
+        monkeypatch.setattr(heads, "CANDIDATES_MULTIPLE", multiple)
+        head = SoftmaxHead(nn.Parameter(drawn(300, 24)), bias=True)
+        hidden = drawn(100, 24).requires_grad_()
+        candidates = Candidates(torch.arange(0, 300, 3), drawn(100).abs())
+        loss = head.sampled_loss(hidden, candidates, torch.arange(100))
+        loss.backward()
+        assert head.bias is not None
+        found.append([loss.detach(), hidden.grad, head.weight.grad, head.bias.grad])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.isfinite(b).all()
+        close(a, b)
