@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lmkit"
 
 LAYERS = [
-    {"errors", "rng", "config"},
+    {"errors", "rng", "config", "products"},
     {
         *("models", "heads", "objectives", "initialise", "lora", "tuning", "optim", "schedules", "averaging"),
         *("sampling", "sharding"),

@@ -353,7 +353,7 @@ def test_a_run_and_its_adapter_on_the_base_give_the_same_numbers_and_text(
             GenerateConfig(
                 run=ExistingRunConfig(path=str(run)),
                 adapter=given,
-                max_new_tokens=12,
+                max_new_tokens=10,  # with the prompt 16, the context of the run; that of its base is longer
                 sampling=SamplingConfig(temperature=0.0),
                 device=CPU,
             ),
