@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
             kind = DeviceType.cuda
         elif torch.backends.mps.is_available():
             kind = DeviceType.mps
+    # oneDNN keeps what it has prepared for each shape of a product, 1 to 2 MB, and by itself for 1,024 of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if config.threads is not None or kind is DeviceType.cpu:
         torch.set_num_threads(config.threads or max(1, available_cores() // world.local_size))
     if kind is DeviceType.cuda:

@@ -64,7 +64,7 @@ class SoftmaxHead(Head):
         bias_C = candidates.log_weight_C
         if self.bias is not None:
             bias_C = self.bias.index_select(0, candidates.ids_C) + bias_C
-        # Rounded up by words of probability 0: each new shape of a product costs oneDNN 10 ms and 4 MB.
+        # Rounded up by words of probability 0: each new shape of a product takes oneDNN 5 to 10 ms to prepare.
         spare = -len(weight_CD) % CANDIDATES_MULTIPLE
         weight_CD = nn.functional.pad(weight_CD, (0, 0, 0, spare))
         bias_C = nn.functional.pad(bias_C, (0, spare), value=-math.inf)

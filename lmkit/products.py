@@ -8,7 +8,6 @@ precision and in compiled or traced code these are torch's own. Shape letters: N
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 MIN_ROWS = 32
 """With fewer, what oneDNN does before it begins takes longer than the product."""
-MAX_SHAPES = 128
-"""Shapes of products that oneDNN keeps ready, 1 to 2 MB each; by itself it keeps 1,024."""
+MIN_ROWS_TO_ADD = 256
+"""With fewer, a product that MKL adds in place takes less time than one that oneDNN makes beside it."""
 
 
 @functools.cache
@@ -27,22 +26,20 @@ def prefers_onednn() -> bool:
     """Whether this CPU has AVX-512 and is not Intel's."""
     if not torch._C._has_mkldnn or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    if "intel" in str(torch.cpu.get_capabilities().get("cpu_name", "intel")).lower():
-        return False
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MAX_SHAPES))
-    return True
+    about_cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
+    return "intel" not in str(about_cpu.get("cpu_name", "intel")).lower()
 
 
 def by_onednn(x: Tensor, num_rows: int) -> bool:
     """Whether products of ``num_rows`` rows like ``x`` go to oneDNN."""
     return (
-        num_rows >= MIN_ROWS
+        not torch.compiler.is_compiling()  # first, for what follows cannot be compiled
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and x.device.type == "cpu"
         and x.dtype == torch.float32
+        and num_rows >= MIN_ROWS
         and prefers_onednn()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
@@ -59,8 +56,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, out: T
 
 
 def apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by way of ``linear`` if it is a plain nn.Linear."""
-    if type(layer) is nn.Linear:
+    """``layer(x)``, by way of ``linear`` if it is a plain nn.Linear without hooks."""
+    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
         return linear(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
@@ -89,7 +86,7 @@ def add_outer(total_OI: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype
     """``total_OI`` (of ``dtype``; None: zeros) plus outer(dy, x), in place."""
     if total_OI is None:
         return outer(dy, x).to(dtype)
-    if by_onednn(dy, len(dy)) or dy.dtype != dtype:
+    if (len(dy) >= MIN_ROWS_TO_ADD and by_onednn(dy, len(dy))) or dy.dtype != dtype:
         return total_OI.add_(outer(dy, x).to(dtype))
     return total_OI.addmm_(dy.T, x)
 

@@ -17,6 +17,7 @@ from lmkit.config.optimization import (
     LinearConfig,
     PlateauConfig,
     ScheduleConfig,
+    StepDecayConfig,
     WsdConfig,
 )
 
@@ -38,6 +39,8 @@ def lr_factor(config: ScheduleConfig, step: int, progress: float, valid_losses: 
             return math.sqrt(max(config.warmup_steps, 1) / max(step + 1, config.warmup_steps, 1))
         start = max(config.warmup_ratio, 1e-3)
         return math.sqrt(start / max(progress, start))
+    if isinstance(config, StepDecayConfig):
+        return config.factor ** _num_falls(config, progress)
     if isinstance(config, WsdConfig):
         left = min(1.0, (1.0 - progress) / config.decay_ratio)
         return config.final_ratio + (1.0 - config.final_ratio) * max(0.0, left)
@@ -57,6 +60,12 @@ def _warmup(config: ScheduleConfig, step: int, progress: float) -> float:
     if progress >= config.warmup_ratio:
         return 1.0
     return max(progress / config.warmup_ratio, 0.01)
+
+
+def _num_falls(config: StepDecayConfig, progress: float) -> int:
+    """How often the rate has fallen; the first fall is where the constant part ends."""
+    share = (progress - config.hold_ratio) / (1.0 - config.hold_ratio)
+    return 0 if share < 0.0 else min(config.num_falls, 1 + int(share * config.num_falls + 1e-9))
 
 
 def num_plateaus(valid_losses: Sequence[float], patience: int) -> int:

@@ -76,6 +76,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "cosine": optimization.CosineConfig,
         "linear": optimization.LinearConfig,
         "wsd": optimization.WsdConfig,
+        "step_decay": optimization.StepDecayConfig,
         "inverse_sqrt": optimization.InverseSqrtConfig,
         "plateau": optimization.PlateauConfig,
     },

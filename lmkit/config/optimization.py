@@ -263,6 +263,23 @@ class WsdConfig(_DecayingConfig):
 
 
 @dataclass(kw_only=True)
+class StepDecayConfig(ScheduleConfig):
+    """Constant, then multiplied by ``factor`` at ``num_falls`` moments, equally spaced (Zaremba et al. 2014)."""
+
+    hold_ratio: float = 0.5
+    """Share of the run before the first fall (0 <= r < 1)."""
+    factor: float = 0.5
+    """Multiplier of each fall (0 < f < 1)."""
+    num_falls: int = 5
+    """How often the rate falls (>= 1)."""
+
+    def _check(self, check: Problems) -> None:
+        check(0 <= self.hold_ratio < 1, "schedule.hold_ratio", self.hold_ratio, "must be at least 0 and below 1")
+        check(0 < self.factor < 1, "schedule.factor", self.factor, "must be between 0 and 1")
+        check(self.num_falls >= 1, "schedule.num_falls", self.num_falls, "must be >= 1")
+
+
+@dataclass(kw_only=True)
 class InverseSqrtConfig(ScheduleConfig):
     """Falls with the inverse square root of the step after warm-up (Vaswani et al. 2017, section 5.3)."""
 

@@ -14,7 +14,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +22,11 @@ from typing import IO, TypeVar
 
 import numpy as np
 
+import lmkit
 from lmkit.data.cleaning import Piece
 from lmkit.errors import DataError, ResourceError
-from lmkit.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from lmkit.tokenizers.base import Ids
+from lmkit.tokenizers import KINDS, SentencePieceTokenizer, Tokenizer
+from lmkit.tokenizers.base import Ids, one_line
 
 HERE_CHARS = 8 << 20
 MAX_CHILDREN = 8
@@ -34,6 +34,8 @@ MAX_CHILDREN = 8
 _GROUP_CHARS, _GROUP_TEXTS = 1 << 20, 4096
 _SIZE = np.dtype("<u8")
 _IDS = np.dtype("<i4")
+_COUNT = "count"
+"""Task of a child that counts words, beside the kinds of tokenizers."""
 _FAILED = 1 << 40
 """In place of the number of answers: one follows, which is an error."""
 
@@ -55,13 +57,11 @@ def encoded(tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[tuple[str, 
         yield split, piece, tokenizer.encode(piece.text)
     if (rest := next(items, None)) is None:
         return
-    with tempfile.TemporaryDirectory(prefix="lmkit-tokenizer-") as folder:
-        tokenizer.save(Path(folder))
-        with _Children("encode", folder) as children:
-            groups = _groups(items, rest, lambda item: len(item[1].text))
-            for group, answers in children.ordered(groups, lambda item: item[1].text):
-                for (split, piece), answer in zip(group, answers, strict=True):
-                    yield split, piece, np.frombuffer(answer, _IDS).astype(np.int64)
+    with _Children(tokenizer.kind, tokenizer.content()) as children:
+        groups = _groups(items, rest, lambda item: len(item[1].text))
+        for group, answers in children.ordered(groups, lambda item: item[1].text):
+            for (split, piece), answer in zip(group, answers, strict=True):
+                yield split, piece, np.frombuffer(answer, _IDS).astype(np.int64)
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
@@ -72,7 +72,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
         counts.update(text.split())
     if (rest := next(texts, None)) is None:
         return counts
-    with _Children("count") as children:
+    with _Children(_COUNT) as children:
         for _ in children.ordered(_groups(texts, rest, len), str):
             pass
         for words, numbers in children.finish():
@@ -105,9 +105,11 @@ def _groups(items: Iterator[T], first: T, size: Callable[[T], int]) -> Iterator[
 class _Children:
     """As many child processes as there are cores, all with the same task."""
 
-    def __init__(self, *task: str) -> None:
+    def __init__(self, task: str, content: bytes = b"") -> None:
+        """task: the kind of the tokenizer, and its content; or _COUNT."""
         self._number = min(usable_cores(), MAX_CHILDREN)
-        self._command = [sys.executable, "-P", "-c", f"from {__name__} import child; child()", *task]
+        self._command = [sys.executable, "-P", "-c", f"from {__name__} import child; child()", task]
+        self._content = content
         self._processes: list[subprocess.Popen[bytes]] = []
         self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
@@ -116,6 +118,8 @@ class _Children:
             for _ in range(self._number):
                 self._processes.append(stack.enter_context(_running(self._command)))
                 self._free.put(self._processes[-1])
+            for process in self._processes:
+                _exchange(process, 0, [self._content])
             self._threads = stack.enter_context(ThreadPoolExecutor(self._number, thread_name_prefix="encode"))
             stack.callback(self._kill)
             self._stack = stack.pop_all()
@@ -145,22 +149,29 @@ class _Children:
     def finish(self) -> Iterator[tuple[bytes, bytes]]:
         """What each child answers at the end. Nothing else may be under way."""
         for process in self._processes:
-            first, second = _ask(process, [])
-            yield bytes(first), bytes(second)
+            words, numbers = _exchange(process, 0, [])
+            yield bytes(words), bytes(numbers)
 
     def _ask(self, texts: list[str]) -> list[memoryview]:
         process = self._free.get()
         try:
-            return _ask(process, texts)
+            return _exchange(process, len(texts), [text.encode("utf-8", "surrogatepass") for text in texts])
         finally:
             self._free.put(process)
 
 
 @contextlib.contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    # where this process found lmkit, a child finds it, too
+    paths = [str(Path(lmkit.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pipesize=1 << 20
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # signals of the terminal are for the process that asks
         )
     except OSError as error:
         raise ResourceError(
@@ -177,21 +188,20 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def _ask(process: subprocess.Popen[bytes], texts: list[str]) -> list[memoryview]:
-    """The answers of a child to some texts. Raises the DataError that it met, or ResourceError if it has died."""
+def _exchange(process: subprocess.Popen[bytes], number: int, parts: list[bytes]) -> list[memoryview]:
+    """What a child answers to a message. Raises the DataError that it met, or ResourceError if it has died."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        _send(process.stdin, len(texts), [text.encode("utf-8", "surrogatepass") for text in texts])
+        _send(process.stdin, number, parts)
         number, answers = _receive(process.stdout)
     except (OSError, EOFError):
         code = process.wait()
-        raise ResourceError(
-            f"a process that encodes the text died (exit code {code})", "look for another that takes the memory"
-        ) from None
+        remedy = "memory may have run out: end other processes" if code < 0 else "run it again"
+        raise ResourceError(f"a process that encodes the text died (exit code {code})", remedy) from None
     if number == _FAILED:
-        error = json.loads(bytes(answers[0]))
-        raise DataError(error["problem"], error["remedy"])
+        problem, remedy = json.loads(bytes(answers[0]))
+        raise DataError(problem, remedy)
     return answers
 
 
@@ -220,27 +230,45 @@ def _read(stream: IO[bytes], size: int) -> memoryview:
 
 def child() -> None:
     """What runs in a child: answers the messages of its standard input until that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the process that asks decides
-    task, *folder = sys.argv[1:]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # the process that asks decides what they mean
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    counts: Counter[str] = Counter()
-    tokenizer = load_tokenizer(Path(folder[0]), verified=True) if task == "encode" else None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.num_threads = 1
+    answer: _Answer | None = None
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             number, parts = _receive(source)
-            texts = [bytes(part).decode("utf-8", "surrogatepass") for part in parts]
+            answers: list[bytes] = []
             try:
-                if tokenizer is not None:
-                    _send(target, number, [tokenizer.encode(text).astype(_IDS).tobytes() for text in texts])
-                elif texts:
-                    for text in texts:
-                        counts.update(text.split())
-                    _send(target, number, [])
+                if answer is None:
+                    answer = _answering(sys.argv[1], bytes(parts[0]))
                 else:
-                    words = "\n".join(counts).encode("utf-8", "surrogatepass")
-                    _send(target, number, [words, np.array(list(counts.values()), _SIZE).tobytes()])
+                    answers = answer([bytes(part).decode("utf-8", "surrogatepass") for part in parts])
             except DataError as error:
-                told = {"problem": error.problem, "remedy": error.remedy}
-                _send(target, _FAILED, [json.dumps(told).encode()])
+                number, answers = _FAILED, [json.dumps([error.problem, error.remedy]).encode()]
+            except Exception as error:
+                number, answers = _FAILED, [json.dumps([f"a text cannot be encoded: {one_line(error)}", None]).encode()]
+            _send(target, number, answers)
+
+
+_Answer = Callable[[list[str]], list[bytes]]
+
+
+def _answering(task: str, content: bytes) -> _Answer:
+    """What a child does with texts: the ids of each; or, where words are counted, the counts when there are no more."""
+    if task != _COUNT:
+        tokenizer = KINDS[task].from_content(content)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            tokenizer.num_threads = 1
+        return lambda texts: [tokenizer.encode(text).astype(_IDS).tobytes() for text in texts]
+    counts: Counter[str] = Counter()
+
+    def count(texts: list[str]) -> list[bytes]:
+        for text in texts:
+            counts.update(text.split())
+        if texts:
+            return []
+        words = "\n".join(counts).encode("utf-8", "surrogatepass")
+        return [words, np.array(list(counts.values()), _SIZE).tobytes()]
+
+    return count

@@ -26,7 +26,7 @@ from lmkit.models.base import LanguageModel, Scores
 SAMPLE_SHARE = 0.004
 """Share of the scored tokens that are scored again."""
 MIN_SAMPLE, MAX_WINDOW, MAX_WINDOWS = 64, 256, 8
-"""The sample has at least so many tokens, and at most so many windows, or pieces of windows, of at most this length.
+"""The sample has about so many tokens at least, in at most so many windows, or pieces of them of at most this length.
 
 Scored one by one, a short window takes several times its share of the time.
 """
@@ -88,9 +88,8 @@ def sample_windows(windows: Windows, unbounded: bool) -> Windows:
     if (unbounded and windows.longest > MAX_WINDOW) or 2 * per_window > wanted:
         number = min(MAX_WINDOWS, max(2, wanted // MAX_WINDOW))
         return _pieces(windows, number, min(MAX_WINDOW, wanted // number))
-    sample = windows.take(_spread(len(windows.begins_W), min(MAX_WINDOWS, max(2, wanted // per_window))))
-    scored_W = np.maximum(sample.begins_W, np.append(0, sample.ends_W[:-1]))
-    return Windows(sample.begins_W, scored_W, sample.ends_W, sample.prefix_W)
+    number = min(MAX_WINDOWS, max(2, wanted // per_window))
+    return _each_token_once(windows.take(_spread(len(windows.begins_W), number)))
 
 
 def sample_size(windows: Windows) -> int:
@@ -99,14 +98,24 @@ def sample_size(windows: Windows) -> int:
 
 
 def _pieces(windows: Windows, number: int, length: int) -> Windows:
-    """Of what the windows score, ``number`` pieces of at most ``length`` tokens that do not overlap."""
-    slots_W = np.maximum(1, (windows.ends_W - windows.scored_W) // length)
+    """Of what the windows read, ``number`` pieces of at most ``length`` tokens."""
+    slots_W = np.maximum(1, (windows.ends_W - windows.begins_W) // length)
     first_W = np.cumsum(slots_W) - slots_W
     chosen = _spread(int(slots_W.sum()), number)
     w = np.searchsorted(first_W, chosen, side="right") - 1
-    begins_W = windows.scored_W[w] + (chosen - first_W[w]) * length
+    begins_W = windows.begins_W[w] + (chosen - first_W[w]) * length
     prefix_W = np.where(begins_W == windows.begins_W[w], windows.prefix_W[w], NO_PREFIX)
-    return Windows(begins_W, begins_W, np.minimum(begins_W + length, windows.ends_W[w]), prefix_W)
+    ends_W = np.minimum(begins_W + length, windows.ends_W[w])
+    return _each_token_once(Windows(begins_W, begins_W, ends_W, prefix_W))
+
+
+def _each_token_once(windows: Windows) -> Windows:
+    """The windows in the order of the text; what an earlier one has scored is only context in a later one."""
+    windows = windows.take(np.argsort(windows.begins_W, kind="stable"))
+    before_W = np.maximum.accumulate(np.append(0, windows.ends_W[:-1]))
+    scored_W = np.maximum(windows.begins_W, before_W)
+    windows = Windows(windows.begins_W, scored_W, windows.ends_W, windows.prefix_W)
+    return windows.take(scored_W < windows.ends_W)
 
 
 def _spread(length: int, number: int) -> Indices:

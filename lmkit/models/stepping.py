@@ -21,6 +21,8 @@ from lmkit.models.base import LanguageModel
 from lmkit.models.dropout import DropPath, LockedDropout
 from lmkit.models.transformer import Attention, Block, FeedForward, KVCache, RMSNorm, Transformer, activate
 
+MAX_ROOM = 1024
+"""Tokens for which room is made at once; who asks for more may meet the end of the text long before."""
 MIN_TOKENS = 32
 """From so many new tokens on the copies pay: making them costs about as much as they save in 20."""
 
@@ -121,7 +123,8 @@ class TokenStep:
         """(logits_BV, cache with one more token). The buffers of the given cache are written to."""
         position = cache.length
         if cache.keys_LBKSC.shape[3] == position:
-            cache = cache.with_room(min(self.num_tokens, self.config.context - position), self.config.context)
+            room = min(self.num_tokens, MAX_ROOM, self.config.context - position)
+            cache = cache.with_room(room, self.config.context)
         x_BD = self._embed(tokens_B, position)
         for layer, keys_BKSC, values_BKSC in zip(
             self.layers, cache.keys_LBKSC.unbind(0), cache.values_LBKSC.unbind(0), strict=True

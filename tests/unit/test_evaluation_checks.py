@@ -432,6 +432,11 @@ def test_short_windows_are_few_and_all_of_their_tokens_count() -> None:
     assert sample.num_scored == checks.MAX_WINDOWS * 16
 
 
+def test_windows_that_overlap_almost_entirely_give_whole_pieces() -> None:
+    sample = sample_windows(sliding(Segments.whole(10_000, EOS), 64, 1), False)
+    assert (sample.ends_W - sample.scored_W).tolist() == [checks.MIN_SAMPLE // 2] * 2
+
+
 def test_a_sample_of_one_long_window_is_taken_from_its_start_and_its_end() -> None:
     sample = sample_windows(unbroken(Segments.whole(82_430, EOS)), True)
     assert sample.begins_W[0] == 0

@@ -15,6 +15,8 @@ from lmkit.models.base import IGNORE
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """oneDNN multiplies on every CPU, also where MKL is preferred."""
+    if request.param and not torch._C._has_mkldnn:
+        pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
     return bool(request.param)
 
@@ -79,6 +81,13 @@ def test_a_frozen_input_costs_no_product() -> None:
     assert layer.weight.grad is None
     assert layer.bias.grad is not None
     close(layer.bias.grad, torch.full((40,), 64.0))
+
+
+def test_a_layer_with_a_hook_is_called() -> None:
+    layer, seen = nn.Linear(24, 40), []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    products.apply(layer, drawn(64, 24))
+    assert seen == [1]
 
 
 def test_other_layers_are_called_as_they_are() -> None:

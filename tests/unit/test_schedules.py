@@ -13,6 +13,7 @@ from lmkit.config.optimization import (
     LinearConfig,
     PlateauConfig,
     ScheduleConfig,
+    StepDecayConfig,
     WsdConfig,
 )
 from lmkit.schedules import lr_factor, num_plateaus
@@ -22,6 +23,7 @@ ALL: list[ScheduleConfig] = [
     CosineConfig(),
     LinearConfig(),
     WsdConfig(),
+    StepDecayConfig(),
     InverseSqrtConfig(),
     PlateauConfig(),
 ]
@@ -44,6 +46,16 @@ def test_decaying_schedules_end_at_the_final_ratio(config: ScheduleConfig, end: 
 
 def test_cosine_is_halfway_at_half_time() -> None:
     assert lr_factor(CosineConfig(warmup_ratio=0.0), 500, 0.5) == pytest.approx(0.5)
+
+
+def test_step_decay_halves_the_rate_of_each_epoch_after_the_fourth_of_thirteen() -> None:
+    config = StepDecayConfig(hold_ratio=4 / 13, num_falls=9, warmup_ratio=0.0)
+    steps_per_epoch = 2_324
+    for epoch in range(13):
+        for step in (0, 1, steps_per_epoch - 1):
+            done = (epoch * steps_per_epoch + step) / (13 * steps_per_epoch)
+            assert lr_factor(config, epoch * steps_per_epoch + step, done) == 0.5 ** max(0, epoch - 3)
+    assert lr_factor(config, 13 * steps_per_epoch, 1.0) == 0.5**9
 
 
 def test_wsd_is_constant_until_its_decay() -> None:

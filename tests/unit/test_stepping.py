@@ -11,7 +11,7 @@ from torch import nn
 from lmkit import products
 from lmkit.config.commands import SamplingConfig
 from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
-from lmkit.models.stepping import token_step
+from lmkit.models.stepping import MAX_ROOM, token_step
 from lmkit.models.transformer import Transformer
 from lmkit.sampling import sample
 
@@ -60,6 +60,8 @@ def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(
 ) -> None:
     """Matrices cut for two threads or not, multiplied by either library."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    if onednn and not torch._C._has_mkldnn:
+        pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(products, "prefers_onednn", lambda: onednn)
     model = build(kind)
     tokens_BT = torch.randint(VOCAB, (batch, 12), generator=torch.Generator().manual_seed(3))
@@ -72,6 +74,18 @@ def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(
         torch.testing.assert_close(logits_BV, expected[:, t], rtol=1e-4, atol=1e-4)
     hidden_BTD, _ = model(tokens_BT[:, 10:], cache)
     torch.testing.assert_close(model.head.logits(hidden_BTD[:, -1]), expected[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_room_is_made_for_what_is_asked_for_but_never_for_more_than_a_thousand() -> None:
+    model = TransformerConfig(**(SMALL | {"context": 5000})).build(VOCAB, seed=1).eval()
+    for num_tokens, room in ((9, 64), (100, 164), (4000, 64 + MAX_ROOM)):
+        step = token_step(model, 1, num_tokens)
+        assert step is not None
+        _, cache = model(torch.zeros(1, 64, dtype=torch.int64), use_state=True)
+        _, cache = step(torch.tensor([3]), cache)
+        assert cache.keys_LBKSC.shape[3] == max(room, 128)
+        assert cache.length == 65
 
 
 def test_a_step_does_not_change_the_embedding() -> None:

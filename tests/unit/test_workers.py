@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -113,6 +114,28 @@ def test_a_child_that_dies_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -
         list(workers.encoded(trained(), items()))
     with pytest.raises(ResourceError, match=r"died \(exit code 9\)"):
         workers.count_words(TEXTS)
+    assert children() == []
+
+
+def test_signals_that_reach_the_children_do_not_end_them() -> None:
+    """Only the process that asks decides what they mean: it may want to save and to go on."""
+    tokenizer = trained()
+    stream = workers.encoded(tokenizer, items())
+    found = [next(stream)[2].tolist()]
+    for process in children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            process.send_signal(number)
+    found += [ids.tolist() for *_, ids in stream]
+    assert found == [tokenizer.encode(text).tolist() for text in TEXTS]
+
+
+def test_an_error_that_nobody_thought_of_is_told_too() -> None:
+    class Strange(type(trained())):  # type: ignore[misc]
+        def content(self) -> bytes:
+            return b"\xff"
+
+    with pytest.raises(DataError, match="cannot be encoded: 'utf-8' codec"):
+        list(workers.encoded(Strange(["a"]), items()))
     assert children() == []
 
 
