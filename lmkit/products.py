@@ -26,7 +26,7 @@ def prefers_onednn() -> bool:
     """Whether this CPU has AVX-512 and is not Intel's."""
     if not torch._C._has_mkldnn or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    about_cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
+    about_cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
     return "intel" not in str(about_cpu.get("cpu_name", "intel")).lower()
 
 
