@@ -25,7 +25,7 @@ import numpy as np
 import lmkit
 from lmkit.data.cleaning import Piece
 from lmkit.errors import DataError, ResourceError
-from lmkit.tokenizers import KINDS, SentencePieceTokenizer, Tokenizer
+from lmkit.tokenizers import KINDS, SentencePieceTokenizer, Tokenizer, basic
 from lmkit.tokenizers.base import Ids, one_line
 
 HERE_CHARS = 8 << 20
@@ -66,10 +66,8 @@ def encoded(tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[tuple[str, 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
     """How often each word, between white space, is in the texts."""
-    counts: Counter[str] = Counter()
     texts = iter(texts)
-    for text in _first(texts, len, False):
-        counts.update(text.split())
+    counts = basic.count_words(_first(texts, len, False))
     if (rest := next(texts, None)) is None:
         return counts
     with _Children(_COUNT) as children:
@@ -264,8 +262,7 @@ def _answering(task: str, content: bytes) -> _Answer:
     counts: Counter[str] = Counter()
 
     def count(texts: list[str]) -> list[bytes]:
-        for text in texts:
-            counts.update(text.split())
+        counts.update(basic.count_words(texts))
         if texts:
             return []
         words = "\n".join(counts).encode("utf-8", "surrogatepass")
