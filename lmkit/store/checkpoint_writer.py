@@ -171,12 +171,10 @@ class CheckpointWriter:
                 aliases[file] = tied
             stored = {name: tensor.detach() for name, tensor in named.items() if name not in tied}
             tables[file] = {name: spec_of(name, tensor) for name, tensor in stored.items()}
-            tensors[file] = {}
-            for name, tensor in stored.items():
-                buffer = self._buffer(file, name, tensor)
-                buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-                on_gpu = on_gpu or tensor.is_cuda
-                tensors[file][name] = buffer
+            tensors[file] = {name: self._buffer(file, name, tensor) for name, tensor in stored.items()}
+            on_gpu = on_gpu or any(tensor.is_cuda for tensor in stored.values())
+            if stored:  # one call for all: a small model's copy is mostly the calls
+                torch._foreach_copy_(list(tensors[file].values()), list(stored.values()), non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
         return _Staged(snapshot.step, tensors, tables, aliases, small | self._tokenizer_files)
