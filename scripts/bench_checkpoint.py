@@ -13,9 +13,9 @@ within a round, only ratios and differences within a round count, and medians ar
 - position: from tokens, sizes, seed and step to the first batch after resuming, at step 10 and at step 10^9 of a corpus
   of 10^13 tokens. Goal: below 10 ms
 - load: bytes a second of loading a checkpoint, every file hashed, divided by those of reading the same files one after
-  the other without hashing, both from the disk (the cached pages are dropped; Linux only). Goal: at least 70 %. Reading
-  puts the bytes into new memory, as whoever wants them must; beside it stands reading them into one small buffer again
-  and again, which is as fast as the disk goes. Cached is the same with the files in memory, without a goal
+  the other into one small buffer, both from the disk (the cached pages are dropped; Linux only). Goal: at least 70 %.
+  Beside it stands reading them into new memory, as whoever wants the bytes must: that ratio is what hashing costs.
+  Cached is the same with the files in memory, without a goal
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def bench_load(checkpoint: Path, rounds: int) -> None:
         show(f"read and discard, {name}", rates[discard], "MB/s")
         show(f"read into new memory, {name}", rates[read], "MB/s")
         show(f"load, {name}", rates[load], "MB/s")
-        for other, text, aim in ((read, "read", goal), (discard, "read and discard", "")):
+        for other, text, aim in ((read, "read into new memory", ""), (discard, "read and discard", goal)):
             ratios = [100 * a / b for a, b in zip(rates[load], rates[other], strict=True)]
             show(f"load / {text}, {name}", ratios, "%", aim)
 

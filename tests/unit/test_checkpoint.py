@@ -94,6 +94,12 @@ def test_tensors_of_every_type_come_back_bit_for_bit(run: Run, dtype: torch.dtyp
         assert bits(loaded.model[name]) == bits(tensor)
 
 
+def test_a_model_without_tensors_is_saved(run: Run) -> None:
+    path = save_checkpoint(run, Snapshot(3, {}, {}, {"tokens": 1}, {}), ByteTokenizer(), keep=1)
+    loaded = load_checkpoint(path, with_optimizer=True)
+    assert (loaded.model, loaded.state) == ({}, {"tokens": 1})
+
+
 def test_state_config_optimizer_and_tokenizer_come_back(run: Run) -> None:
     saved = snapshot(12, 4.25, numbers=[0.1, 1e-300, 2**60], text="é")
     path = save_checkpoint(run, saved, ByteTokenizer(), keep=1)
