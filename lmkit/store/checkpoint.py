@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
 from lmkit.store.listing import VALID_LOSS, best_first, json_object, list_checkpoints, valid_loss
-from lmkit.store.manifest import Manifest, read_manifest, verify_checkpoint
+from lmkit.store.manifest import read_manifest, verify_checkpoint
 from lmkit.store.migrations import NewerFormatError, migrate
 from lmkit.store.runs import FoundRun
 from lmkit.store.tensorfile import read_tensors
@@ -61,26 +62,30 @@ def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool =
         for entry in manifest.files
         if entry.path not in (mf.MODEL, mf.OPTIMIZER)
     }
-    model = _read_section(path, manifest, mf.MODEL)
-    bad = None if allow_nonfinite else first_nonfinite(model)
+    tensors: dict[str, dict[str, Tensor]] = {mf.MODEL: {}, mf.OPTIMIZER: {}}
+    checks = []
+    # a hashing thread for each file: while the model is still being hashed the optimizer is read
+    with ThreadPoolExecutor(1, "hash-model") as model_hasher, ThreadPoolExecutor(1, "hash-optimizer") as other_hasher:
+        for file, hasher in ((mf.MODEL, model_hasher), (mf.OPTIMIZER, other_hasher)):
+            entry = manifest.file(file)
+            if entry is not None and (file == mf.MODEL or with_optimizer):
+                tensors[file], check = read_tensors(path, entry, manifest.tensors[file], hasher)
+                checks.append(check)
+        bad = None if allow_nonfinite else first_nonfinite(tensors[mf.MODEL])
+        for check in checks:
+            check()
     if bad is not None:
         raise CheckpointError(f"{path / mf.MODEL}: {bad} holds NaN or infinity", "use an earlier checkpoint")
+    for file, found in tensors.items():
+        found |= {alias: found[name] for alias, name in manifest.aliases.get(file, {}).items()}
+        tensors[file] = migrate(path / file, found, manifest.version)
     return Snapshot(
         step=manifest.step,
-        model=model,
-        optimizer=_read_section(path, manifest, mf.OPTIMIZER) if with_optimizer else {},
+        model=tensors[mf.MODEL],
+        optimizer=tensors[mf.OPTIMIZER],
         state=json_object(small[mf.STATE], path / mf.STATE, manifest.version),
         config=json_object(small[mf.CONFIG], path / mf.CONFIG, manifest.version),
     )
-
-
-def _read_section(path: Path, manifest: Manifest, file: str) -> dict[str, Tensor]:
-    entry = manifest.file(file)
-    if entry is None:
-        return {}
-    tensors = read_tensors(path, entry, manifest.tensors[file])
-    tensors |= {alias: tensors[name] for alias, name in manifest.aliases.get(file, {}).items()}
-    return migrate(path / file, tensors, manifest.version)
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:

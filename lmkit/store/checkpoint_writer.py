@@ -92,7 +92,7 @@ class CheckpointWriter:
         self._background = background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._buffers: dict[tuple[str, str], tuple[Tensor, TensorSpec]] = {}
         self._whole: dict[str, float | None] = {}
         """Name -> validation loss of the checkpoints that were hashed by this writer."""
         self._damaged: set[str] = set()
@@ -169,20 +169,23 @@ class CheckpointWriter:
             tied = _tied_names(named)
             if tied:
                 aliases[file] = tied
-            stored = {name: tensor.detach() for name, tensor in named.items() if name not in tied}
-            tables[file] = {name: spec_of(name, tensor) for name, tensor in stored.items()}
-            tensors[file] = {name: self._buffer(file, name, tensor) for name, tensor in stored.items()}
+            stored = {name: tensor for name, tensor in named.items() if name not in tied}
+            kept = {name: self._buffer(file, name, tensor) for name, tensor in stored.items()}
+            tensors[file] = {name: buffer for name, (buffer, _) in kept.items()}
+            tables[file] = {name: spec for name, (_, spec) in kept.items()}
             on_gpu = on_gpu or any(tensor.is_cuda for tensor in stored.values())
             if stored:  # one call for all: a small model's copy is mostly the calls
-                torch._foreach_copy_(list(tensors[file].values()), list(stored.values()), non_blocking=on_gpu)
+                with torch.no_grad():
+                    torch._foreach_copy_(list(tensors[file].values()), list(stored.values()), non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
         return _Staged(snapshot.step, tensors, tables, aliases, small | self._tokenizer_files)
 
-    def _buffer(self, file: str, name: str, tensor: Tensor) -> Tensor:
-        """A contiguous CPU tensor of the same type and shape, page-locked for CUDA; made once."""
-        buffer = self._buffers.get((file, name))
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+    def _buffer(self, file: str, name: str, tensor: Tensor) -> tuple[Tensor, TensorSpec]:
+        """A contiguous CPU tensor of the same type and shape, page-locked for CUDA, and its table entry; made once."""
+        found = self._buffers.get((file, name))
+        if found is None or found[0].shape != tensor.shape or found[0].dtype != tensor.dtype:
+            spec = spec_of(name, tensor)
             try:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             except (RuntimeError, MemoryError) as error:
@@ -190,8 +193,8 @@ class CheckpointWriter:
                 raise ResourceError(
                     f"no memory ({size / 1e6:.1f} MB) to copy {name} for a checkpoint: {error}", "use a smaller model"
                 ) from error
-            self._buffers[file, name] = buffer
-        return buffer
+            found = self._buffers[file, name] = buffer, spec
+        return found
 
     def _save_and_keep_error(self, staged: _Staged) -> None:
         try:
@@ -320,17 +323,21 @@ class CheckpointWriter:
 
 def _tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Name -> the first name (in sorted order) that is the very same memory seen in the same way."""
-    first: dict[tuple[Any, ...], str] = {}
+    names_at: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_at.setdefault(tensor.data_ptr(), []).append(name)
     tied = {}
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if tensor.numel() == 0:
-            continue
-        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if view in first:
-            tied[name] = first[view]
-        else:
-            first[view] = name
+    for names in names_at.values():
+        first: dict[tuple[Any, ...], str] = {}
+        for name in sorted(names) if len(names) > 1 else ():
+            tensor = tensors[name]
+            if tensor.numel() == 0:
+                continue
+            view = (tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if view in first:
+                tied[name] = first[view]
+            else:
+                first[view] = name
     return tied
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 
 import torch
@@ -86,11 +86,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], table: Mapping[str,
     return FileEntry(path.name, num_bytes, digest.hexdigest())
 
 
-def read_tensors(checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Read the tensors of a file, verifying its header before allocation and its SHA-256 on the way.
+def read_tensors(
+    checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorSpec], hasher: Executor
+) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """The tensors of a file, and a function to call before they are used: it raises if their SHA-256 is another one.
 
-    A thread hashes a piece while the next one is read. Raises CheckpointError naming the file if it is not exactly the
-    one that the manifest describes.
+    The header is verified before anything is allocated. ``hasher``, an executor of one thread, hashes each piece while
+    the next ones are read. Both raise CheckpointError naming the file if it is not the one that the manifest describes.
     """
     path = checkpoint / entry.path
     header = header_bytes(table)
@@ -98,7 +100,7 @@ def read_tensors(checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorS
         raise CheckpointError(f"{path} does not fit the tensor table of its manifest")
     digest = hashlib.sha256(header)
     tensors = {}
-    with open_entry(checkpoint, entry) as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
+    with open_entry(checkpoint, entry) as file:
         try:
             if file.read(len(header)) != header:
                 raise CheckpointError(f"{path} is damaged: its header does not fit the tensor table of its manifest")
@@ -112,5 +114,5 @@ def read_tensors(checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorS
                     hasher.submit(digest.update, piece)
         except OSError as error:
             raise unreadable(path, error) from None
-    check_digest(path, entry, digest.hexdigest())
-    return tensors
+    found = hasher.submit(digest.hexdigest)
+    return tensors, lambda: check_digest(path, entry, found.result())
