@@ -23,6 +23,7 @@ from lmkit.hf import import_hf, resolve_hf
 from lmkit.hf.adapters import ORIGIN, read_adapter
 from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
+from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
 from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import newest_finished_run, open_run
@@ -33,6 +34,13 @@ NO_LANGUAGE_MODEL = {"classify": "classifier", "regress": "regression"}
 """Tasks after which a run predicts no text, and what it is then."""
 BACKBONE = "backbone."
 """What stands before the names of the language model in these."""
+_UNFINISHED = {
+    Status.running: " (the run is still training)",
+    Status.stopped: " (the run was stopped before its end)",
+    Status.diverged: " (the run diverged before its end)",
+    Status.crashed: " (the run was broken off before its end)",
+}
+"""What to say of a run whose checkpoint is not the last of it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     """
     found = open_run(config.path if config.path is not None else newest_finished_run(config.root))
     checkpoint = resolve_checkpoint(found, config.checkpoint, console.warn)
-    console.say(f"run: {found.path}, checkpoint {checkpoint.name}")
+    console.say(f"run: {found.path}, checkpoint {checkpoint.name}{_UNFINISHED.get(status_of(found.path), '')}")
     snapshot = load_checkpoint(checkpoint, with_optimizer=False)
     tokenizer = load_tokenizer(checkpoint / "tokenizer", verified=True)
     stored = snapshot.config

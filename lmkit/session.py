@@ -41,6 +41,8 @@ MIN_STEPS_BETWEEN_EVALS = 20
 """Short runs evaluate less often than that."""
 ANOTHER = "a request to another process"
 """Who asked to stop or save, where it was not this process that was asked."""
+EVAL_RESERVE = 1.25
+"""Under a time budget, the last evaluation may take this many times as long as the one before it."""
 EXIT_RESERVE_S = 5.0
 """Under a time budget, kept back for what the clock does not see (loading torch) and for the final save and plot."""
 
@@ -215,7 +217,7 @@ class Session:
             self._first = (self.state.step, now)
         first_step, first_now = self._first
         step_s = (now - first_now) / max(self.state.step - first_step, 1)
-        left_s = self.train.budget_s - self.state.elapsed_s - 1.1 * self._eval_estimate_s - EXIT_RESERVE_S
+        left_s = self.train.budget_s - self.state.elapsed_s - EVAL_RESERVE * self._eval_estimate_s - EXIT_RESERVE_S
         steps_left = left_s / max(step_s, 1e-6)
         if self.max_steps is not None:
             steps_left = min(steps_left, self.max_steps - self.state.step)

@@ -28,7 +28,7 @@ from lmkit.errors import CheckpointError, ConfigError
 from lmkit.loading import load_run
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.runs import Run
+from lmkit.store.runs import Run, acquire
 from lmkit.tokenizers import WordTokenizer
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
@@ -70,6 +70,7 @@ def make_run(
     with Run.create(None, root=str(folder / "runs"), dataset="text", model="m", resume=False, warn=print) as run:
         run.begin(seed=1, command=["lmkit"], digests={})
         save_checkpoint(run, Snapshot(3, dict(model.state_dict()), {}, {}, config), TOKENIZER, keep=1)
+        run.journal("finished", {"step": 3})
         run.write_result({"step": 3})
     return RunConfig(path=str(run.path), root=str(folder / "runs"))
 
@@ -98,6 +99,25 @@ def test_without_a_path_the_newest_finished_run_is_taken_and_named(tmp_path: Pat
     assert str(loaded.path) == config.path
     assert str(config.path) in said.getvalue()
     assert "step-" in said.getvalue()
+
+
+def test_a_run_that_has_not_come_to_its_end_is_named_as_such(tmp_path: Path) -> None:
+    config = make_run(tmp_path, RecurrentConfig(d_embed=8, d_hidden=8))
+    run_dir = Path(str(config.path))
+
+    def said() -> str:
+        text = io.StringIO()
+        load_run(config, device=resolve_device(CPU), console=Console(text))
+        return text.getvalue()
+
+    assert "the run" not in said()
+    (run_dir / "result.json").unlink()
+    assert "(the run was broken off before its end)" in said()
+    lock = acquire(run_dir)
+    try:
+        assert "(the run is still training)" in said()
+    finally:
+        lock.release()
 
 
 def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> None:
