@@ -1,4 +1,4 @@
-"""What people see: lines, warnings, tables, one live progress line, and the plot of a run.
+"""What people see on a terminal or in a log: lines, warnings, tables, one live progress line.
 
 Everything goes to one stream, standard error by default, so that standard output stays free for results. On a terminal
 rich draws; anywhere else plain lines of ASCII come out, few enough for a log. A stream that was closed, is full or
@@ -13,9 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.live import Live
     from rich.text import Text
-
-Curve = tuple[Sequence[float], Sequence[float]]
 
 LIVE_INTERVAL_S = 0.25
 PLAIN_INTERVAL_S = 10.0
@@ -302,132 +298,3 @@ def format_number(number: float) -> str:
     if size >= 1000:
         return f"{number:,.1f}"
     return f"{number:.2f}" if size >= 10 else f"{number:.4f}"
-
-
-def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_label: str = "step") -> None:
-    """Write a PNG of a run's curves, name -> (xs, ys): losses above, learning rate below.
-
-    A name that begins with ``train`` is drawn thin, with its running mean on top; one that begins with ``valid`` with
-    a mark at each point and its lowest value named; ``learning rate`` (or ``lr``) gets a panel of its own. Where there
-    are several of either, ``train X`` and ``valid X`` share the colour of X. Losses are in nats per token, so the right
-    axis reads as perplexity. Values that are not finite are left out; an empty curve or a single point is no error.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kept = {name: points for name, curve in curves.items() if (points := _finite_points(curve))[0]}
-    rates = {name: points for name, points in kept.items() if name.lower().replace("_", " ") in ("learning rate", "lr")}
-    losses = {name: points for name, points in kept.items() if name not in rates}
-    figure = Figure(figsize=(8, 5.2 if rates else 4.4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if rates:
-        axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        for xs, ys in rates.values():
-            rate_axes.plot(xs, ys, color="#7a5195", linewidth=1.4, marker="o" if len(xs) == 1 else "")
-        rate_axes.set_ylabel("learning rate")
-        rate_axes.set_ylim(bottom=0)
-        rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        _plain_look(rate_axes)
-        rate_axes.set_xlabel(x_label)
-    else:
-        axes = figure.subplots()
-        axes.set_xlabel(x_label)
-    _plot_losses(axes, losses)
-    if title:
-        axes.set_title(title, loc="left", fontsize=11)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    canvas.print_figure(unfinished, format="png")
-    unfinished.replace(path)
-
-
-def _plot_losses(axes: Any, losses: Mapping[str, Curve]) -> None:
-    own = _run_colors(losses)
-    colors = iter(["#ef5675", "#2f9e77", "#ffa600", "#955196"])
-    for name, (xs, ys) in losses.items():
-        shared = own.get(name.partition(" ")[2])
-        if _is_train(name):
-            if shared is None:
-                axes.plot(xs, ys, color="#8fb3d9", linewidth=0.8, alpha=0.7)
-            marker, width = "o" if len(xs) == 1 else "", 1.8 if shared is None else 0.9
-            color = shared or "#003f5c"
-            axes.plot(xs, _smoothed(ys), color=color, linewidth=width, marker=marker, markersize=4, label=name)
-        else:
-            best = f"{name}, lowest {min(ys):.3f} (perplexity {_perplexity_text(min(ys))})"
-            marker = "o" if len(xs) <= 60 else ""
-            color = shared or next(colors, "#555555")
-            axes.plot(xs, ys, color=color, linewidth=1.6, marker=marker, markersize=4, label=best)
-    low, high = _loss_limits(losses)
-    axes.set_ylim(low, high)
-    axes.set_ylabel("loss (nats per token)")
-    _plain_look(axes)
-    if losses:
-        axes.legend(frameon=False, loc="upper right")
-    right = axes.secondary_yaxis("right")
-    right.set_ylabel("perplexity")
-    places = _perplexity_ticks(low, high)
-    right.set_yticks([math.log(place) for place in places], [f"{place:,.10g}" for place in places])
-    right.minorticks_off()
-    right.spines["right"].set_visible(False)
-
-
-def _run_colors(losses: Mapping[str, Curve]) -> dict[str, str]:
-    """The colour of each run X of ``train X`` and ``valid X``; empty where there is one run only."""
-    runs = list(dict.fromkeys(name.partition(" ")[2] for name in losses))
-    is_one = sum(map(_is_train, losses)) <= 1 and sum(not _is_train(name) for name in losses) <= 1
-    colors = ["#2a6fbb", "#e4572e", "#2f9e77", "#a23e8c", "#c98a00", "#3d3d45", "#17a2b8", "#8a5a2b"]
-    return {} if is_one else {run: colors[i % len(colors)] for i, run in enumerate(runs) if run}
-
-
-def _plain_look(axes: Any) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _finite_points(curve: Curve) -> tuple[list[float], list[float]]:
-    points = [(float(x), float(y)) for x, y in zip(*curve, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _smoothed(ys: Sequence[float]) -> list[float]:
-    """Centred running mean over about a fortieth of the curve; the window shrinks at both ends: no lag."""
-    radius = min(len(ys) // 80, 200)
-    sums = [0.0, *accumulate(ys)]
-    smooth = []
-    for i in range(len(ys)):
-        r = min(radius, i, len(ys) - 1 - i)
-        smooth.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
-    return smooth
-
-
-def _loss_limits(losses: Mapping[str, Curve]) -> tuple[float, float]:
-    """Limits that show every smoothed value but not the spikes of single steps."""
-    values = [y for name, (_, ys) in losses.items() for y in (_smoothed(ys) if _is_train(name) else ys)]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = 0.08 * (high - low) or 0.5
-    return max(low - 1.5 * margin, min(low, 0.0)), high + margin
-
-
-def _is_train(name: str) -> bool:
-    return name.lower().startswith("train")
-
-
-def _perplexity_ticks(low: float, high: float) -> list[float]:
-    """A few round perplexities (>= 1) whose logarithms lie between ``low`` and ``high``, linear where few fit."""
-    if high > 25:
-        return []
-    if high - low > math.log(5):
-        for steps in ([1], [1, 3], [1, 2, 5]):
-            ticks = [step * 10.0**power for power in range(12) for step in steps]
-            ticks = [tick for tick in ticks if low <= math.log(tick) <= high]
-            if len(ticks) >= 4:
-                break
-        return ticks
-    first, last = math.exp(max(low, 0.0)), math.exp(max(high, 0.0))
-    for spacing in (factor * 10.0**power for power in range(-4, 12) for factor in (1, 2, 5)):
-        if (last - first) / spacing <= 7:
-            return [spacing * i for i in range(math.ceil(first / spacing), math.floor(last / spacing) + 1)]
-    return []
-
-
-def _perplexity_text(nats: float) -> str:
-    return f"{math.exp(nats):,.4g}" if nats < 100 else "inf"

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, TrainConfig
-from lmkit.console import Console, Progress, format_duration, format_number, plot_curves
+from lmkit.console import Console, Progress, format_duration, format_number
 from lmkit.data.batches import Ahead
 from lmkit.errors import DivergedError, StoppedError
+from lmkit.plots import plot_curves
 from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest

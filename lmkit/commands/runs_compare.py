@@ -14,8 +14,9 @@ from typing import Any
 from lmkit.commands.output import output_path
 from lmkit.commands.runs_show import settings
 from lmkit.commands.runs_text import NOTHING, columns, format_step
-from lmkit.console import Curve, format_duration, format_number, plot_curves
+from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError, ResourceError
+from lmkit.plots import Curve, plot_curves
 from lmkit.store.browse import RunSummary, read_newest_config, read_summary, readable, section
 from lmkit.store.runs import read_info, read_metrics, read_result
 

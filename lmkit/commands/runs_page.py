@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from lmkit.console import Curve, format_number
+from lmkit.console import format_number
 from lmkit.evaluation.report_assets import STYLE
 from lmkit.evaluation.report_text import escape, running
+from lmkit.plots import Curve
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 250, 62, 12, 12, 36
 """Of a chart and of the room around its axes, in its own units: about pixels."""

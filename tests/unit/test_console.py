@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmkit import console as console_module
-from lmkit.console import Console, format_count, format_duration, format_number, plot_curves, table_lines
+from lmkit.console import Console, format_count, format_duration, format_number, table_lines
 
 
 class Terminal(io.StringIO):
@@ -277,28 +277,3 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 )
 def test_numbers_keep_the_digits_that_matter(number: float, text: str) -> None:
     assert format_number(number) == text
-
-
-CURVES = {
-    "a run": {
-        "train loss": (range(1, 300), [9 - 5 * i / 300 for i in range(1, 300)]),
-        "valid loss": ([100, 200, 300], [7.0, 5.5, 5.2]),
-        "learning rate": (range(1, 300), [1e-3] * 299),
-    },
-    "single points": {"train loss": ([1], [4.0]), "valid loss": ([1], [4.1]), "learning rate": ([1], [0.0])},
-    "one point": {"valid loss": ([7], [0.0])},
-    "nothing": {},
-    "empty": {"train loss": ([], []), "learning rate": ([], [])},
-    "not finite": {"train loss": ([1, 2, 3], [math.nan, math.inf, 3.0]), "valid loss": ([1], [math.nan])},
-    "huge": {"train loss": ([1, 2], [900.0, -50.0]), "valid loss": ([1, 2], [900.0, 1e9])},
-    "flat": {"valid loss": ([1, 2], [3.0, 3.0])},
-    "many": {f"valid {i}": ([1, 2], [i, i + 1.0]) for i in range(9)},
-}
-
-
-@pytest.mark.parametrize("name", CURVES)
-def test_any_curves_can_be_plotted(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "loss.png"
-    plot_curves(path, CURVES[name], title="a $title_ with %")
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]

@@ -1,0 +1,34 @@
+"""Curves that runs may have, drawn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lmkit.plots import plot_curves
+
+CURVES = {
+    "a run": {
+        "train loss": (range(1, 300), [9 - 5 * i / 300 for i in range(1, 300)]),
+        "valid loss": ([100, 200, 300], [7.0, 5.5, 5.2]),
+        "learning rate": (range(1, 300), [1e-3] * 299),
+    },
+    "single points": {"train loss": ([1], [4.0]), "valid loss": ([1], [4.1]), "learning rate": ([1], [0.0])},
+    "one point": {"valid loss": ([7], [0.0])},
+    "nothing": {},
+    "empty": {"train loss": ([], []), "learning rate": ([], [])},
+    "not finite": {"train loss": ([1, 2, 3], [math.nan, math.inf, 3.0]), "valid loss": ([1], [math.nan])},
+    "huge": {"train loss": ([1, 2], [900.0, -50.0]), "valid loss": ([1, 2], [900.0, 1e9])},
+    "flat": {"valid loss": ([1, 2], [3.0, 3.0])},
+    "many": {f"valid {i}": ([1, 2], [i, i + 1.0]) for i in range(9)},
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_any_curves_can_be_plotted(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "loss.png"
+    plot_curves(path, CURVES[name], title="a $title_ with %")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
