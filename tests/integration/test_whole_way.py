@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from lmkit.config.optimization import (
     SampledSoftmaxConfig,
     SgdConfig,
 )
-from lmkit.config.training import RunConfig, SaveConfig, TrainConfig
+from lmkit.config.training import EvalConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.runs import read_metrics, read_result
@@ -140,9 +141,10 @@ class Clock:
     """A clock that only moves when it is read."""
 
     now_s = 0.0
+    tick_s = 0.05
 
     def monotonic(self) -> float:
-        self.now_s += 0.05
+        self.now_s += self.tick_s
         return self.now_s
 
 
@@ -157,6 +159,27 @@ def test_a_time_budget_is_kept_and_the_rate_is_annealed(
     rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row]
     assert rows[-1]["progress"] > 0.99
     assert rows[-1]["lr"] < 0.01 * max(row["lr"] for row in rows)
+
+
+def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_than_the_one_before(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    clock.tick_s = 5.0
+    for module in (session, training):
+        monkeypatch.setattr(module, "time", clock)
+    judge = session.Session._judge
+    took_s = [200.0]
+
+    def slower(self: session.Session) -> Any:
+        clock.now_s += took_s[-1]
+        took_s.append(took_s[-1] * 1.2)
+        return judge(self)
+
+    monkeypatch.setattr(session.Session, "_judge", slower)
+    result = pretrain.run(replace(config(max_steps=None, budget="3500s"), eval=EvalConfig()))
+    assert len(took_s) == 3
+    assert 3400 < result["elapsed_s"] <= 3500
 
 
 def test_divergence_keeps_the_last_good_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
