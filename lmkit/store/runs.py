@@ -34,6 +34,8 @@ JOURNAL = "journal.jsonl"
 LOCK = "LOCK"
 LOCK_INFO = "LOCK.info"
 FINISHED = "finished"
+LOOK_S = 0.5
+"""Whoever looks whether a run is training holds its lock for a moment; so long does a run that begins wait for it."""
 """``status`` in result.json of a run that came to its end."""
 
 
@@ -91,7 +93,7 @@ class Run:
             _make_given(path)
             if LOCK not in os.listdir(path):
                 _check_usable(path, resume=resume)  # before anything is written into a folder that is not a run
-        lock = acquire(path)
+        lock = acquire(path, patience_s=LOOK_S)
         try:
             _check_usable(path, resume=resume)
             run = cls(path, lock, warn)
@@ -293,12 +295,12 @@ def _check_usable(path: Path, *, resume: bool) -> None:
         raise ConfigError(f"run.dir={path} is not a run directory", "choose another run.dir")
 
 
-def acquire(path: Path) -> filelock.BaseFileLock:
+def acquire(path: Path, *, patience_s: float = 0.0) -> filelock.BaseFileLock:
     """Take the run's kernel lock, which the system frees when the process ends in whatever way.
 
-    Raises RunLockedError naming the holder, or ResourceError.
+    ``patience_s``: how long to wait for one that is held. Raises RunLockedError naming the holder, or ResourceError.
     """
-    lock = filelock.FileLock(path / LOCK, blocking=False, thread_local=False, fallback_to_soft=False)
+    lock = filelock.FileLock(path / LOCK, timeout=patience_s, thread_local=False, fallback_to_soft=False)
     try:
         if (path / LOCK).is_symlink():
             raise OSError(None, "LOCK is a symbolic link")

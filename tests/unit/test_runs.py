@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def test_a_second_user_of_the_run_is_refused_with_the_holder(tmp_path: Path) -> 
             with pytest.raises(RunLockedError, match=f"process {os.getpid()} on .*, started 20"):
                 create(tmp_path, tmp_path / "run", resume=resume)
     create(tmp_path, tmp_path / "run", resume=True).close()
+
+
+def test_a_run_begins_although_somebody_looks_at_its_lock_just_then(tmp_path: Path) -> None:
+    create(tmp_path, tmp_path / "run").close()
+    looking = runs.acquire(tmp_path / "run")
+    after_a_moment = threading.Timer(0.1, looking.release)
+    after_a_moment.start()
+    try:
+        create(tmp_path, tmp_path / "run", resume=True).close()
+    finally:
+        after_a_moment.join()
 
 
 HOLD = """
