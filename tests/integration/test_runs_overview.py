@@ -151,7 +151,7 @@ def test_curves_of_several_runs_are_one_picture(lmkit: Lmkit, capsys: Output) ->
 
 
 def test_each_run_has_one_colour_and_its_own_names() -> None:
-    from lmkit.console import _run_colors
+    from lmkit.plots import _run_colors
 
     curves = {name: ([1.0], [2.0]) for name in ("train a", "valid a", "train b", "valid b")}
     colors = _run_colors(curves)
