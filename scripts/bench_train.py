@@ -140,7 +140,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in (0, 1):
             axes[row, column].set_xscale("log", base=2)
             axes[row, column].set_xticks(values, [f"{value:,}" for value in values], minor=False)
-            axes[row, column].set_ylim(bottom=0)
+    for row in (0, 1):
+        axes[row, 0].set_ylim(bottom=0)  # shared; once all is drawn, for it ends the scaling to what is drawn later
     axes[0, 0].set_ylabel("tokens/s")
     axes[1, 0].set_ylabel("peak memory, GB")
     figure.savefig(path, dpi=120)
