@@ -26,7 +26,7 @@ from lmkit.models.base import LanguageModel
 from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
 from lmkit.store.manifest import read_manifest
-from lmkit.store.runs import newest_finished_run, open_run
+from lmkit.store.runs import RUN_INFO, newest_finished_run, open_run
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 from lmkit.tuning import language_model_in
 
@@ -95,7 +95,9 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     """
     found = open_run(config.path if config.path is not None else newest_finished_run(config.root))
     checkpoint = resolve_checkpoint(found, config.checkpoint, console.warn)
-    console.say(f"run: {found.path}, checkpoint {checkpoint.name}{_UNFINISHED.get(status_of(found.path), '')}")
+    is_run = (found.path / RUN_INFO).is_file()  # and not a checkpoint that was copied elsewhere
+    unfinished = _UNFINISHED.get(status_of(found.path), "") if is_run else ""
+    console.say(f"run: {found.path}, checkpoint {checkpoint.name}{unfinished}")
     snapshot = load_checkpoint(checkpoint, with_optimizer=False)
     tokenizer = load_tokenizer(checkpoint / "tokenizer", verified=True)
     stored = snapshot.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,12 +106,14 @@ def test_a_run_that_has_not_come_to_its_end_is_named_as_such(tmp_path: Path) -> 
     config = make_run(tmp_path, RecurrentConfig(d_embed=8, d_hidden=8))
     run_dir = Path(str(config.path))
 
-    def said() -> str:
+    def said(path: Path = run_dir) -> str:
         text = io.StringIO()
-        load_run(config, device=resolve_device(CPU), console=Console(text))
+        load_run(replace(config, path=str(path)), device=resolve_device(CPU), console=Console(text))
         return text.getvalue()
 
     assert "the run" not in said()
+    copied = shutil.copytree(run_dir / "checkpoints" / "step-000000000003", tmp_path / "copied")
+    assert "the run" not in said(copied)
     (run_dir / "result.json").unlink()
     assert "(the run was broken off before its end)" in said()
     lock = acquire(run_dir)
