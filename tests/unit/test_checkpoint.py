@@ -134,7 +134,7 @@ def test_without_optimizer_tensors_there_is_no_optimizer_file(run: Run) -> None:
 
 def test_tied_tensors_are_stored_once_and_come_back_tied(run: Run) -> None:
     weight = torch.randn(50, 20)
-    model = {"embedding": weight, "head": weight, "slice": weight[:10], "transposed": weight.t()}
+    model = {"embedding": weight, "head": weight.detach(), "slice": weight[:10], "transposed": weight.t()}
     path = save_checkpoint(run, Snapshot(1, model, {}, {}, {}), ByteTokenizer(), keep=1)
     manifest = read_manifest(path)
     assert manifest.aliases == {"model.safetensors": {"head": "embedding"}}
@@ -142,6 +142,16 @@ def test_tied_tensors_are_stored_once_and_come_back_tied(run: Run) -> None:
     loaded = load_checkpoint(path, with_optimizer=False).model
     assert loaded["head"] is loaded["embedding"]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.items())
+
+
+def test_a_tensor_may_have_another_shape_or_type_at_the_next_save(run: Run) -> None:
+    shapes = [torch.zeros(2, 3), torch.ones(4, 3), torch.ones(4, 3, dtype=torch.float64), torch.ones(0)]
+    with CheckpointWriter(run, ByteTokenizer(), keep=len(shapes)) as writer:
+        for step, tensor in enumerate(shapes, start=1):
+            writer.submit(Snapshot(step, {"weight": torch.ones(1)}, {"carry/0/h": tensor}, {}, {}))
+    for path, tensor in zip(list_checkpoints(run.path), shapes, strict=True):
+        assert bits(load_checkpoint(path, with_optimizer=True).optimizer["carry/0/h"]) == bits(tensor)
+        assert load_checkpoint(path, with_optimizer=True).optimizer["carry/0/h"].shape == tensor.shape
 
 
 def test_the_same_state_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
