@@ -72,3 +72,24 @@ def test_the_speed_is_the_median_of_the_rounds_after_the_first(peers: ModuleType
     slow = peers.Peer("slow", None, num_tokens=100, seconds=[9.0, 3.0, 4.0, 50.0])
     assert fast.tokens_per_s() == 50.0
     assert fast.ratio_to(slow) == 2.0
+
+
+def test_the_plot_of_scaling_shows_every_point(peers: ModuleType, tmp_path: Path) -> None:
+    import bench_train
+    from matplotlib import pyplot
+
+    rows = [
+        {"varied": name, "value": value, "tokens_per_s": 10.0 * value, "peak_bytes": 1e6 * value}
+        for name, values in bench_train.GRID.items()
+        for value in values
+    ]
+    try:
+        bench_train.draw(rows, tmp_path / "scaling.png")
+        for axes in pyplot.gcf().axes:
+            low, high = axes.get_ylim()
+            (line,) = axes.get_lines()
+            assert all(low <= y <= high for y in line.get_ydata())
+    finally:
+        pyplot.close("all")
+        sys.modules.pop("bench_train")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
