@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +58,31 @@ def test_autocast_changes_the_matrix_products_only_where_asked() -> None:
         assert (a @ a).dtype == torch.float32
     with resolve_device(DeviceConfig(type=DeviceType.cpu, precision=Precision.bf16)).autocast():
         assert (a @ a).dtype == torch.bfloat16
+
+
+PAGES_TAKEN_AGAIN = """
+import ctypes, resource, sys, torch
+from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.device import resolve_device
+if "keep" in sys.argv:
+    resolve_device(DeviceConfig(type=DeviceType.cpu))
+def fill():
+    blocks = [torch.ones(n, 1_000_000) for n in (3, 12, 30)]
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    fill()
+has_glibc = hasattr(ctypes.CDLL(None), "mallopt")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before if has_glibc else "no glibc")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_what_a_step_frees_is_not_given_back_to_the_system() -> None:
+    def pages(*arguments: str) -> str:
+        command = [sys.executable, "-c", PAGES_TAKEN_AGAIN, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    kept = pages("keep")
+    if kept == "no glibc":
+        pytest.skip(kept)
+    assert 20 * int(kept) < int(pages())
