@@ -91,7 +91,14 @@ def add_outer(total_OI: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype
     return total_OI.addmm_(dy.T, x)
 
 
+def packed(weight_OI: Tensor, num_rows: int) -> Tensor:
+    """A copy in the order in which oneDNN reads it in products of ``num_rows`` rows; for ``onednn`` alone."""
+    copy_OI: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, num_rows)
+    return copy_OI
+
+
 def onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b; the weight may be ``packed``."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
     return y
 

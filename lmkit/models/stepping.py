@@ -1,8 +1,8 @@
 """One more token of each text through a Transformer, in as few operations as it takes: for generation on CPUs.
 
 At one token a time most of Transformer.forward is the cost of calling, and products of few rows with (out, in) matrices
-read them slowly. Here every matrix is copied once as (in, out), and queries and keys are rotated together. The result
-is that of Transformer.forward up to rounding.
+read them slowly. Here every matrix is copied once into an order that is read fast, with the gain of the RMSNorm before
+it, and queries and keys are rotated together. The result is that of Transformer.forward up to rounding.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ KNOWN_PARTS |= {nn.Sequential, nn.Identity}
 
 
 class Product:
-    """x W + b with W as (in, out), cut into P parts of its columns where that many threads are to read it."""
+    """x W + b with a copy of W in oneDNN's order, or as (in, out) with its columns cut into a part for each thread."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, batch: int) -> None:
-        weight_IO = weight_OI.detach().T
         self.bias_O = None if bias_O is None else bias_O.detach()
-        self.by_onednn = batch > 1 and products.by_onednn(weight_OI, products.MIN_ROWS)
-        num_out = len(weight_OI)
-        self.parts = 1 if self.by_onednn else math.gcd(torch.get_num_threads(), num_out)
+        self.packed_OI: Tensor | None = None
+        if batch > 1 and products.by_onednn(weight_OI, products.MIN_ROWS):
+            self.packed_OI = products.packed(weight_OI.detach(), batch)
+            return
+        weight_IO, num_out = weight_OI.detach().T, len(weight_OI)
+        self.parts = math.gcd(torch.get_num_threads(), num_out)
         """MKL reads a matrix with one thread where there are few rows, but several matrices at once with several."""
         self.weight_PIO = weight_IO.reshape(len(weight_IO), self.parts, -1).transpose(0, 1).contiguous()
 
     def __call__(self, x_BI: Tensor) -> Tensor:
-        if self.by_onednn:
-            return products.onednn(x_BI, self.weight_PIO[0].T, self.bias_O)
+        if self.packed_OI is not None:
+            return products.onednn(x_BI, self.packed_OI, self.bias_O)
         y_PBO = torch.bmm(x_BI.expand(self.parts, -1, -1), self.weight_PIO)
         y_BO = y_PBO.transpose(0, 1).reshape(len(x_BI), -1)
         return y_BO if self.bias_O is None else y_BO.add_(self.bias_O)
@@ -54,20 +56,27 @@ class Product:
 class Norm:
     """The normalisation of a layer; RMSNorm in fewer operations than torch takes on a CPU."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, *, gain: bool) -> None:
+        """gain: whether an RMSNorm multiplies by its gain, which the product that reads it may do as well."""
         self.norm = norm
         if isinstance(norm, RMSNorm):
             assert norm.eps is not None
-            self.width, self.weight_D = norm.normalized_shape[0], norm.weight.detach()
+            self.width, self.gain_D = norm.normalized_shape[0], norm.weight.detach() if gain else None
             self.eps = torch.tensor(norm.eps)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         if not isinstance(self.norm, RMSNorm):
             y_BD: Tensor = self.norm(x_BD)
             return y_BD
-        squares_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True).square_()
+        squares_B1 = torch.linalg.vecdot(x_BD, x_BD).unsqueeze(1)
         rate_B1 = torch.add(self.eps, squares_B1, alpha=1 / self.width).rsqrt_()
-        return (x_BD * rate_B1).mul_(self.weight_D)
+        normed_BD = x_BD * rate_B1
+        return normed_BD if self.gain_D is None else normed_BD.mul_(self.gain_D)
+
+
+def with_gain(weight_OI: Tensor, norm: nn.Module) -> Tensor:
+    """The matrix that gives for a normed vector without gain what ``weight_OI`` gives for one with it."""
+    return weight_OI * norm.weight if isinstance(norm, RMSNorm) else weight_OI
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,18 @@ class Layer:
     def of(cls, block: Block, batch: int) -> Layer:
         attention, feed_forward = block.attention, block.feed_forward
         rise = feed_forward.gate_up if feed_forward.gated else feed_forward.up
-        qkv, out, up, down = (
-            Product(linear.weight, linear.bias, batch)
-            for linear in (attention.qkv, attention.out, rise, feed_forward.down)
+        qkv_weight, rise_weight = attention.qkv.weight, rise.weight
+        if block.pre_norm:
+            qkv_weight = with_gain(qkv_weight, block.attention_norm)
+            rise_weight = with_gain(rise_weight, block.feed_forward_norm)
+        return cls(
+            Norm(block.attention_norm, gain=not block.pre_norm),
+            Product(qkv_weight, attention.qkv.bias, batch),
+            Product(attention.out.weight, attention.out.bias, batch),
+            Norm(block.feed_forward_norm, gain=not block.pre_norm),
+            Product(rise_weight, rise.bias, batch),
+            Product(feed_forward.down.weight, feed_forward.down.bias, batch),
         )
-        return cls(Norm(block.attention_norm), qkv, out, Norm(block.feed_forward_norm), up, down)
 
 
 def token_step(model: LanguageModel, batch: int, num_tokens: int) -> TokenStep | None:
@@ -111,8 +127,8 @@ class TokenStep:
         """The model must not change while this is in use; see ``token_step`` for which can be given."""
         self.model, self.config, self.num_tokens = model, model.config, num_tokens
         self.layers = [Layer.of(block, batch) for block in model.blocks]  # type: ignore[arg-type]
-        self.head = Product(head.weight, head.bias, batch)
-        self.final_norm = Norm(model.final_norm)
+        self.head = Product(with_gain(head.weight, model.final_norm), head.bias, batch)
+        self.final_norm = Norm(model.final_norm, gain=False)
         self.num_heads = model.config.num_heads
         self.num_kv_heads = model.config.num_kv_heads or model.config.num_heads
         if model.config.positions is Positions.rotary:

@@ -54,6 +54,16 @@ def test_transposed_and_sliced_operands_are_read_as_they_are() -> None:
         close(products.outer(a, b), a.double().T @ b.double())
 
 
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
+@torch.no_grad()
+def test_a_packed_matrix_is_the_same_matrix_for_any_number_of_rows() -> None:
+    w, bias = drawn(40, 24), drawn(40)
+    packed = products.packed(w, 16)
+    for rows in (16, 1, 5, 300):
+        x = drawn(rows, 24)
+        close(products.onednn(x, packed, bias), F.linear(x.double(), w.double(), bias.double()))
+
+
 def test_results_are_written_or_added_where_they_are_asked_to_be() -> None:
     dy, x, w = drawn(64, 40), drawn(64, 24), drawn(40, 24)
     out = torch.full((70, 24), 7.0)
