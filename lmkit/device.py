@@ -137,12 +137,20 @@ def keep_freed_memory() -> None:
     Every step asks for the same large blocks. If they were given back, each of their pages would be taken and cleared
     again at the next step: tens of thousands of page faults, 5 to 35 % of its time. With glibc only; see mallopt(3).
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _call_glibc("mallopt", M_MMAP_MAX, 0)
+    _call_glibc("mallopt", M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give back what was kept; for the moment before the first step, which needs other blocks than what was before."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *arguments: int) -> None:
+    """Call a function of the C library, if it is one that has it."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
 
 
 def available_cores() -> int:

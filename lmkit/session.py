@@ -14,6 +14,7 @@ import numpy as np
 from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, TrainConfig
 from lmkit.console import Console, Progress, format_duration, format_number
 from lmkit.data.batches import Ahead
+from lmkit.device import give_back_freed_memory
 from lmkit.errors import DivergedError, StoppedError
 from lmkit.plots import plot_curves
 from lmkit.sharding import unsharded
@@ -124,6 +125,7 @@ class Session:
         Raises StoppedError after saving if a signal or a time limit asked to stop; DivergedError with the last
         checkpoint untouched; ResourceError if memory ran out or the last state could not be saved.
         """
+        give_back_freed_memory()
         self._window_start = time.monotonic()
         if self.train.budget_s is not None:
             with unsharded(self.trainer.model):

@@ -27,9 +27,11 @@ from lmkit.config.optimization import (
     SgdConfig,
 )
 from lmkit.config.training import EvalConfig, RunConfig, SaveConfig, TrainConfig
+from lmkit.data.batches import TrainingBatch
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.runs import read_metrics, read_result
+from lmkit.train import StepReport, Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
@@ -180,6 +182,22 @@ def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_th
     result = pretrain.run(replace(config(max_steps=None, budget="3500s"), eval=EvalConfig()))
     assert len(took_s) == 3
     assert 3400 < result["elapsed_s"] <= 3500
+
+
+def test_memory_that_was_needed_before_the_first_step_is_given_back(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    step = Trainer.train_step
+
+    def noted(self: Trainer, batch: TrainingBatch) -> StepReport:
+        events.append("step")
+        return step(self, batch)
+
+    monkeypatch.setattr(session, "give_back_freed_memory", lambda: events.append("given back"))
+    monkeypatch.setattr(Trainer, "train_step", noted)
+    pretrain.run(config(max_steps=2))
+    assert events == ["given back", "step", "step"]
 
 
 def test_divergence_keeps_the_last_good_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
