@@ -1,0 +1,155 @@
+"""What training on CPUs takes instead of autograd's own: functions that keep less and read memory less often.
+
+They compute what the plain operations of ``transformer`` compute, up to rounding; the tests hold the one against the
+other. Shape letters as there; M = (H + 2 K) C rows of the projection to heads, P = (H + K) C / 2 rotated pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lmkit import products
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether the hand-written functions below apply."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class RMSNormByHand(torch.autograd.Function):
+    """y = x r w with r = (mean(x^2) + eps)^(-1/2); keeps x and r.
+
+    dx = r (dy w) - x r^3 mean(dy w x), dw = sum(dy x r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        squares_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_()
+        rate_BT1 = squares_BT1.div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_BTD, weight_D, rate_BT1)
+        y_BTD: Tensor = (x_BTD * rate_BT1).mul_(weight_D)
+        return y_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTD, weight_D, rate_BT1 = ctx.saved_tensors
+        dx_BTD = d_weight_D = None
+        if ctx.needs_input_grad[0]:
+            dx_BTD = dy_BTD * weight_D
+            along_BT1 = torch.linalg.vecdot(dx_BTD, x_BTD).unsqueeze_(-1)
+            along_BT1.mul_(rate_BT1.pow(3)).div_(-x_BTD.shape[-1])
+            dx_BTD.mul_(rate_BT1).addcmul_(x_BTD, along_BT1)
+        if ctx.needs_input_grad[1]:
+            d_weight_D = (x_BTD * rate_BT1).mul_(dy_BTD).flatten(0, -2).sum(0)
+        return dx_BTD, d_weight_D, None
+
+
+class SwigluDown(torch.autograd.Function):
+    """y = (silu(gate) * up) W^T + b; keeps gate and up, and makes their product again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_BTF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up_BTF, weight_DF)
+        gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
+        return products.linear(F.silu(gate_BTF).mul_(up_BTF), weight_DF, bias_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        gate_up_BTF, weight_DF = ctx.saved_tensors
+        gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
+        active_BTF = F.silu(gate_BTF)
+        d_gate_up_BTF = d_weight_DF = d_bias_D = None
+        if ctx.needs_input_grad[0]:
+            d_inner_BTF = products.times(dy_BTD, weight_DF)
+            d_gate_up_BTF = torch.empty_like(gate_up_BTF)
+            d_gate_BTF, d_up_BTF = d_gate_up_BTF.chunk(2, dim=-1)
+            torch.mul(d_inner_BTF, active_BTF, out=d_up_BTF)
+            torch.ops.aten.silu_backward.grad_input(d_inner_BTF.mul_(up_BTF), gate_BTF, grad_input=d_gate_BTF)
+        if ctx.needs_input_grad[1]:
+            d_weight_DF = products.outer(dy_BTD, active_BTF.mul_(up_BTF))
+        if ctx.needs_input_grad[2]:
+            d_bias_D = dy_BTD.flatten(0, -2).sum(0)
+        return d_gate_up_BTF, d_weight_DF, d_bias_D
+
+
+class RotaryProjection(torch.autograd.Function):
+    """x W^T + b cut into queries, keys and values, the first two rotated; keeps x and the result.
+
+    The rows of W are put in the order in which the two channels of a rotated pair are neighbours, so that a pair is one
+    complex number and the rotation one product. Products of queries with keys do not depend on the order.
+    M = (H + 2 K) C rows of W; P = (H + K) C / 2 pairs of a position.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTD: Tensor,
+        weight_MD: Tensor,
+        bias_M: Tensor | None,
+        turns_TP: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels = len(weight_MD) // (num_heads + 2 * num_kv_heads)
+        rotated = 2 * turns_TP.shape[1]
+        weight_MD = reordered(weight_MD, rotated, (-1, 2, channels // 2))
+        bias_M = None if bias_M is None else reordered(bias_M, rotated, (-1, 2, channels // 2))
+        rows_BTM = products.linear(x_BTD, weight_MD, bias_M)
+        as_complex(rows_BTM[..., :rotated]).mul_(turns_TP)
+        ctx.save_for_backward(x_BTD, weight_MD, turns_TP)
+        ctx.channels = channels
+        heads_BTC = rows_BTM.view(*x_BTD.shape[:-1], -1, channels).transpose(1, 2)
+        q_BHTC, k_BKTC, v_BKTC = torch.split(heads_BTC, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        return q_BHTC, k_BKTC, v_BKTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_BHTC: Tensor, dk_BKTC: Tensor, dv_BKTC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTD, weight_MD, turns_TP = ctx.saved_tensors
+        rotated, pair = 2 * turns_TP.shape[1], (-1, ctx.channels // 2, 2)
+        back_TP = turns_TP.conj().resolve_conj()
+        d_rows_BTM = x_BTD.new_empty(*x_BTD.shape[:-1], len(weight_MD))
+        start = 0
+        for grad in (dq_BHTC, dk_BKTC):
+            width = grad.shape[1] * ctx.channels
+            rows = d_rows_BTM[..., start : start + width]
+            turned = as_complex(grad.transpose(1, 2).flatten(2).contiguous())
+            torch.mul(turned, back_TP[:, start // 2 : (start + width) // 2], out=as_complex(rows))
+            start += width
+        d_rows_BTM[..., start:] = dv_BKTC.transpose(1, 2).flatten(2)
+        dx_BTD = d_weight_MD = d_bias_M = None
+        if ctx.needs_input_grad[0]:
+            dx_BTD = products.times(d_rows_BTM, weight_MD)
+        if ctx.needs_input_grad[1]:
+            d_weight_MD = reordered(products.outer(d_rows_BTM, x_BTD), rotated, pair)
+        if ctx.needs_input_grad[2]:
+            d_bias_M = reordered(d_rows_BTM.flatten(0, -2).sum(0), rotated, pair)
+        return dx_BTD, d_weight_MD, d_bias_M, None, None, None
+
+
+def unit_turns(cos_TC: Tensor, sin_TC: Tensor, num_heads: int) -> Tensor:
+    """(T, num_heads C/2) complex: exp(i angle) of each pair of channels, the same for every head."""
+    half = cos_TC.shape[1] // 2
+    return torch.complex(cos_TC[:, :half].contiguous(), sin_TC[:, :half].contiguous()).repeat(1, num_heads)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """A view: channels 2i and 2i + 1 as real and imaginary part."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+def reordered(rows: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
+    """A copy whose first ``count`` rows, seen as ``shape``, have their last two axes of it exchanged."""
+    return torch.cat([rows[:count].view(*shape, *rows.shape[1:]).transpose(1, 2).flatten(0, 2), rows[count:]])
