@@ -25,8 +25,8 @@ from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
 from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
+from lmkit.store.found import RUN_INFO, newest_finished_run, open_run
 from lmkit.store.manifest import read_manifest
-from lmkit.store.runs import RUN_INFO, newest_finished_run, open_run
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 from lmkit.tuning import language_model_in
 

@@ -29,8 +29,9 @@ from lmkit.config.loggers import (
 )
 from lmkit.config.plain import kind_of
 from lmkit.errors import CheckpointError, DivergedError, ResourceError, StoppedError
+from lmkit.store.found import read_metrics
 from lmkit.store.records import encode, read_object
-from lmkit.store.runs import Run, read_metrics
+from lmkit.store.runs import Run
 from lmkit.store.storage import TMP_PREFIX
 
 STATE = "logger.json"

@@ -20,8 +20,9 @@ from lmkit.plots import plot_curves
 from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
+from lmkit.store.found import read_metrics
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
-from lmkit.store.runs import Run, read_metrics
+from lmkit.store.runs import Run
 from lmkit.store.saving import NoSaves, Saves
 from lmkit.tasks import Task, Validation
 from lmkit.train import (

@@ -24,7 +24,7 @@ from lmkit.hf.sample import sample_text
 from lmkit.loading import LoadedRun, load_run
 from lmkit.models.transformer import Transformer
 from lmkit.store import storage
-from lmkit.store.runs import read_info, read_result
+from lmkit.store.found import read_info, read_result
 
 CARD = "README.md"
 PLAIN = re.compile(

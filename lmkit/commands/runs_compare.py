@@ -18,7 +18,7 @@ from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.plots import Curve, plot_curves
 from lmkit.store.browse import RunSummary, read_newest_config, read_summary, readable, section
-from lmkit.store.runs import read_info, read_metrics, read_result
+from lmkit.store.found import read_info, read_metrics, read_result
 
 LONGEST = 36
 """Characters of a setting that the table shows."""

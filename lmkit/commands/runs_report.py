@@ -24,7 +24,7 @@ from lmkit.config.runs import DEFAULT_REPORT
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
 from lmkit.store.browse import read_journal, read_newest_config, readable, section
-from lmkit.store.runs import read_info, read_metrics
+from lmkit.store.found import read_info, read_metrics
 
 ROUTINE = ("save", "verify", "retire", "finished", "start")
 """Events of the journal that are no incidents."""

@@ -21,9 +21,9 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.optimization import PlateauConfig
 from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.store.browse import read_journal
+from lmkit.store.found import RESULT, read_metrics
 from lmkit.store.listing import list_checkpoints
 from lmkit.store.manifest import read_manifest, step_of
-from lmkit.store.runs import RESULT, read_metrics
 
 if TYPE_CHECKING:
     from lmkit.store.checkpoint import Snapshot

@@ -24,11 +24,11 @@ from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
 from lmkit.store.audit import audit_checkpoint
 from lmkit.store.browse import Status, read_journal, read_newest_config, read_summary, readable, section
+from lmkit.store.found import LOCK_INFO, METRICS, read_info, read_metrics, read_result
 from lmkit.store.listing import best_first, list_checkpoints, valid_loss
 from lmkit.store.manifest import step_of
 from lmkit.store.pins import read_pins
 from lmkit.store.records import read_object
-from lmkit.store.runs import LOCK_INFO, METRICS, read_info, read_metrics, read_result
 
 NOT_COMPARED = ("run", "resume", "debug", "command", "logger")
 """Parts of a configuration that do not decide what is computed."""

@@ -39,8 +39,9 @@ from lmkit.signals import StopRequests, find_deadline
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.environment import environment
+from lmkit.store.found import read_result
 from lmkit.store.manifest import read_manifest
-from lmkit.store.runs import Run, SharedRun, read_result
+from lmkit.store.runs import Run, SharedRun
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer, TrainState, can_read_late, restore_trainer

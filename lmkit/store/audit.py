@@ -13,10 +13,10 @@ from pathlib import Path
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
+from lmkit.store.found import CHECKPOINTS, JOURNAL, METRICS, read_info, read_result
 from lmkit.store.listing import list_checkpoints
 from lmkit.store.manifest import Manifest, read_manifest, verify_entry
 from lmkit.store.pins import read_pins
-from lmkit.store.runs import CHECKPOINTS, JOURNAL, METRICS, read_info, read_result
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,11 @@ from typing import Any
 from lmkit.config.runs import DEFAULT_ROOT
 from lmkit.errors import CheckpointError, ResourceError, RunLockedError
 from lmkit.store import manifest as mf
+from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, read_info, read_result
 from lmkit.store.listing import list_checkpoints, read_json_entry
 from lmkit.store.manifest import Manifest, read_manifest
 from lmkit.store.records import parse_row, read_rows
-from lmkit.store.runs import (
-    CHECKPOINTS,
-    FINISHED,
-    JOURNAL,
-    LOCK,
-    METRICS,
-    RUN_INFO,
-    acquire,
-    read_info,
-    read_result,
-)
+from lmkit.store.runs import acquire
 
 MAX_DEPTH = 3
 """Folders below the root in which runs are looked for: a multirun makes a folder of runs."""

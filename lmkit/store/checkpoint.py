@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
+from lmkit.store.found import FoundRun
 from lmkit.store.listing import VALID_LOSS, best_first, json_object, list_checkpoints, valid_loss
 from lmkit.store.manifest import read_manifest, verify_checkpoint
 from lmkit.store.migrations import NewerFormatError, migrate
-from lmkit.store.runs import FoundRun
 from lmkit.store.tensorfile import read_tensors
 
 BEST = "best"

@@ -21,10 +21,11 @@ from lmkit.store import manifest as mf
 from lmkit.store import storage
 from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
 from lmkit.store.environment import environment
+from lmkit.store.found import CHECKPOINTS
 from lmkit.store.listing import best_first, list_checkpoints, valid_loss
 from lmkit.store.manifest import FileEntry, Manifest, TensorSpec, verify_checkpoint
 from lmkit.store.pins import read_pins
-from lmkit.store.runs import CHECKPOINTS, Run
+from lmkit.store.runs import Run
 from lmkit.store.tensorfile import file_bytes, spec_of, write_tensors
 
 _DISK_RESERVE_BYTES = 1 << 20

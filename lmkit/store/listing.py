@@ -9,9 +9,9 @@ from typing import Any
 
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
+from lmkit.store.found import CHECKPOINTS
 from lmkit.store.manifest import read_manifest
 from lmkit.store.migrations import migrate
-from lmkit.store.runs import CHECKPOINTS
 
 VALID_LOSS = "valid_nats_per_token"
 """Key of ``Snapshot.state``: validation loss of exactly these weights in nats, absent or null if not evaluated."""

@@ -1,4 +1,4 @@
-"""Run directories: made, locked, written and found again.
+"""Run directories: made, locked and written. How they are found and read again is in ``found``.
 
 ``<run>/`` holds LOCK (a kernel lock for the life of the process), LOCK.info (who holds it, for people), run.json
 (written once), journal.jsonl (one line per event), metrics.jsonl (one line per logged step), result.json, checkpoints/.
@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,20 +21,22 @@ import filelock
 
 from lmkit.errors import CheckpointError, ConfigError, ResourceError, RunLockedError
 from lmkit.store import storage
-from lmkit.store.manifest import MANIFEST
-from lmkit.store.records import LineFile, decode, read_object, to_json
+from lmkit.store.found import (
+    CHECKPOINTS,
+    FINISHED,
+    JOURNAL,
+    LOCK,
+    LOCK_INFO,
+    METRICS,
+    RESULT,
+    RUN_INFO,
+    absolute,
+    parse_row,
+)
+from lmkit.store.records import LineFile, read_object, to_json
 
-CHECKPOINTS = "checkpoints"
-RUN_INFO = "run.json"
-RESULT = "result.json"
-METRICS = "metrics.jsonl"
-JOURNAL = "journal.jsonl"
-LOCK = "LOCK"
-LOCK_INFO = "LOCK.info"
-FINISHED = "finished"
 LOOK_S = 0.5
 """Whoever looks whether a run is training holds its lock for a moment; so long does a run that begins wait for it."""
-"""``status`` in result.json of a run that came to its end."""
 
 
 def _utc_now() -> str:
@@ -178,7 +178,7 @@ class Run:
             raw = path.read_bytes() if path.exists() else b""
             kept = 0
             for line in raw.splitlines(keepends=True):
-                row = _parse_row(line)
+                row = parse_row(line)
                 if not line.endswith(b"\n") or (row is not None and row["step"] > step):
                     break
                 kept += len(line)
@@ -251,11 +251,6 @@ class SharedRun(Run):
         return
 
 
-def absolute(path: str | Path) -> Path:
-    """The absolute path, with ~ for the home folder; that of an unknown user stays as it is."""
-    return Path(os.path.expanduser(path)).absolute()
-
-
 def _make_new(root: Path, dataset: str, model: str) -> Path:
     """Make a directory under ``root`` whose name no other run has, even one started in the same second."""
     parts = [datetime.now().strftime("%Y%m%d-%H%M%S"), dataset, model]
@@ -325,84 +320,3 @@ def _holder(path: Path) -> str:
     except CheckpointError:
         info = {}
     return f"process {info.get('pid', '?')} on {info.get('host', '?')}, started {info.get('started', '?')}"
-
-
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    """One line of metrics.jsonl, or None if it is torn or foreign."""
-    try:
-        row = decode(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; NaN and infinity are floats again, torn lines are left out."""
-    path = run_dir / METRICS
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    return [row for row in map(_parse_row, lines) if row is not None]
-
-
-def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """result.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
-    return read_object(run_dir / RESULT)
-
-
-def read_info(run_dir: Path) -> dict[str, Any] | None:
-    """run.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
-    return read_object(run_dir / RUN_INFO)
-
-
-@dataclass(frozen=True)
-class FoundRun:
-    """An existing run that a command reads."""
-
-    path: Path
-    checkpoint: Path | None = None
-    """The checkpoint that was named instead of its run, if any."""
-
-
-def open_run(path: str | Path) -> FoundRun:
-    """The run at ``path``, which may also be one of its checkpoints or a checkpoint that was copied elsewhere.
-
-    Raises CheckpointError if there is no run or it has no checkpoint yet.
-    """
-    path = absolute(path)
-    if not os.path.isdir(path):  # False, where Path.is_dir raises, for a name that is too long
-        what = "is not a directory" if os.path.exists(path) else "does not exist"
-        raise CheckpointError(f"run={path} {what}", "name a run directory, or leave run out to take the newest one")
-    if (path / MANIFEST).is_file():
-        return FoundRun(path.parent.parent if path.parent.name == CHECKPOINTS else path, path)
-    if not (path / RUN_INFO).exists() and not (path / CHECKPOINTS).is_dir():
-        raise CheckpointError(f"run={path} is not a run directory", "name one that lmkit pretrain or finetune has made")
-    checkpoints = path / CHECKPOINTS
-    if not checkpoints.is_dir() or not any((p / MANIFEST).is_file() for p in checkpoints.glob("step-*")):
-        raise CheckpointError(f"run={path} has no checkpoint yet", f"continue it: run.dir={path} resume=true")
-    return FoundRun(path)
-
-
-def newest_finished_run(root: str | Path) -> Path:
-    """The run under ``root`` that finished last. Raises CheckpointError saying how to make one."""
-    root = absolute(root)
-    finished = []
-    unfinished = 0
-    try:
-        paths = sorted(root.iterdir()) if root.is_dir() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {root}: {error.strerror or error}", "name a run with run=DIR") from None
-    for path in paths:
-        with contextlib.suppress(CheckpointError):
-            result = read_result(path)
-            if result is not None and result.get("status") == FINISHED:
-                finished.append((str(result.get("ended", "")), path))
-            elif (path / RUN_INFO).is_file():
-                unfinished += 1
-    if not finished:
-        more = f" ({unfinished} unfinished)" if unfinished else ""
-        raise CheckpointError(
-            f"no finished run in {root}{more}", "train one with lmkit pretrain, or name a run with run=DIR"
-        )
-    return max(finished)[1]

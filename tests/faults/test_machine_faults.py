@@ -33,8 +33,8 @@ from harness import Lmkit, Start, digests, names
 
 from lmkit.store import checkpoint_writer, runs, storage
 from lmkit.store.checkpoint import list_checkpoints
+from lmkit.store.found import read_metrics, read_result
 from lmkit.store.records import LineFile
-from lmkit.store.runs import read_metrics, read_result
 from lmkit.train import Trainer
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -18,7 +18,7 @@ from harness import Lmkit, digests, forge, forge_config
 from lmkit.data.batches import Lanes
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
-from lmkit.store.runs import read_metrics
+from lmkit.store.found import read_metrics
 from lmkit.train import Trainer
 
 DEVICE = ["device=cpu", "device.threads=1"]

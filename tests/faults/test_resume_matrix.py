@@ -15,8 +15,9 @@ import pytest
 from harness import Start, digests, names
 
 from lmkit.models.ngram import KneserNey
+from lmkit.store.found import read_metrics, read_result
 from lmkit.store.manifest import step_of
-from lmkit.store.runs import Run, read_metrics, read_result
+from lmkit.store.runs import Run
 from lmkit.train import Trainer
 
 pytestmark = pytest.mark.slow

@@ -16,9 +16,9 @@ import pytest
 from harness import Start, digests
 
 from lmkit.store.audit import audit_run
+from lmkit.store.found import read_metrics
 from lmkit.store.listing import list_checkpoints
 from lmkit.store.manifest import step_of
-from lmkit.store.runs import read_metrics
 
 SOAK_S = float(os.environ.get("LMKIT_SOAK_S", "60"))
 LEAST_KILLS = 8

@@ -25,8 +25,8 @@ from harness import Lmkit, Start
 
 from lmkit.store import storage
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
+from lmkit.store.found import read_metrics
 from lmkit.store.manifest import read_manifest, verify_checkpoint
-from lmkit.store.runs import read_metrics
 from lmkit.train import Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

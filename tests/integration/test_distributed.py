@@ -46,7 +46,7 @@ from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.sharding import is_sharded
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, load_checkpoint
-from lmkit.store.runs import read_metrics, read_result
+from lmkit.store.found import read_metrics, read_result
 from lmkit.train import Trainer
 
 TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)

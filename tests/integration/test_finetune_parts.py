@@ -32,7 +32,7 @@ from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
-from lmkit.store.runs import read_metrics
+from lmkit.store.found import read_metrics
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {

@@ -32,7 +32,7 @@ from lmkit.session import Session
 from lmkit.signals import SAVING, STOPPING
 from lmkit.store import checkpoint_writer, storage
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
-from lmkit.store.runs import read_metrics
+from lmkit.store.found import read_metrics
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
 

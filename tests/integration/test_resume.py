@@ -35,7 +35,7 @@ from lmkit.config.training import Average, EvalConfig, Shuffle
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
-from lmkit.store.runs import read_metrics
+from lmkit.store.found import read_metrics
 
 MakeConfig = Callable[..., PretrainConfig]
 TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)

@@ -31,7 +31,7 @@ from lmkit.errors import ConfigError, DataError, StoppedError
 from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
-from lmkit.store.runs import read_metrics
+from lmkit.store.found import read_metrics
 
 MakeConfig = Callable[..., PretrainConfig]
 GOOD, BAD = ["good", "great", "lovely"], ["bad", "awful", "dull"]

@@ -30,7 +30,7 @@ from lmkit.config.training import EvalConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import TrainingBatch
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
-from lmkit.store.runs import read_metrics, read_result
+from lmkit.store.found import read_metrics, read_result
 from lmkit.train import StepReport, Trainer
 
 MakeConfig = Callable[..., PretrainConfig]

@@ -25,8 +25,9 @@ from lmkit.store.checkpoint import (
     resolve_checkpoint,
 )
 from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.found import FoundRun
 from lmkit.store.manifest import read_manifest, verify_checkpoint
-from lmkit.store.runs import FoundRun, Run
+from lmkit.store.runs import Run
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,

@@ -23,7 +23,8 @@ from lmkit.config.loggers import (
 )
 from lmkit.errors import DivergedError, ResourceError, StoppedError
 from lmkit.loggers import AttachedLogger, Logger, attach_logger, require_logger
-from lmkit.store.runs import Run, read_metrics
+from lmkit.store.found import read_metrics
+from lmkit.store.runs import Run
 
 CONFIG = {"seed": 1, "model": {"kind": "lstm", "d_hidden": 32}, "nothing": None}
 

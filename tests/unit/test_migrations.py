@@ -26,10 +26,11 @@ from lmkit.store.checkpoint import (
     resolve_checkpoint,
 )
 from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.found import FoundRun
 from lmkit.store.listing import read_json_entry, valid_loss
 from lmkit.store.manifest import read_manifest, verify_checkpoint
 from lmkit.store.migrations import NewerFormatError, migrate
-from lmkit.store.runs import FoundRun, Run
+from lmkit.store.runs import Run
 from lmkit.store.tensorfile import write_tensors
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

@@ -19,7 +19,8 @@ from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError
 from lmkit.store import records, runs, storage
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.runs import FoundRun, Run, newest_finished_run, open_run, read_metrics, read_result
+from lmkit.store.found import FoundRun, newest_finished_run, open_run, read_metrics, read_result
+from lmkit.store.runs import Run
 
 
 class ByteTokenizer:
