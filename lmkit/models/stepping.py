@@ -142,15 +142,23 @@ class TokenStep:
             room = min(self.num_tokens, MAX_ROOM, self.config.context - position)
             cache = cache.with_room(room, self.config.context)
         x_BD = self._embed(tokens_B, position)
-        for layer, keys_BKSC, values_BKSC in zip(
-            self.layers, cache.keys_LBKSC.unbind(0), cache.values_LBKSC.unbind(0), strict=True
-        ):
+        turn = None
+        if self.config.positions is Positions.rotary:
+            turn = self.model.cos_TC[position], self.signed_sin_TC[position]
+        layers = zip(
+            self.layers,
+            cache.keys_LBKSC[:, :, :, : position + 1].unbind(0),
+            cache.keys_LBKSC[:, :, :, position].unbind(0),
+            cache.values_LBKSC[:, :, :, : position + 1].unbind(0),
+            cache.values_LBKSC[:, :, :, position].unbind(0),
+            strict=True,
+        )
+        for layer, *slot in layers:
             if self.config.pre_norm:
-                seen_BD = self._attend(layer.qkv(layer.attention_norm(x_BD)), keys_BKSC, values_BKSC, position)
-                x_BD += layer.out(seen_BD)
+                x_BD += layer.out(self._attend(layer.qkv(layer.attention_norm(x_BD)), turn, *slot))
                 x_BD += layer.down(self._activate(layer.up(layer.feed_forward_norm(x_BD))))
             else:
-                seen_BD = self._attend(layer.qkv(x_BD), keys_BKSC, values_BKSC, position)
+                seen_BD = self._attend(layer.qkv(x_BD), turn, *slot)
                 x_BD = layer.attention_norm(x_BD + layer.out(seen_BD))
                 x_BD = layer.feed_forward_norm(x_BD + layer.down(self._activate(layer.up(x_BD))))
         if self.config.pre_norm:
@@ -168,21 +176,26 @@ class TokenStep:
             x_BD += self.model.sinusoids_TD[position]
         return x_BD
 
-    def _attend(self, qkv_BM: Tensor, keys_BKSC: Tensor, values_BKSC: Tensor, position: int) -> Tensor:
-        """What each query sees (B, H x C), after the new key and value are stored at ``position``."""
+    def _attend(
+        self,
+        qkv_BM: Tensor,
+        turn: tuple[Tensor, Tensor] | None,
+        keys_BKTC: Tensor,
+        key_BKC: Tensor,
+        values_BKTC: Tensor,
+        value_BKC: Tensor,
+    ) -> Tensor:
+        """What each query sees (B, H x C). New key and value are written to their place, which is the last of the T."""
         batch, heads, kv_heads = len(qkv_BM), self.num_heads, self.num_kv_heads
-        qkv_BHC = qkv_BM.view(batch, heads + 2 * kv_heads, -1)
-        qk_BHC, v_BKC = qkv_BHC[:, : heads + kv_heads], qkv_BHC[:, heads + kv_heads :]
-        if self.config.positions is Positions.rotary:
-            cos_C, sin_C = self.model.cos_TC[position], self.signed_sin_TC[position]
+        qk_BHC, v_BKC = qkv_BM.view(batch, heads + 2 * kv_heads, -1).split_with_sizes((heads + kv_heads, kv_heads), 1)
+        if turn is not None:
+            cos_C, sin_C = turn
             qk_BHC = torch.addcmul(qk_BHC * cos_C, qk_BHC.roll(qk_BHC.shape[2] // 2, -1), sin_C)
-        keys_BKSC[:, :, position] = qk_BHC[:, heads:]
-        values_BKSC[:, :, position] = v_BKC
+        q_BHC, k_BKC = qk_BHC.split_with_sizes((heads, kv_heads), 1)
+        key_BKC.copy_(k_BKC)
+        value_BKC.copy_(v_BKC)
         seen_BHTC = F.scaled_dot_product_attention(
-            qk_BHC[:, :heads, None],
-            keys_BKSC[:, :, : position + 1],
-            values_BKSC[:, :, : position + 1],
-            enable_gqa=kv_heads != heads,
+            q_BHC.unsqueeze(2), keys_BKTC, values_BKTC, enable_gqa=kv_heads != heads
         )
         return seen_BHTC.reshape(batch, -1)
 
