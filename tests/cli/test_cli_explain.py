@@ -63,7 +63,7 @@ def test_the_value_of_a_preset_is_what_choosing_it_composes() -> None:
 def test_presets_with_values_of_their_own_and_recipes_are_listed(lmkit: Any) -> None:
     assert lmkit("explain", "optimizer.lr") == 0
     assert "  optimizer=adamw_finetune  0.0005" in lmkit.out
-    assert "recipe=ptb_cpu_10min (0.006)" in lmkit.out
+    assert "recipe=ptb_cpu_10min (0.005)" in lmkit.out
     assert lmkit("explain", "train.budget") == 0
     assert "commands: pretrain, finetune" in lmkit.out
     assert "recipe=ptb_cpu_10min (10m)" in lmkit.out
