@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "grouped": {"num_kv_heads": 2},
     "untied": {"tie_embeddings": False, "dropout": 0.1},
+    "post-norm": {"pre_norm": False},
     "gpt2": {
         "positions": Positions.learned,
         "norm": Norm.layernorm,
