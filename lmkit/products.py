@@ -24,10 +24,14 @@ MIN_ROWS_TO_ADD = 256
 @functools.cache
 def prefers_onednn() -> bool:
     """Whether this CPU has AVX-512 and is not Intel's."""
-    if not torch._C._has_mkldnn or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+    return torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel()
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether this CPU is Intel's, for which MKL is made, or unknown."""
     about_cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
-    return "intel" not in str(about_cpu.get("cpu_name", "intel")).lower()
+    return "intel" in str(about_cpu.get("cpu_name", "intel")).lower()
 
 
 def by_onednn(x: Tensor, num_rows: int) -> bool:
