@@ -36,8 +36,8 @@ from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
 from lmkit.console import format_count, format_duration
 from lmkit.device import Device
 from lmkit.heads import SoftmaxHead, rows_per_chunk
+from lmkit.horizon import NUM_EVALS, last_step
 from lmkit.models.base import LanguageModel
-from lmkit.session import NUM_EVALS, last_step
 from lmkit.train import Trainer
 
 WORKING_SHARE = 2.5

@@ -16,6 +16,7 @@ from lmkit.console import Console, Progress, format_duration, format_number
 from lmkit.data.batches import Ahead
 from lmkit.device import give_back_freed_memory
 from lmkit.errors import DivergedError, StoppedError
+from lmkit.horizon import NUM_EVALS, Budget, Horizon, last_step
 from lmkit.plots import plot_curves
 from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
@@ -26,7 +27,6 @@ from lmkit.store.runs import Run
 from lmkit.store.saving import NoSaves, Saves
 from lmkit.tasks import Task, Validation
 from lmkit.train import (
-    Horizon,
     StepReport,
     Trainer,
     TrainState,
@@ -36,18 +36,10 @@ from lmkit.train import (
     trainer_tensors,
 )
 
-BUDGET_EVAL_SHARE = 0.06
-"""Under a time budget, validation before the final one may take this share of the time."""
-NUM_EVALS = 10
-"""Evaluations over a run where eval.every_steps is null."""
 MIN_STEPS_BETWEEN_EVALS = 20
 """Short runs evaluate less often than that."""
 ANOTHER = "a request to another process"
 """Who asked to stop or save, where it was not this process that was asked."""
-EVAL_RESERVE = 1.25
-"""Under a time budget, the last evaluation may take this many times as long as the one before it."""
-EXIT_RESERVE_S = 5.0
-"""Under a time budget, kept back for what the clock does not see (loading torch) and for the final save and plot."""
 
 
 class _Interrupted(Exception):
@@ -93,9 +85,6 @@ class Session:
     command: Sequence[str]
     """The command line, for the advice on how to go on."""
     started: float
-    _eval_estimate_s: float = 0.0
-    _first: tuple[int, float] | None = None
-    """Step and time when this session's first update was done."""
     _window: list[StepReport] = field(default_factory=list)
     """Reports since the last line of metrics."""
     _num_read: int = 0
@@ -110,12 +99,13 @@ class Session:
         self.world = self.trainer.world
         self.elapsed_before_s, self._first_step = self.state.elapsed_s, self.state.step
         self.batches = Ahead(self.task.batches, self.train.workers)
-        self.max_steps = last_step(self.train, self.batches.steps_per_epoch)
+        self.max_steps, budget_s = last_step(self.train, self.batches.steps_per_epoch), self.train.budget_s
+        self.budget = None if budget_s is None else Budget(budget_s, self.max_steps)
         self._set_horizon()
 
     def _set_horizon(self) -> None:
         """A run by the clock keeps the horizon of its state; another one ends with its last step."""
-        if self.train.budget_s is None:
+        if self.budget is None:
             self.state.horizon = Horizon(1.0 / (self.max_steps or 1))
         elif self.state.step == 0:
             self.state.horizon = Horizon(1e-9)
@@ -128,9 +118,9 @@ class Session:
         """
         give_back_freed_memory()
         self._window_start = time.monotonic()
-        if self.train.budget_s is not None:
+        if self.budget is not None:
             with unsharded(self.trainer.model):
-                self._eval_estimate_s = self.task.validation_s(
+                self.budget.eval_s = self.task.validation_s(
                     device=self.trainer.device, micro_batch_size=self.trainer.micro_batch_size
                 )
         with self._saves() as saves, self._bar() as bar, self.batches, self._saved_without_memory(saves, bar):
@@ -208,37 +198,22 @@ class Session:
         return (requested or ANOTHER) if anywhere else None
 
     def _follow_clock(self) -> None:
-        """Under a time budget, re-fit the horizon to the time that is left.
-
-        The time of a step is the mean since the first one, saving and validation included.
-        """
-        now = time.monotonic()
+        """Count the time of the step and, under a time budget, fit the horizon to the time that is left."""
+        now, state = time.monotonic(), self.state
         elapsed_s = self.elapsed_before_s + now - self.started
-        self._last_step_s, self.state.elapsed_s = elapsed_s - self.state.elapsed_s, elapsed_s
-        if self.train.budget_s is None:
-            return
-        if self._first is None:
-            self._first = (self.state.step, now)
-        first_step, first_now = self._first
-        step_s = (now - first_now) / max(self.state.step - first_step, 1)
-        left_s = self.train.budget_s - self.state.elapsed_s - EVAL_RESERVE * self._eval_estimate_s - EXIT_RESERVE_S
-        steps_left = left_s / max(step_s, 1e-6)
-        if self.max_steps is not None:
-            steps_left = min(steps_left, self.max_steps - self.state.step)
-        if steps_left < 1.0:
-            self.state.horizon = Horizon(0.0, self.state.step, 1.0)
-        elif self.state.step >= first_step + 3:
-            self.state.horizon.refit(self.state.step, steps_left)
+        self._last_step_s, state.elapsed_s = elapsed_s - state.elapsed_s, elapsed_s
+        if self.budget is not None:
+            state.horizon = self.budget.refit(state.horizon, state.step, elapsed_s, now)
 
     def _eval_due(self, step: int) -> bool:
         if self.eval.every_steps is not None:
             return step % self.eval.every_steps == 0
-        if self.train.budget_s is None:
+        if self.budget is None:
             return step % max(MIN_STEPS_BETWEEN_EVALS, math.ceil((self.max_steps or 1) / NUM_EVALS)) == 0
-        progress = self.state.horizon.progress(step)
-        if not (len(self.state.valid_losses) + 1) / NUM_EVALS <= progress <= 1.0 - 0.5 / NUM_EVALS:
-            return False
-        return self.state.eval_s + self._eval_estimate_s <= BUDGET_EVAL_SHARE * self.state.elapsed_s
+        state = self.state
+        return self.budget.allows_eval(
+            state.horizon.progress(step), len(state.valid_losses), state.eval_s, state.elapsed_s
+        )
 
     def _out_of_patience(self) -> bool:
         losses = self.state.valid_losses
@@ -251,9 +226,9 @@ class Session:
     # What
 
     def _bar(self) -> Progress:
-        budget_s = self.train.budget_s
-        total = self.max_steps if budget_s is None else round(budget_s)
-        return self.console.progress(total, "training" if budget_s is None else "training (s)")
+        if self.budget is None:
+            return self.console.progress(self.max_steps, "training")
+        return self.console.progress(round(self.budget.seconds), "training (s)")
 
     def _saves(self) -> Saves:
         if not self.world.is_first:
@@ -297,10 +272,10 @@ class Session:
         if state.valid_losses:
             name, value = self.task.shown(state.valid_losses[-1])
             fields[f"valid {name}"] = value
-        if self.train.budget_s is None:
+        if self.budget is None:
             bar.update(state.step, **fields)
         else:
-            left_s = max(0.0, self.train.budget_s - state.elapsed_s)
+            left_s = max(0.0, self.budget.seconds - state.elapsed_s)
             bar.update(round(state.elapsed_s), **fields, eta=format_duration(left_s))
 
     def _evaluate(self) -> bool:
@@ -333,7 +308,8 @@ class Session:
         state = self.state
         state.eval_s += took_s
         state.elapsed_s += took_s
-        self._eval_estimate_s = took_s
+        if self.budget is not None:
+            self.budget.eval_s = took_s
         if state.valid_steps[-1:] != [state.step]:
             state.valid_losses.append(found.loss)
             state.valid_steps.append(state.step)
@@ -451,7 +427,9 @@ class Session:
         restore_trainer(self.trainer, found[1].model, found[1].optimizer)
         self.run.cut_metrics(self.state.step)
         self.run.journal("rollback", {"step": self.state.step, "skipped": self.state.skipped_steps})
-        self._window, self._num_read, self._first, saves.step = [], 0, None, None
+        self._window, self._num_read, saves.step = [], 0, None
+        if self.budget is not None:
+            self.budget.restart()
 
     @contextlib.contextmanager
     def _saved_without_memory(self, saves: Saves, bar: Progress) -> Iterator[None]:
@@ -483,15 +461,6 @@ class Session:
             plot_curves(self.run.path / "loss.png", curves, title=self.run.path.name)
         except (OSError, ValueError) as error:
             self.console.warn(f"no plot: {error}")
-
-
-def last_step(train: TrainConfig, steps_per_epoch: int) -> int | None:
-    """Batches after which a run ends at the latest; None if only the clock ends it."""
-    limits = [] if train.max_steps is None else [train.max_steps]
-    epochs = train.epochs_limit
-    if epochs is not None:
-        limits.append(max(1, math.ceil(epochs * steps_per_epoch)))
-    return min(limits) if limits else None
 
 
 def state_of(snapshot: Snapshot) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
 from lmkit.data.batches import Batches, TrainingBatch
 from lmkit.device import Device
 from lmkit.distributed import SINGLE, World
+from lmkit.horizon import Horizon
 from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
 from lmkit.rng import derive_key
@@ -28,29 +29,6 @@ from lmkit.tasks.base import Task
 
 SPIKE_MEAN_WEIGHT = 0.02
 """Share of a new batch in the running mean of the loss: a memory of about 50 batches."""
-
-
-@dataclass
-class Horizon:
-    """How far the run has come, as a function of the step: a straight line that may be re-fitted to the clock.
-
-    With a number of steps the line is step / max_steps. With a time budget the slope is fitted, again and again, to the
-    time that is left, so that progress reaches 1 when the budget ends; it never jumps, so neither does the rate.
-    """
-
-    per_step: float
-    fit_step: int = 0
-    fit_progress: float = 0.0
-
-    def progress(self, step: int) -> float:
-        """Share of the run (0 to 1) done after ``step`` updates."""
-        done = self.fit_progress + (step - self.fit_step) * self.per_step
-        return 1.0 if done > 1.0 - 1e-9 else max(0.0, done)
-
-    def refit(self, step: int, steps_left: float) -> None:
-        """From ``step`` on, reach 1 after ``steps_left`` more updates."""
-        self.fit_progress, self.fit_step = self.progress(step), step
-        self.per_step = (1.0 - self.fit_progress) / max(steps_left, 1.0)
 
 
 @dataclass

@@ -35,16 +35,16 @@ from lmkit.config.model import TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig
 from lmkit.data.batches import Lanes, Windows
 from lmkit.device import resolve_device
+from lmkit.horizon import NUM_EVALS, Horizon
 from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer
-from lmkit.session import NUM_EVALS
 from lmkit.store import manifest, storage
 from lmkit.store.checkpoint import Snapshot, load_checkpoint
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.runs import Run
 from lmkit.tasks.language import NextToken
 from lmkit.tokenizers import ByteTokenizer
-from lmkit.train import Horizon, Trainer, TrainState, trainer_tensors
+from lmkit.train import Trainer, TrainState, trainer_tensors
 
 BATCH, SEQ_LEN = 16, 128
 HUGE = 10**13

@@ -164,10 +164,11 @@ def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
     from lmkit.config.optimization import AdamwConfig, ConstantConfig
     from lmkit.data.batches import Batch
     from lmkit.device import resolve_device
+    from lmkit.horizon import Horizon
     from lmkit.objectives import ExactSoftmax
     from lmkit.optim import build_optimizer
     from lmkit.tasks.language import NextToken
-    from lmkit.train import Horizon, Trainer, TrainState
+    from lmkit.train import Trainer, TrainState
 
     device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=torch.get_num_threads()))
     model = lmkit_model(family, shape, block)

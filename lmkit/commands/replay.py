@@ -24,14 +24,14 @@ from lmkit.console import Console, format_number
 from lmkit.data.batches import Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
-from lmkit.session import last_step
+from lmkit.horizon import Horizon, last_step
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_info, read_metrics
 from lmkit.store.incidents import BATCH_FILE
 from lmkit.store.manifest import step_directory, step_of
 from lmkit.store.records import read_object
 from lmkit.tasks import Task
-from lmkit.train import Horizon, Trainer
+from lmkit.train import Trainer
 
 NUM_SHOWN = 5
 """Rows that are printed, those with the highest loss first."""

@@ -26,11 +26,12 @@ from lmkit.config.optimization import (
 from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import Windows
 from lmkit.device import resolve_device
+from lmkit.horizon import Horizon
 from lmkit.objectives import build_objective
 from lmkit.optim import build_optimizer
 from lmkit.planning import Memory, Plan, estimate_memory, largest_fitting, optimizer_bytes, plan
 from lmkit.tasks.language import NextToken
-from lmkit.train import Horizon, Trainer, TrainState
+from lmkit.train import Trainer, TrainState
 
 VOCAB = 500
 TINY = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32)

@@ -22,7 +22,7 @@ from lmkit.config.training import OnSaveError, SaveConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.data.batches import Ahead, Batch, Lanes, Windows
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
-from lmkit.session import last_step
+from lmkit.horizon import last_step
 from lmkit.signals import SLURM_END, Deadline, StopRequests, find_deadline
 from lmkit.store import checkpoint_writer
 from lmkit.store.checkpoint import Snapshot

@@ -15,11 +15,12 @@ from lmkit.config.machine import DeviceConfig, DeviceType, Precision
 from lmkit.config.optimization import AdamConfig, AdamwConfig, ConstantConfig, MuonConfig, OptimizerConfig, SgdConfig
 from lmkit.data.batches import Batch
 from lmkit.device import resolve_device
+from lmkit.horizon import Horizon
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State
 from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer
 from lmkit.tasks.language import NextToken
-from lmkit.train import Horizon, Trainer, TrainState, can_read_late, fit, restore_trainer, trainer_tensors
+from lmkit.train import Trainer, TrainState, can_read_late, fit, restore_trainer, trainer_tensors
 
 VOCAB = 11
 FUSED = [SgdConfig(lr=0.5), SgdConfig(lr=0.5, momentum=0.9), AdamConfig(), AdamwConfig()]
