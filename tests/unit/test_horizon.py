@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lmkit.horizon import EVAL_RESERVE, EXIT_RESERVE_S, Budget, Horizon
+from lmkit.horizon import EVAL_RESERVE, EXIT_RESERVE_S, SETTLING_STEPS, Budget, Horizon
 
 EVAL_S = 8.0
 
@@ -55,7 +55,15 @@ def test_time_before_a_restart_says_nothing_about_a_step() -> None:
     horizon = Horizon(1e-9)
     for step, now in ((1, 500.0), (2, 501.0), (3, 502.0), (4, 503.0)):
         horizon = budget.refit(horizon, step, now, now)
-    assert horizon.progress(4 + (1000 - 503 - 5)) == pytest.approx(1.0)
+    last = 4 + (1000 - 503 - int(EXIT_RESERVE_S))
+    assert horizon.progress(last - 1) < 1.0 == pytest.approx(horizon.progress(last))
+
+
+def test_the_first_steps_which_are_slower_than_others_decide_nothing() -> None:
+    budget, horizon = Budget(1000.0, None), Horizon(1e-9)
+    for step in range(1, SETTLING_STEPS + 1):
+        horizon = budget.refit(horizon, step, 100.0 * step, 100.0 * step)
+    assert horizon == Horizon(1e-9)
 
 
 def test_validation_takes_its_share_of_the_time_and_is_spread_over_the_run() -> None:
