@@ -41,8 +41,8 @@ class Shape:
     context: int = 128
     vocabulary: int = 10_000
     batch: int = 32
-    micro_batch: int = 32
-    """Rows of the batch that lmkit takes at a time; the others take all."""
+    micro_batch: int = 0
+    """Rows of the batch that lmkit takes at a time, 0 for all, as the others do."""
 
     def arguments(self) -> list[str]:
         return [word for field in fields(self) for word in (f"--{field.name}", str(getattr(self, field.name)))]
@@ -190,7 +190,7 @@ def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
         schedule=ConstantConfig(warmup_ratio=0.0),
         device=device,
         seed=1,
-        micro_batch_size=min(shape.batch, shape.micro_batch),
+        micro_batch_size=shape.micro_batch or shape.batch,
         state=TrainState(horizon=Horizon(1e-6)),
     )
 

@@ -1,0 +1,41 @@
+"""Which library multiplies follows from the CPU's name and its instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lmkit import products
+from lmkit.models.stepping import Product
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    products.is_intel.cache_clear()
+    products.prefers_onednn.cache_clear()
+    yield
+    products.is_intel.cache_clear()
+    products.prefers_onednn.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("about", "instructions", "intel", "onednn"),
+    [
+        ({"cpu_name": "Intel(R) Xeon(R) Processor"}, "AVX512", True, False),
+        ({"cpu_name": "AMD EPYC 9R14"}, "AVX512", False, True),
+        ({"cpu_name": "AMD EPYC 7R13"}, "AVX2", False, False),
+        ({}, "AVX512", True, False),
+    ],
+)
+def test_the_library_and_the_cut_of_a_matrix(
+    about: dict[str, str], instructions: str, intel: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: about, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(torch._C, "_has_mkldnn", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert products.is_intel() is intel
+    assert products.prefers_onednn() is onednn
+    assert Product(torch.ones(4, 3), None, batch=1).parts == (1 if intel else 2)
