@@ -417,7 +417,7 @@ class Session:
         """Go back to the newest checkpoint, keeping the list of the batches to leave out."""
         saves.wait()
         self.world.wait()
-        found = load_latest(self.run.path, self.console.warn)
+        found = load_latest(self.run.path, self.console.warn, shared=self.world.local_size > 1)
         if found is None:
             raise DivergedError("there is no checkpoint to go back to", "set train.nonfinite=skip")
         skipped, eval_s = self.state.skipped_steps, self.state.eval_s

@@ -190,7 +190,7 @@ def execute(job: Job) -> dict[str, Any]:
         command=command_line(job.world),
         digests={"data": job.task.data_digest, "tokenizer": job.task.tokenizer.digest},
     )
-    found = load_latest(job.run.path, job.console.warn)
+    found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)
     _check_shared(job, -1 if found is None else found[1].step)
     changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, job.console)
     if changes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,11 +49,15 @@ class Snapshot:
     """JSON data, from lmkit.config.plain.to_plain."""
 
 
-def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool = False) -> Snapshot:
+def load_checkpoint(
+    path: Path, *, with_optimizer: bool, allow_nonfinite: bool = False, shared: bool = False
+) -> Snapshot:
     """Read a checkpoint onto the CPU, verifying size and SHA-256 of every file that is read.
 
-    Tied names come back as one tensor. Without the optimizer its file is neither read nor hashed. Raises
-    CheckpointError if anything disagrees with the manifest, or if a weight is NaN or infinite and that is not allowed.
+    Tied names come back as one tensor. Without the optimizer its file is neither read nor hashed. With it the files
+    are left out of the system's cache, unless ``shared`` says that other processes of this machine read them, too.
+    Raises CheckpointError if anything disagrees with the manifest, or if a weight is NaN or infinite and that is not
+    allowed.
     """
     manifest = read_manifest(path)
     small = {
@@ -64,12 +69,14 @@ def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool =
     }
     tensors: dict[str, dict[str, Tensor]] = {mf.MODEL: {}, mf.OPTIMIZER: {}}
     checks = []
-    # a hashing thread for each file: while the model is still being hashed the optimizer is read
+    # a hashing thread for each file: while one is still being hashed the other is read; the larger one comes first
     with ThreadPoolExecutor(1, "hash-model") as model_hasher, ThreadPoolExecutor(1, "hash-optimizer") as other_hasher:
-        for file, hasher in ((mf.MODEL, model_hasher), (mf.OPTIMIZER, other_hasher)):
+        for file, hasher in ((mf.OPTIMIZER, other_hasher), (mf.MODEL, model_hasher)):
             entry = manifest.file(file)
             if entry is not None and (file == mf.MODEL or with_optimizer):
-                tensors[file], check = read_tensors(path, entry, manifest.tensors[file], hasher)
+                tensors[file], check = read_tensors(
+                    path, entry, manifest.tensors[file], hasher, once=with_optimizer and not shared
+                )
                 checks.append(check)
         bad = None if allow_nonfinite else first_nonfinite(tensors[mf.MODEL])
         for check in checks:
@@ -89,14 +96,22 @@ def load_checkpoint(path: Path, *, with_optimizer: bool, allow_nonfinite: bool =
 
 
 def first_nonfinite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of a floating-point tensor that holds NaN or infinity."""
+    """Name of a floating-point tensor, on the CPU, that holds NaN or infinity."""
     for name, tensor in tensors.items():
         wide = tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
-        if not wide.is_floating_point() or bool(torch.isfinite(wide.sum())):
+        if not wide.is_floating_point() or _has_finite_sum(wide):
             continue  # the sum, which is quick, is finite only if all are; finite numbers may have an infinite one
         if not bool(torch.isfinite(wide).all()):
             return name
     return None
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        return bool(torch.isfinite(tensor.sum()))
+    with np.errstate(all="ignore"):
+        # one thread: beside training or hashing, torch's would wait for each other
+        return bool(np.isfinite(np.add.reduce(tensor.detach().numpy().reshape(-1))))
 
 
 def latest_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
@@ -107,11 +122,16 @@ def latest_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
     return _first_whole(run_dir, list_checkpoints(run_dir)[::-1], _verified, warn)
 
 
-def load_latest(run_dir: Path, warn: Warn = log_warning) -> tuple[Path, Snapshot] | None:
-    """The newest whole checkpoint and its content, optimizer included, read once; otherwise like latest_checkpoint."""
-    return _first_whole(
-        run_dir, list_checkpoints(run_dir)[::-1], lambda path: (path, load_checkpoint(path, with_optimizer=True)), warn
-    )
+def load_latest(run_dir: Path, warn: Warn = log_warning, *, shared: bool = False) -> tuple[Path, Snapshot] | None:
+    """The newest whole checkpoint and its content, optimizer included, read once; otherwise like latest_checkpoint.
+
+    ``shared``: see load_checkpoint.
+    """
+
+    def load(path: Path) -> tuple[Path, Snapshot]:
+        return path, load_checkpoint(path, with_optimizer=True, shared=shared)
+
+    return _first_whole(run_dir, list_checkpoints(run_dir)[::-1], load, warn)
 
 
 def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:

@@ -20,6 +20,7 @@ from typing import Any
 from lmkit.errors import CheckpointError
 from lmkit.store import storage
 from lmkit.store.migrations import VERSION, check_version, migrate
+from lmkit.store.reading import read_through
 
 FORMAT = "lmkit-checkpoint"
 MANIFEST = "MANIFEST.json"
@@ -347,15 +348,12 @@ def check_digest(path: Path, entry: FileEntry, found: str) -> None:
 
 
 def verify_entry(checkpoint: Path, entry: FileEntry, *, from_disk: bool = False) -> None:
-    """Hash one file and compare. ``from_disk`` drops the cached pages first. Raises CheckpointError."""
+    """Hash one file and compare. ``from_disk``: what the cache holds does not count. Raises CheckpointError."""
     path = checkpoint / entry.path
     digest = hashlib.sha256()
     with open_entry(checkpoint, entry) as file:
-        if from_disk:
-            storage.drop_cache(file)
         try:
-            while piece := file.read(storage.PIECE_BYTES):
-                digest.update(piece)
+            read_through(file, entry.bytes, digest.update, from_disk=from_disk)
         except OSError as error:
             raise unreadable(path, error) from None
     check_digest(path, entry, digest.hexdigest())

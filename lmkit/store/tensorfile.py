@@ -21,6 +21,7 @@ from torch import Tensor
 from lmkit.errors import CheckpointError
 from lmkit.store import storage
 from lmkit.store.manifest import FileEntry, TensorSpec, check_digest, check_tensor_name, open_entry, unreadable
+from lmkit.store.reading import read_start, read_whole
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -87,32 +88,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], table: Mapping[str,
 
 
 def read_tensors(
-    checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorSpec], hasher: Executor
+    checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorSpec], hasher: Executor, *, once: bool
 ) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """The tensors of a file, and a function to call before they are used: it raises if their SHA-256 is another one.
 
-    The header is verified before anything is allocated. ``hasher``, an executor of one thread, hashes each piece while
-    the next ones are read. Both raise CheckpointError naming the file if it is not the one that the manifest describes.
+    They lie in one piece of memory, as in the file. The header is verified before that is allocated. ``hasher``, an
+    executor of one thread, hashes each piece while the next ones are read. ``once``: see ``reading.read_whole``. Both
+    raise CheckpointError naming the file if it is not the one that the manifest describes.
     """
     path = checkpoint / entry.path
     header = header_bytes(table)
     if entry.bytes != file_bytes(table):
         raise CheckpointError(f"{path} does not fit the tensor table of its manifest")
-    digest = hashlib.sha256(header)
-    tensors = {}
+    digest = hashlib.sha256()
     with open_entry(checkpoint, entry) as file:
         try:
-            if file.read(len(header)) != header:
+            if read_start(file, len(header)) != header:
                 raise CheckpointError(f"{path} is damaged: its header does not fit the tensor table of its manifest")
-            for name, spec in _order(table):
-                tensors[name] = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
-                whole = _bytes_of(tensors[name])
-                for start in range(0, len(whole), storage.PIECE_BYTES):
-                    piece = whole[start : start + storage.PIECE_BYTES]
-                    if file.readinto(piece) != len(piece):
-                        raise CheckpointError(f"{path} is damaged: it ends early")
-                    hasher.submit(digest.update, piece)
+            memory = read_whole(file, entry.bytes, lambda piece: hasher.submit(digest.update, piece), once=once)
         except OSError as error:
             raise unreadable(path, error) from None
+    if len(memory) != entry.bytes:
+        raise CheckpointError(f"{path} is damaged: it ends early")
     found = hasher.submit(digest.hexdigest)
+    tensors = {}
+    end = len(header)
+    for name, spec in _order(table):
+        start, end = end, end + spec.num_bytes
+        tensors[name] = memory[start:end].view(_DTYPES[spec.dtype]).view(spec.shape)
     return tensors, lambda: check_digest(path, entry, found.result())

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lmkit.errors import CheckpointError, ResourceError
-from lmkit.store import checkpoint_writer, manifest, storage
+from lmkit.store import checkpoint_writer, manifest, reading, storage
 from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
@@ -471,6 +471,33 @@ def test_row_19_every_flipped_bit_is_detected_and_the_file_named(damaged: Path, 
     assert_refused(damaged, path.name)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT is Linux's")
+def test_row_19_a_flipped_bit_is_detected_by_whoever_reads_past_the_cache(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 4096)
+    made = snapshot(1)
+    made.optimizer["weight/momentum"] = torch.arange(20_000, dtype=torch.float32)
+    path = save_checkpoint(run, made, ByteTokenizer(), keep=1)
+    file = path / "optim.safetensors"
+    for offset in range(1000, file.stat().st_size, 7001):
+        with file.open("r+b") as opened:
+            byte = os.pread(opened.fileno(), 1, offset)[0]
+            for value in (byte ^ 16, byte):
+                os.pwrite(opened.fileno(), bytes([value]), offset)
+                os.fsync(opened.fileno())
+                storage.drop_cache(opened)
+                if value == byte:
+                    loaded = load_checkpoint(path, with_optimizer=True)
+                    assert torch.equal(loaded.optimizer["weight/momentum"], made.optimizer["weight/momentum"])
+                    verify_checkpoint(path, from_disk=True)
+                    continue
+                with pytest.raises(CheckpointError, match=r"optim\.safetensors is damaged"):
+                    load_checkpoint(path, with_optimizer=True)
+                with pytest.raises(CheckpointError, match=r"optim\.safetensors is damaged"):
+                    verify_checkpoint(path, from_disk=True)
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     "change",
@@ -629,7 +656,7 @@ def test_row_85_a_tensor_table_that_does_not_fit_the_file_is_refused_before_allo
     reseal(newest(damaged) / "MANIFEST.json", lambda data: data["tensors"].update({"model.safetensors": tensors}))
     monkeypatch.setattr(torch, "empty", lambda *args, **options: pytest.fail("allocated"))
     with pytest.raises(CheckpointError):
-        load_checkpoint(newest(damaged), with_optimizer=True)
+        load_checkpoint(newest(damaged), with_optimizer=False)
 
 
 def test_row_26_weights_that_are_not_finite_are_refused_unless_allowed(
@@ -671,6 +698,22 @@ def test_row_27_a_read_error_falls_back(damaged: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(storage, "open_regular", fail)
     assert_refused(damaged, r"cannot read .*model\.safetensors: Input/output error")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT is Linux's")
+def test_no_memory_for_a_checkpoint_does_not_make_it_a_damaged_one(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(reading, "PIECE_BYTES", 512)
+    monkeypatch.setattr(reading, "_is_cached", lambda *args: False)
+    monkeypatch.setattr(reading, "_open_direct", lambda file: os.fdopen(os.dup(file.fileno()), "rb", 0))
+    assert load_latest(damaged, pytest.fail) is not None
+    monkeypatch.setattr(reading.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="MB to read a checkpoint into"):
+        load_latest(damaged, pytest.fail)
 
 
 def test_a_damaged_best_checkpoint_gives_the_next_best_and_says_so(damaged: Path) -> None:

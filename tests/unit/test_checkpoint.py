@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmkit.errors import CheckpointError, DivergedError
-from lmkit.store import checkpoint_writer, storage
+from lmkit.store import checkpoint_writer, storage, tensorfile
 from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
@@ -253,6 +253,26 @@ def test_a_run_without_checkpoints_has_none_and_resolving_says_so(run: Run) -> N
     assert load_latest(run.path) is None
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         resolve_checkpoint(run.path, "best")
+
+
+def test_what_others_read_again_goes_through_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    asked: list[bool] = []
+    read_whole = tensorfile.read_whole
+
+    def record(*args: Any, once: bool) -> Tensor:
+        asked.append(once)
+        return read_whole(*args, once=once)
+
+    monkeypatch.setattr(tensorfile, "read_whole", record)
+    load_checkpoint(path, with_optimizer=True)
+    load_latest(run.path, pytest.fail)
+    assert asked == [True] * 4
+    asked.clear()
+    load_checkpoint(path, with_optimizer=False)
+    load_checkpoint(path, with_optimizer=True, shared=True)
+    load_latest(run.path, pytest.fail, shared=True)
+    assert asked == [False] * 5
 
 
 def test_saving_the_same_state_twice_keeps_the_first(run: Run) -> None:
