@@ -33,10 +33,9 @@ class LineFile:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
                 self._descriptor = os.open(self._path, flags | getattr(os, "O_BINARY", 0), 0o666)
             data = b"\n" + line if self._torn else line
-            self._torn = True
-            if os.write(self._descriptor, data) < len(data):
+            self._torn = os.write(self._descriptor, data) < len(data)  # known only then: another thread may write, too
+            if self._torn:
                 raise OSError(None, "the disk is full")
-            self._torn = False
         except OSError as error:
             if not self._warned:
                 self._warned = True

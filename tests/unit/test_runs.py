@@ -214,6 +214,25 @@ def test_resuming_cuts_metrics_back_to_the_checkpoint_and_keeps_the_tail(tmp_pat
     assert [line[:10] for line in old] == ['{"step": 6', '{"step": 7', '{"step": 8']
 
 
+def test_a_line_that_another_thread_writes_meanwhile_leaves_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = records.LineFile(tmp_path / "f", pytest.fail)
+    write = os.write
+    written: list[bytes] = []
+
+    def write_after_another(descriptor: int, data: bytes) -> int:
+        written.append(data)
+        if len(written) == 1:
+            file.append({"other": 1})
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write_after_another)
+    file.append({"own": 1})
+    file.close()
+    assert (tmp_path / "f").read_text() == '{"other": 1}\n{"own": 1}\n'
+
+
 def test_a_torn_last_line_is_cut_even_if_no_step_is(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         run.log_metrics({"step": 1})
