@@ -151,7 +151,7 @@ def _open_direct(file: BufferedReader) -> FileIO | None:
 
 def _is_cached(file: BufferedReader, num_bytes: int) -> bool:
     """Whether a file's beginning, middle and end are in memory already; true where the system does not say."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not hasattr(os, "RWF_NOWAIT"):  # builds for old C libraries have no such constant
         return True
     try:
         with _nothing_ahead(file):

@@ -22,7 +22,7 @@ from lmkit.errors import ResourceError
 TMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 PIECE_BYTES = 4 << 20
-"""Size of the pieces in which large files are written and hashed."""
+"""Size of the pieces in which large files are written and hashed on the way."""
 
 PRIMITIVES = (
     "make_directory",

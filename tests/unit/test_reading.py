@@ -198,6 +198,18 @@ def test_where_direct_reading_is_refused_the_cache_is_used(
     assert bool(direct) == (refusal != "open")
 
 
+def test_a_python_that_cannot_ask_for_cached_pages_reads_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "f", 9 * PIECE)
+    forget(tmp_path / "f")
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    calls = count(monkeypatch, "_read_direct")
+    with storage.open_regular(tmp_path / "f") as file:
+        assert bytes(reading.read_whole(file, len(data), len, once=True).numpy()) == data
+    assert calls == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="O_DIRECT is Linux's")
 def test_errors_pass_and_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "f", 9 * PIECE)
