@@ -222,9 +222,12 @@ class Muon(Optimizer):
         p.addcdiv_(state["exp_avg"], denominator, value=-lr * mean_scale)
 
 
-def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, ``<parameter name>/<slot>``, for a checkpoint."""
-    names = {id(p): name for name, p in model.named_parameters()}
+def optimizer_tensors(optimizer: Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, ``<parameter name>/<slot>``, for a checkpoint.
+
+    ``parameters``: by name, in the model's order; a tied one goes by the first of its names.
+    """
+    names = {id(p): name for name, p in reversed(parameters.items())}
     tensors: dict[str, Tensor] = {}
     for p, slots in optimizer.state.items():
         for slot, value in slots.items():
@@ -239,9 +242,8 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
     return tensors
 
 
-def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: Optimizer, parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Put back what optimizer_tensors returned; the inverse, bit for bit. Names that fit nothing are a ValueError."""
-    parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
         if name.startswith(GROUPS):

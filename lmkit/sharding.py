@@ -64,8 +64,10 @@ def pieced(tensor: Tensor, like: Tensor) -> Tensor:
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """The tensors without gradient; those in pieces whole and in main memory, where ``keep`` is true, else left out.
 
-    Called in all processes at once. What was one tensor under two names still is.
+    Called in all processes at once. What was one memory under two names still is.
     """
+    if not any(map(is_sharded, tensors.values())):
+        return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in tensors.items()}
     distinct = {id(tensor): tensor for tensor in tensors.values()}
     found: dict[int, Tensor] = {}
     for key, tensor in distinct.items():

@@ -305,7 +305,7 @@ def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tens
     Called in all processes at once; what lies in pieces is put together for the first one, and left out in the others.
     """
     model: dict[str, Tensor] = dict(trainer.model.state_dict(keep_vars=True))
-    extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, trainer.model).items()}
+    extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, model).items()}
     for micro, carried in enumerate(_gathered_carry(trainer)):
         if carried is not None:
             extra.update({f"carry/{micro}/{name}": t for name, t in carried.tensors().items()})
@@ -343,7 +343,7 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
     device = trainer.device.torch_device
     own = trainer.model.state_dict()
     trainer.model.load_state_dict({name: pieced(t, own.get(name, t)) for name, t in model.items()})
-    parameters = dict(trainer.model.named_parameters())
+    parameters: dict[str, Tensor] = dict(trainer.model.named_parameters())
     if trainer.average is not None:
         trainer.average = trainer.average.restarted(trainer.model)
     optimizer: dict[str, Tensor] = {}
@@ -360,7 +360,7 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
         elif part == "guard":
             trainer.mean_nats = tensor.to(device)
     trainer.optimizer.state.clear()
-    load_optimizer_tensors(trainer.optimizer, trainer.model, optimizer)
+    load_optimizer_tensors(trainer.optimizer, parameters, optimizer)
     trainer.carry = _cut_carry(trainer, carried)
     trainer.trust()
 

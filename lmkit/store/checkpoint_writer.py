@@ -7,14 +7,11 @@ import errno
 import hashlib
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, Self
-
-import torch
-from torch import Tensor
+from typing import Protocol, Self
 
 from lmkit.errors import CheckpointError, DivergedError, LmkitError, ResourceError
 from lmkit.store import manifest as mf
@@ -23,14 +20,13 @@ from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
 from lmkit.store.environment import environment
 from lmkit.store.found import CHECKPOINTS
 from lmkit.store.listing import best_first, list_checkpoints, valid_loss
-from lmkit.store.manifest import FileEntry, Manifest, TensorSpec, verify_checkpoint
+from lmkit.store.manifest import FileEntry, Manifest, verify_checkpoint
 from lmkit.store.pins import read_pins
 from lmkit.store.runs import Run
-from lmkit.store.tensorfile import file_bytes, spec_of, write_tensors
+from lmkit.store.staging import Stage, Staged
+from lmkit.store.tensorfile import write_tensors
 
 _DISK_RESERVE_BYTES = 1 << 20
-START_TRIES = 1000
-"""Milliseconds in which a thread whose start was interrupted runs, if it ever does."""
 
 
 class SavableTokenizer(Protocol):
@@ -42,21 +38,6 @@ class SavableTokenizer(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files into an existing directory."""
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """A snapshot as it will be written: contiguous copies on the CPU and finished bytes."""
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    tables: dict[str, dict[str, TensorSpec]]
-    aliases: dict[str, dict[str, str]]
-    small: dict[str, bytes]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(file_bytes, self.tables.values())) + sum(map(len, self.small.values()))
 
 
 class CheckpointWriter:
@@ -90,15 +71,27 @@ class CheckpointWriter:
         self._keep = keep
         self._keep_every = keep_every
         self._warn = warn
-        self._background = background
-        self._thread: threading.Thread | None = None
+        self._handed: SimpleQueue[tuple[Staged | None, threading.Event] | None] = SimpleQueue()
+        """For the thread: what to save, if anything, and what to set after it; None ends it."""
+        self._in_flight: threading.Event | None = None
         self._error: BaseException | None = None
-        self._buffers: dict[tuple[str, str], tuple[Tensor, TensorSpec]] = {}
         self._whole: dict[str, float | None] = {}
         """Name -> validation loss of the checkpoints that were hashed by this writer."""
         self._damaged: set[str] = set()
         self._tokenizer_digest = tokenizer.digest
-        self._tokenizer_files = self._read_tokenizer(tokenizer)
+        self._stage = Stage(self._read_tokenizer(tokenizer))
+        self._thread = self._start_thread() if background else None
+
+    def _start_thread(self) -> threading.Thread:
+        """The thread that saves, from the first save to ``close``: starting one for each would take a save's time."""
+        thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise ResourceError(
+                f"cannot save checkpoints in the background: {error}", "raise the limit of threads (ulimit -u)"
+            ) from error
+        return thread
 
     def _read_tokenizer(self, tokenizer: SavableTokenizer) -> dict[str, bytes]:
         """The tokenizer's files as bytes, so that each save writes them as it writes everything else."""
@@ -121,29 +114,38 @@ class CheckpointWriter:
         memory for the copy.
         """
         self.wait()
-        staged = self._stage(snapshot)
-        if self._background:
-            self._thread = threading.Thread(target=self._save_and_keep_error, args=(staged,), name="checkpoint-writer")
-            self._thread.start()
-        else:
+        staged = self._stage.copy(snapshot)
+        if self._thread is None:
             self._save_and_keep_error(staged)
             self.wait()
+        else:
+            self._in_flight = threading.Event()
+            self._handed.put((staged, self._in_flight))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._in_flight is not None and not self._in_flight.is_set()
 
     def wait(self) -> None:
         """Wait for the save in flight and raise what went wrong with it."""
-        if self._thread is not None:
-            _join(self._thread)
-            self._thread = None
+        if self._in_flight is not None:
+            self._handed.put((None, self._in_flight))  # if a signal has kept ``submit`` from handing it over
+            self._in_flight.wait()
+            self._in_flight = None
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def close(self) -> None:
-        """Wait for the save in flight, raise what went wrong with it, and free the buffers."""
+        """Wait for the save in flight, raise what went wrong with it, end the thread and free the buffers."""
         try:
             self.wait()
         finally:
-            self._buffers.clear()
+            self._stage.clear()
+            if self._thread is not None:
+                self._handed.put(None)
+                self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -159,51 +161,20 @@ class CheckpointWriter:
         except LmkitError as save_error:
             self._warn(f"the last save failed: {save_error}")
 
-    def _stage(self, snapshot: Snapshot) -> _Staged:
-        sections = {mf.MODEL: snapshot.model} | ({mf.OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
-        small = {mf.STATE: mf.canonical_json(snapshot.state), mf.CONFIG: mf.canonical_json(snapshot.config)}
-        aliases = {}
-        tensors: dict[str, dict[str, Tensor]] = {}
-        tables: dict[str, dict[str, TensorSpec]] = {}
-        on_gpu = False
-        for file, named in sections.items():
-            tied = _tied_names(named)
-            if tied:
-                aliases[file] = tied
-            stored = {name: tensor for name, tensor in named.items() if name not in tied}
-            kept = {name: self._buffer(file, name, tensor) for name, tensor in stored.items()}
-            tensors[file] = {name: buffer for name, (buffer, _) in kept.items()}
-            tables[file] = {name: spec for name, (_, spec) in kept.items()}
-            on_gpu = on_gpu or any(tensor.is_cuda for tensor in stored.values())
-            if stored:  # one call for all: a small model's copy is mostly the calls
-                with torch.no_grad():
-                    torch._foreach_copy_(list(tensors[file].values()), list(stored.values()), non_blocking=on_gpu)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return _Staged(snapshot.step, tensors, tables, aliases, small | self._tokenizer_files)
+    def _work(self) -> None:
+        for staged, done in iter(self._handed.get, None):
+            if staged is not None:
+                self._save_and_keep_error(staged)
+            del staged  # or else the buffers would outlive ``close``
+            done.set()
 
-    def _buffer(self, file: str, name: str, tensor: Tensor) -> tuple[Tensor, TensorSpec]:
-        """A contiguous CPU tensor of the same type and shape, page-locked for CUDA, and its table entry; made once."""
-        found = self._buffers.get((file, name))
-        if found is None or found[0].shape != tensor.shape or found[0].dtype != tensor.dtype:
-            spec = spec_of(name, tensor)
-            try:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            except (RuntimeError, MemoryError) as error:
-                size = tensor.numel() * tensor.element_size()
-                raise ResourceError(
-                    f"no memory ({size / 1e6:.1f} MB) to copy {name} for a checkpoint: {error}", "use a smaller model"
-                ) from error
-            found = self._buffers[file, name] = buffer, spec
-        return found
-
-    def _save_and_keep_error(self, staged: _Staged) -> None:
+    def _save_and_keep_error(self, staged: Staged) -> None:
         try:
             self._save(staged)
         except BaseException as error:
             self._error = error
 
-    def _save(self, staged: _Staged) -> None:
+    def _save(self, staged: Staged) -> None:
         bad = first_nonfinite(staged.tensors[mf.MODEL])
         if bad is not None:
             raise DivergedError(f"{bad} holds NaN or infinity at step {staged.step}: not saved", "lower optimizer.lr")
@@ -228,7 +199,7 @@ class CheckpointWriter:
         self.newest = path
         self._retire()
 
-    def _write(self, staged: _Staged) -> Path:
+    def _write(self, staged: Staged) -> Path:
         """Write and commit; on any error nothing but the older checkpoints is left. Raises OSError."""
         if storage.free_bytes(self._folder) < staged.num_bytes * 1.1 + _DISK_RESERVE_BYTES:
             raise OSError(errno.ENOSPC, "not enough free disk space")
@@ -250,7 +221,7 @@ class CheckpointWriter:
             raise
         return target
 
-    def _write_files(self, staged: _Staged, folder: Path) -> Manifest:
+    def _write_files(self, staged: Staged, folder: Path) -> Manifest:
         entries = [
             write_tensors(folder / file, tensors, staged.tables[file]) for file, tensors in staged.tensors.items()
         ]
@@ -322,38 +293,8 @@ class CheckpointWriter:
         return True
 
 
-def _tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Name -> the first name (in sorted order) that is the very same memory seen in the same way."""
-    names_at: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names_at.setdefault(tensor.data_ptr(), []).append(name)
-    tied = {}
-    for names in names_at.values():
-        first: dict[tuple[Any, ...], str] = {}
-        for name in sorted(names) if len(names) > 1 else ():
-            tensor = tensors[name]
-            if tensor.numel() == 0:
-                continue
-            view = (tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
-            if view in first:
-                tied[name] = first[view]
-            else:
-                first[view] = name
-    return tied
-
-
 def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:
     """Save one snapshot now and return its directory. Raises ResourceError, DivergedError or CheckpointError."""
     with CheckpointWriter(run, tokenizer, keep=keep, background=False) as writer:
         writer.submit(snapshot)
     return run.path / CHECKPOINTS / mf.step_directory(snapshot.step)
-
-
-def _join(thread: threading.Thread) -> None:
-    """Wait for a thread. If a signal has interrupted its start, it runs in a moment, or never will."""
-    for _ in range(START_TRIES):
-        try:
-            return thread.join()
-        except RuntimeError:  # not started, as far as it knows
-            time.sleep(0.001)
-    return None

@@ -14,24 +14,6 @@ from lmkit.store.checkpoint_writer import CheckpointWriter, SavableTokenizer
 from lmkit.store.runs import Run
 
 
-class _Writer(CheckpointWriter):
-    """A writer that can be looked at without waiting for it."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether the save in flight is still running."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def submit(self, snapshot: Snapshot) -> None:
-        """As CheckpointWriter.submit; RuntimeError if the system gives no thread."""
-        try:
-            super().submit(snapshot)
-        except RuntimeError:
-            if self._thread is not None and self._thread.ident is None:
-                self._thread = None  # it was never started
-            raise
-
-
 class Saves:
     """Saves a run's snapshots in the background under the policy ``save.on_error``.
 
@@ -41,7 +23,7 @@ class Saves:
     """
 
     def __init__(self, run: Run, tokenizer: SavableTokenizer, config: SaveConfig, warn: Callable[[str], None]) -> None:
-        self._writer = _Writer(run, tokenizer, keep=config.keep, keep_every=config.keep_every, warn=warn)
+        self._writer = CheckpointWriter(run, tokenizer, keep=config.keep, keep_every=config.keep_every, warn=warn)
         self._run, self._warn = run, warn
         self._stops = config.on_error is OnSaveError.stop
         self.step: int | None = None

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lmkit.errors import CheckpointError, ResourceError
-from lmkit.store import checkpoint_writer, manifest, reading, storage
+from lmkit.store import checkpoint_writer, manifest, reading, staging, storage
 from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
@@ -421,7 +421,7 @@ def test_row_33_no_memory_for_the_copy_is_a_clear_error(run: Run, monkeypatch: p
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer, monkeypatch.context() as patch:
-        patch.setattr(checkpoint_writer.torch, "empty", fail)
+        patch.setattr(staging.torch, "empty", fail)
         with pytest.raises(ResourceError, match=r"no memory \(0\.0 MB\) to copy weight"):
             writer.submit(snapshot(1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lmkit.errors import CheckpointError, DivergedError
-from lmkit.store import checkpoint_writer, storage, tensorfile
+from lmkit.errors import CheckpointError, DivergedError, ResourceError
+from lmkit.store import checkpoint_writer, staging, storage, tensorfile
 from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
@@ -311,7 +312,7 @@ def test_state_that_is_not_json_is_refused_before_anything_is_written(run: Run) 
 def test_buffers_are_made_once_and_reused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     empty = torch.empty
-    monkeypatch.setattr(checkpoint_writer.torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
+    monkeypatch.setattr(staging.torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
     with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
         for step in range(1, 5):
             writer.submit(snapshot(step))
@@ -338,24 +339,69 @@ def test_a_copied_checkpoint_is_valid_wherever_it_is(run: Run, tmp_path: Path) -
     assert load_checkpoint(copy, with_optimizer=True).step == 1
 
 
-@pytest.mark.parametrize("runs", [True, False])
-def test_a_signal_in_the_start_of_a_save_neither_fails_nor_loses_it(
-    run: Run, runs: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("handed", [True, False])
+def test_a_signal_while_a_save_is_handed_over_neither_fails_nor_hangs(
+    run: Run, handed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python raises KeyboardInterrupt in Thread.start, before or after the thread has been made."""
-    start = threading.Thread.start
+    """Python raises KeyboardInterrupt between any two operations: before the thread has been told, or after."""
 
-    def interrupted(thread: threading.Thread) -> None:
-        if runs:
-            timer = threading.Timer(0.05, start, [thread])
-            start(timer)
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __init__(self, queue: Any) -> None:
+            self.queue = queue
 
-    monkeypatch.setattr(checkpoint_writer, "START_TRIES", 1000 if runs else 10)
+        def put(self, item: Any) -> None:
+            if handed:
+                self.queue.put(item)
+            raise KeyboardInterrupt
+
     writer = CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", interrupted)
+        patch.setattr(writer, "_handed", Interrupted(writer._handed))
         with pytest.raises(KeyboardInterrupt):
             writer.submit(snapshot(3))
     writer.close()
-    assert [found.name for found in list_checkpoints(run.path)] == (["step-000000000003"] if runs else [])
+    assert [found.name for found in list_checkpoints(run.path)] == (["step-000000000003"] if handed else [])
+
+
+def test_a_save_is_busy_until_it_is_done_and_leaves_no_thread(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, go_on = threading.Event(), threading.Event()
+    write = checkpoint_writer.write_tensors
+
+    def slow(*args: Any) -> Any:
+        begin.set()
+        assert go_on.wait(20)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", slow)
+    before = threading.active_count()
+    with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
+        assert not writer.busy
+        writer.submit(snapshot(1))
+        assert begin.wait(20)
+        assert writer.busy
+        go_on.set()
+        writer.wait()
+        assert not writer.busy
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_without_a_thread_there_is_no_writer_and_a_clear_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(ResourceError, match=r"cannot save checkpoints.*can't start new thread.*ulimit -u"):
+        CheckpointWriter(run, ByteTokenizer(), keep=2)
+
+
+def test_a_copy_follows_the_tensors_when_they_change_shape_or_type(run: Run) -> None:
+    with CheckpointWriter(run, ByteTokenizer(), keep=9, warn=pytest.fail) as writer:
+        for step, (shape, dtype) in enumerate([((3,), torch.float32), ((5,), torch.float32), ((5,), torch.float64)], 1):
+            model = {"head": torch.arange(math.prod(shape)).to(dtype) + step}
+            writer.submit(Snapshot(step, model, {}, {"step": step}, {}))
+            writer.wait()
+            assert writer.newest is not None
+            loaded = load_checkpoint(writer.newest, with_optimizer=True)
+            assert loaded.model["head"].dtype == dtype
+            assert torch.equal(loaded.model["head"], model["head"])

@@ -40,6 +40,10 @@ def model_and_data() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(32, 6)
 
 
+def named(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
+
+
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, n: int) -> float:
     loss = torch.tensor(0.0)
     for _ in range(n):
@@ -64,12 +68,12 @@ def test_state_put_back_continues_bit_for_bit(config: OptimizerConfig) -> None:
     optimizer = build_optimizer(config, model, fused=True)
     steps(model, optimizer, x, 3)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, model).items()}
+    saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, named(model)).items()}
     steps(model, optimizer, x, 3)
     other, _ = model_and_data()
     other.load_state_dict(weights)
     resumed = build_optimizer(config, other, fused=True)
-    load_optimizer_tensors(resumed, other, saved)
+    load_optimizer_tensors(resumed, named(other), saved)
     steps(other, resumed, x, 3)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -87,7 +91,8 @@ for name in sys.argv[1:]:
     model(torch.ones(4, 3)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    load_optimizer_tensors(optimizer, model, optimizer_tensors(optimizer, model))
+    named = dict(model.named_parameters())
+    load_optimizer_tensors(optimizer, named, optimizer_tensors(optimizer, named))
     found[name] = "torch._dynamo" in sys.modules
 print(json.dumps(found))
 """
@@ -123,7 +128,9 @@ def test_an_optimizer_does_what_torchs_own_does(
 def test_state_of_an_unknown_parameter_is_refused() -> None:
     model, _ = model_and_data()
     with pytest.raises(ValueError, match="belongs to no parameter"):
-        load_optimizer_tensors(build_optimizer(AdamConfig(), model, fused=False), model, {"9.w/step": torch.ones(())})
+        load_optimizer_tensors(
+            build_optimizer(AdamConfig(), model, fused=False), named(model), {"9.w/step": torch.ones(())}
+        )
 
 
 def test_weight_decay_spares_gains_and_biases() -> None:

@@ -292,20 +292,6 @@ def test_weights_that_are_not_finite_end_the_run_whatever_the_policy(run: Run) -
     assert saved(run) == []
 
 
-def test_a_thread_that_cannot_be_started_is_a_failed_save(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_thread(*_: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves, monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", no_thread)
-        saves.save(snapshot(1))
-        assert saves.retry_due
-        patch.undo()
-        saves.finish(snapshot(2))
-    assert saved(run) == [2]
-
-
 # Batches
 
 
