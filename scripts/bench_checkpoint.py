@@ -5,7 +5,7 @@
 A Transformer with AdamW is trained on random tokens and saved as a run saves it. What is compared is measured in turns
 within a round, only ratios and differences within a round count, and medians are printed with their range.
 
-- stall: how long training stands still for a save (collecting the tensors, copying them, starting the writer), divided
+- stall: how long training stands still for a save (collecting the tensors, copying them, telling the writer), divided
   by a plain copy of the same bytes into memory that is there already. Goal: at most 1.3
 - cost: what all saves of a run of --run-s seconds at the default cadence (10 of them) take of its time. For each of
   them: a block of steps with a save, less a block without, so that steps which become slower while it is written count.

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Protocol, Self
 
-from lmkit.errors import CheckpointError, DivergedError, LmkitError, ResourceError
+from lmkit.errors import CheckpointError, DivergedError, ResourceError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
 from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
@@ -71,9 +71,10 @@ class CheckpointWriter:
         self._keep = keep
         self._keep_every = keep_every
         self._warn = warn
-        self._handed: SimpleQueue[tuple[Staged | None, threading.Event] | None] = SimpleQueue()
-        """For the thread: what to save, if anything, and what to set after it; None ends it."""
-        self._in_flight: threading.Event | None = None
+        self._handed: SimpleQueue[tuple[Staged | None, SimpleQueue[None]] | None] = SimpleQueue()
+        """For the thread: what to save, if anything, and where to tell that it is done; None ends the thread."""
+        self._in_flight: SimpleQueue[None] | None = None
+        """Where the thread tells that the last save is done. No Event: a signal at the wrong moment breaks those."""
         self._error: BaseException | None = None
         self._whole: dict[str, float | None] = {}
         """Name -> validation loss of the checkpoints that were hashed by this writer."""
@@ -83,13 +84,14 @@ class CheckpointWriter:
         self._thread = self._start_thread() if background else None
 
     def _start_thread(self) -> threading.Thread:
-        """The thread that saves, from the first save to ``close``: starting one for each would take a save's time."""
+        """The thread that saves, until ``close``: to start one for each save would take time from training."""
         thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
             raise ResourceError(
-                f"cannot save checkpoints in the background: {error}", "raise the limit of threads (ulimit -u)"
+                f"cannot save checkpoints in the background: {error}",
+                "raise the limit of threads (ulimit -u)",
             ) from error
         return thread
 
@@ -119,19 +121,19 @@ class CheckpointWriter:
             self._save_and_keep_error(staged)
             self.wait()
         else:
-            self._in_flight = threading.Event()
+            self._in_flight = SimpleQueue()
             self._handed.put((staged, self._in_flight))
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight."""
-        return self._in_flight is not None and not self._in_flight.is_set()
+        return self._in_flight is not None and self._in_flight.empty()
 
     def wait(self) -> None:
         """Wait for the save in flight and raise what went wrong with it."""
         if self._in_flight is not None:
             self._handed.put((None, self._in_flight))  # if a signal has kept ``submit`` from handing it over
-            self._in_flight.wait()
+            self._in_flight.get()
             self._in_flight = None
         error, self._error = self._error, None
         if error is not None:
@@ -146,6 +148,7 @@ class CheckpointWriter:
             if self._thread is not None:
                 self._handed.put(None)
                 self._thread.join()
+                self._thread = None
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +161,7 @@ class CheckpointWriter:
             return
         try:
             self.close()
-        except LmkitError as save_error:
+        except Exception as save_error:
             self._warn(f"the last save failed: {save_error}")
 
     def _work(self) -> None:
@@ -166,7 +169,7 @@ class CheckpointWriter:
             if staged is not None:
                 self._save_and_keep_error(staged)
             del staged  # or else the buffers would outlive ``close``
-            done.set()
+            done.put(None)
 
     def _save_and_keep_error(self, staged: Staged) -> None:
         try:
@@ -208,13 +211,13 @@ class CheckpointWriter:
         storage.make_directory(temporary)
         try:
             manifest = self._write_files(staged, temporary)
-            if target.exists() and not self._is_same(target, manifest):
-                storage.discard(target)  # damaged, or left by an abandoned continuation
-            if target.exists():
-                storage.remove_tree(temporary)
-            else:
+            if not target.exists():
                 storage.rename(temporary, target)
-            storage.sync_directory(self._folder)
+                storage.sync_directory(self._folder)
+            elif self._is_same(target, manifest):
+                storage.remove_tree(temporary)
+            else:  # damaged, or of an earlier continuation
+                storage.replace_directory(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 storage.remove_tree(temporary)
@@ -273,7 +276,7 @@ class CheckpointWriter:
             if path not in kept and step not in pinned and not on_grid:
                 try:
                     storage.discard(path)
-                except OSError as error:  # e.g. a reader has it open on Windows: the next save tries again
+                except OSError as error:  # e.g. a reader has it open on Windows
                     self._warn(f"cannot retire {path}: {error}")
                     continue
                 del self._whole[path.name]

@@ -86,7 +86,7 @@ class Stage:
         return Staged(snapshot.step, tensors, tables, aliases, texts, self._tokenizer_files)
 
     def _buffers_for(self, file: str, tensors: dict[str, Tensor]) -> _Buffers:
-        """What the tensors of a file are copied into; the same as long as they keep names, shapes, types and device."""
+        """What the tensors of a file are copied into; the same while they keep names, order, shapes, types, device."""
         layout = [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
         found = self._buffers.pop(file, None)
         if found is None or found.layout != layout:

@@ -132,10 +132,32 @@ def remove_tree(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete a directory so that no reader ever sees half of it: first a rename out of sight, then the removal."""
-    trash = path.with_name(scratch_name(TRASH_PREFIX, path.name))
-    rename(path, trash)
+    trash = _put_out_of_sight(path)
     sync_directory(path.parent)
     remove_tree(trash)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Give ``source`` the name of an existing directory beside it, which is deleted after that.
+
+    If that fails the old one has its name again; a process killed between the two renames leaves neither.
+    """
+    trash = _put_out_of_sight(target)
+    try:
+        rename(source, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            rename(trash, target)
+        raise
+    sync_directory(target.parent)
+    with contextlib.suppress(OSError):  # the next start sweeps it
+        remove_tree(trash)
+
+
+def _put_out_of_sight(path: Path) -> Path:
+    trash = path.with_name(scratch_name(TRASH_PREFIX, path.name))
+    rename(path, trash)
+    return trash
 
 
 def sweep(directory: Path) -> list[str]:

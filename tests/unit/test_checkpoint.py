@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,13 +395,48 @@ def test_without_a_thread_there_is_no_writer_and_a_clear_error(run: Run, monkeyp
         CheckpointWriter(run, ByteTokenizer(), keep=2)
 
 
-def test_a_copy_follows_the_tensors_when_they_change_shape_or_type(run: Run) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=9, warn=pytest.fail) as writer:
-        for step, (shape, dtype) in enumerate([((3,), torch.float32), ((5,), torch.float32), ((5,), torch.float64)], 1):
-            model = {"head": torch.arange(math.prod(shape)).to(dtype) + step}
-            writer.submit(Snapshot(step, model, {}, {"step": step}, {}))
-            writer.wait()
-            assert writer.newest is not None
-            loaded = load_checkpoint(writer.newest, with_optimizer=True)
-            assert loaded.model["head"].dtype == dtype
-            assert torch.equal(loaded.model["head"], model["head"])
+def test_after_close_a_save_is_made_at_once(run: Run) -> None:
+    with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
+        writer.submit(snapshot(1))
+    writer.submit(snapshot(2))
+    assert steps(run) == [1, 2]
+
+
+def test_a_step_that_cannot_be_replaced_keeps_its_old_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(run, snapshot(1, 5.0), ByteTokenizer(), keep=1)
+    before = read_manifest(path)
+    rename = storage.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name.startswith(storage.TMP_PREFIX):
+            raise OSError(errno.EPERM, "no")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "rename", refuse)
+        with pytest.raises(ResourceError, match="cannot save checkpoint"):
+            save_checkpoint(run, snapshot(1, 4.0), ByteTokenizer(), keep=1)
+    assert verify_checkpoint(path) == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    save_checkpoint(run, snapshot(1, 4.0), ByteTokenizer(), keep=1)
+    assert verify_checkpoint(path) != before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_went_wrong_with_a_save_does_not_hide_why_training_ended(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", broken)
+    warnings: list[str] = []
+
+    def train() -> None:
+        with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=warnings.append) as writer:
+            writer.submit(snapshot(1))
+            raise DivergedError("the loss is NaN")
+
+    with pytest.raises(DivergedError, match="the loss is NaN"):
+        train()
+    assert warnings == ["the last save failed: can't start new thread"]

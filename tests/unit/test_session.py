@@ -24,7 +24,7 @@ from lmkit.data.batches import Ahead, Batch, Lanes, Windows
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from lmkit.horizon import last_step
 from lmkit.signals import SLURM_END, Deadline, StopRequests, find_deadline
-from lmkit.store import checkpoint_writer
+from lmkit.store import checkpoint_writer, staging
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.incidents import out_of_memory, resume_command
 from lmkit.store.listing import list_checkpoints
@@ -290,6 +290,20 @@ def test_weights_that_are_not_finite_end_the_run_whatever_the_policy(run: Run) -
         with pytest.raises(DivergedError):
             saves.wait()
     assert saved(run) == []
+
+
+def test_a_copy_that_finds_no_memory_is_a_failed_save(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    warnings: list[str] = []
+    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.torch, "empty", full)
+            saves.save(snapshot(1))
+            assert saves.retry_due
+        saves.finish(snapshot(2))
+    assert saved(run) == [2]
 
 
 # Batches
