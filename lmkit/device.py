@@ -62,7 +62,8 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
     """Turn the configuration into a device that exists here; the processes on a machine share its cores and cards.
 
     Only ``auto`` chooses; a device or precision that was asked for by name and is not available is a ResourceError.
-    On CPUs ``auto`` never picks bf16: without AVX512-BF16 or AMX it is emulated, a hundred times slower than fp32.
+    On CPUs ``auto`` never picks bf16: without AVX512-BF16 or AMX it is emulated, a hundred times slower than fp32, and
+    with them, where it is faster, whoever wants each digit should have to ask for it.
     """
     if world.shards and config.compile is Switch.on:
         raise ConfigError("device.compile=on does not go with parallel=fsdp", "leave it out, or use parallel=ddp")

@@ -4,9 +4,9 @@
     python scripts/bench_train.py --scaling [--plot FILE.png] [--json FILE]
 
 All ways take the same random tokens (32 x 128, vocabulary 10,000) through a model of the same shape (d_model 256,
-6 layers, 8 heads; LSTM: 2 layers of 256) in fp32 with AdamW and clipping, without dropout, each in a process of its own
-and in interleaved rounds; the first round warms up, medians are printed. Numbers of parameters more than 1 % apart and
-different numbers of tokens are refused.
+6 layers, 8 heads; LSTM: 2 layers of 256) in fp32 (``--precision bf16``: with bf16 products) with AdamW and clipping,
+without dropout, each in a process of its own and in interleaved rounds; the first round warms up, medians are printed.
+Numbers of parameters more than 1 % apart and different numbers of tokens are refused.
 
 - lmkit: lmkit.train.Trainer, which is what ``lmkit pretrain`` runs; a Llama-shaped block (--model gpt2 for GPT-2's)
 - transformers: GPT2LMHeadModel in the usual loop (left out when it is not installed)
@@ -43,6 +43,8 @@ class Shape:
     batch: int = 32
     micro_batch: int = 0
     """Rows of the batch that lmkit takes at a time, 0 for all, as the others do."""
+    precision: str = "fp32"
+    """fp32 or bf16, of the products; parameters stay in fp32. lmkit: device.precision; the others: torch.autocast."""
 
     def arguments(self) -> list[str]:
         return [word for field in fields(self) for word in (f"--{field.name}", str(getattr(self, field.name)))]
@@ -65,7 +67,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a round")
     parser.add_argument("--threads", type=int, default=0, help="threads of each (default: the cores)")
     for field in fields(Shape):
-        parser.add_argument(f"--{field.name}", type=int, help=f"default {field.default}; LSTM: 2 layers")
+        default = field.default
+        parser.add_argument(f"--{field.name}", type=type(default), help=f"default {default}; LSTM: 2 layers")
     parser.add_argument("--scaling", action="store_true", help="how lmkit's speed and memory grow")
     parser.add_argument("--plot", type=Path, default=Path("scaling.png"), help="where --scaling draws")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -160,7 +163,7 @@ def set_threads(threads: int) -> None:
 def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
     import torch
 
-    from lmkit.config.machine import DeviceConfig, DeviceType
+    from lmkit.config.machine import DeviceConfig, DeviceType, Precision
     from lmkit.config.optimization import AdamwConfig, ConstantConfig
     from lmkit.data.batches import Batch
     from lmkit.device import resolve_device
@@ -170,7 +173,8 @@ def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
     from lmkit.tasks.language import NextToken
     from lmkit.train import Trainer, TrainState
 
-    device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=torch.get_num_threads()))
+    precision = Precision[shape.precision]
+    device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=torch.get_num_threads(), precision=precision))
     model = lmkit_model(family, shape, block)
 
     class Random:
@@ -247,7 +251,9 @@ def plain_loop(model: Any, loss_of: Callable[[Any, Any], Any], shape: Shape, ste
         for _ in range(steps):
             rows_BT = random_tokens(shape, next(numbers))
             optimizer.zero_grad(set_to_none=True)
-            loss_of(rows_BT[:, :-1], rows_BT[:, 1:]).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=shape.precision == "bf16"):
+                loss = loss_of(rows_BT[:, :-1], rows_BT[:, 1:])
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
         return steps * shape.batch * shape.context
@@ -342,7 +348,8 @@ def gemm_work(shape: Shape, steps: int, block: str) -> Work:
 
     from lmkit import products
 
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    dtype = torch.bfloat16 if shape.precision == "bf16" else torch.float32
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
 
     @torch.no_grad()
     def run() -> int:

@@ -26,6 +26,17 @@ def trains_on_cpu(x: Tensor) -> bool:
     )
 
 
+def attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, **options: Any) -> Tensor:
+    """torch's scaled_dot_product_attention; trained on a CPU it runs in fp32 also under autocast.
+
+    There its gradient in bf16 takes six times as long (torch 2.13), even where products in bf16 are four times as fast.
+    """
+    if q_BHTC.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q_BHTC.float(), k_BKSC.float(), v_BKSC.float(), **options)
+    return F.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, **options)
+
+
 class RMSNormByHand(torch.autograd.Function):
     """y = x r w with r = (mean(x^2) + eps)^(-1/2); keeps x and r.
 

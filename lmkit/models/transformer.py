@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lmkit import products
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.models.base import LanguageModel, State, seeded_generator
-from lmkit.models.by_hand import RMSNormByHand, RotaryProjection, SwigluDown, trains_on_cpu, unit_turns
+from lmkit.models.by_hand import RMSNormByHand, RotaryProjection, SwigluDown, attention, trains_on_cpu, unit_turns
 from lmkit.models.dropout import DropPath, LockedDropout, embed_with_dropout
 from lmkit.models.output import build_head
 
@@ -237,7 +237,7 @@ class Attention(nn.Module):
             k_BKTC, v_BKTC = cached[0][:, :, :end], cached[1][:, :, :end]
             if start > 0 and length > 1:
                 mask_TS = torch.ones(length, end, dtype=torch.bool, device=x_BTD.device).tril(start)
-        y_BHTC = F.scaled_dot_product_attention(
+        y_BHTC = attention(
             q_BHTC,
             k_BKTC,
             v_BKTC,

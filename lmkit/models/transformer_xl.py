@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmkit.config.model import TransformerConfig
 from lmkit.models.base import State
+from lmkit.models.by_hand import attention
 from lmkit.models.transformer import Attention, Transformer, rotary_tables, rotate
 
 
@@ -130,7 +131,7 @@ class MemoryAttention(Attention):
             buffer.copy_(new[:, :, new.shape[2] - buffer.shape[2] :].detach())
         cos_SC, sin_SC = rotary
         length = x_BTD.shape[1]
-        y_BHTC = F.scaled_dot_product_attention(
+        y_BHTC = attention(
             rotate(q_BHTC, cos_SC[-length:], sin_SC[-length:]),
             rotate(k_BKSC, cos_SC, sin_SC),
             v_BKSC,

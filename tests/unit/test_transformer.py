@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lmkit.models.transformer
@@ -380,6 +382,28 @@ def test_under_autocast_the_cache_is_in_the_lower_precision_and_decoding_still_a
     assert state is not None
     assert state.keys_LBKSC.dtype == torch.bfloat16
     torch.testing.assert_close(torch.cat([head, tail], 1).float(), full.float(), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_under_autocast_on_a_cpu_attention_is_trained_in_fp32(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, *others: Any, **options: Any) -> Tensor:
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return attend(q, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model = Transformer(llama(), VOCAB, seed=0)
+    with torch.set_grad_enabled(trains), torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, _ = model(tokens())
+    if trains:
+        hidden.float().square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert model.embedding.weight.grad is not None
+    assert seen
+    assert all(autocast != trains for _, autocast in seen)
+    assert all(dtype == torch.float32 for dtype, _ in seen) or not trains
 
 
 def test_attention_dropout_trains_with_rotary_positions() -> None:
