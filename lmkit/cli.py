@@ -1,4 +1,4 @@
-"""The command line: the only place that knows Hydra and OmegaConf. Below it there are dataclasses.
+"""The command line: with ``launch``, for multiruns, the only place that knows Hydra and OmegaConf. Below: dataclasses.
 
 ``group=name`` words choose presets and are composed by Hydra. ``key=value`` words are set afterwards, so that they win
 over every preset and recipe, and are converted by the type of the key alone: a path or a text needs no quoting and is

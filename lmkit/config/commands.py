@@ -220,7 +220,7 @@ class EvalPplConfig:
     baselines: bool = True
     """Show what unigrams, kn5, xz and gzip make of the same text."""
     checks: bool = True
-    """Prove the number: causality, sums, batch size, train and test overlap; about 2 % of the time."""
+    """Prove the number: causality, sums, batch size, train and test overlap; about 1 % of the time."""
     bootstrap: int = 1000
     """Resamples behind confidence intervals (>= 0; 0: none)."""
     report: str | None = None
