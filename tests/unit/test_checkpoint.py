@@ -359,7 +359,10 @@ def test_a_signal_while_a_save_is_handed_over_neither_fails_nor_hangs(
         patch.setattr(writer, "_handed", Interrupted(writer._handed))
         with pytest.raises(KeyboardInterrupt):
             writer.submit(snapshot(3))
-    writer.close()
+    closing = threading.Thread(target=writer.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
     assert [found.name for found in list_checkpoints(run.path)] == (["step-000000000003"] if handed else [])
 
 
