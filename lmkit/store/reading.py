@@ -111,7 +111,7 @@ def _read_cached(file: BufferedReader, num_bytes: int, use: Use, room: Callable[
 def _read_direct(
     direct: FileIO, file: BufferedReader, num_bytes: int, use: Use, room: Callable[[int], memoryview]
 ) -> int:
-    """As _read_cached, by threads that read past the cache."""
+    """As _read_cached, by threads that read past the cache; where the system gives none, through it, emptied."""
     done = 0
     num_pieces = -(-num_bytes // PIECE_BYTES)
     with ThreadPoolExecutor(AHEAD, "read-ahead") as readers:
@@ -120,12 +120,20 @@ def _read_direct(
             if number < num_pieces:
                 start = number * PIECE_BYTES
                 wanted = min(PIECE_BYTES, num_bytes - start)
-                coming.append(readers.submit(_read_at, direct.fileno(), file.fileno(), room(number), start, wanted))
+                try:
+                    coming.append(readers.submit(_read_at, direct.fileno(), file.fileno(), room(number), start, wanted))
+                except RuntimeError:  # the system gives no more threads
+                    if number >= AHEAD:
+                        raise
+                    break  # nothing has been used yet
             if number >= AHEAD:
                 piece = coming.popleft().result()
                 use(piece)
                 done += len(piece)
-    return done
+        else:
+            return done
+    drop_cache(file)
+    return _read_cached(file, num_bytes, use, room)
 
 
 def _read_at(direct: int, other: int, room: memoryview, start: int, wanted: int) -> memoryview:

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,44 @@ def test_a_file_that_ends_early_gives_what_there_is(tmp_path: Path, once: bool) 
         assert bytes(reading.read_whole(file, 12 * PIECE, len, once=once).numpy()) == data
         file.seek(0)
         assert reading.read_through(file, 12 * PIECE, len, from_disk=once) == len(data)
+
+
+@pytest.mark.parametrize("from_disk", [True, False])
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_without_more_threads_the_disk_is_read_through_the_emptied_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int, from_disk: bool
+) -> None:
+    data = write(tmp_path / "f", 9 * PIECE + 5)
+    needs_direct(tmp_path / "f")
+    forget(tmp_path / "f")
+    start, read_at = threading.Thread.start, reading._read_at
+    started: list[threading.Thread] = []
+    dropped: list[Any] = []
+    seen: list[bytes] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == num_threads:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    def slow(*args: Any) -> memoryview:
+        time.sleep(0.05)  # so that none is idle when the next is wanted
+        return read_at(*args)
+
+    def use(piece: memoryview) -> None:
+        seen.append(bytes(piece))
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(reading, "_read_at", slow)
+    monkeypatch.setattr(reading, "drop_cache", dropped.append)
+    with storage.open_regular(tmp_path / "f") as file:
+        if from_disk:
+            assert reading.read_through(file, len(data), use, from_disk=True) == len(data)
+        else:
+            assert bytes(reading.read_whole(file, len(data), use, once=True).numpy()) == data
+    assert b"".join(seen) == data
+    assert dropped
 
 
 def test_the_cache_is_passed_by_only_for_what_is_read_once_and_is_not_there_yet(
