@@ -152,14 +152,16 @@ class Session:
                 done = done or self._out_of_patience()
         stop = due.stop or (self._stop_requested() if due.evaluate else None)
         if stop is not None and not (done and not state.eval_pending):
-            saves.finish(self._snapshot())
+            saves.finish(self._snapshot(), best=self._is_best())
             self._raise_stopped(stop)
         if done:
-            saves.finish(self._snapshot())
+            saves.finish(self._snapshot(), best=self._is_best())
             return True
         asked = due.asked
         if due.save or asked is not None:
-            saves.save(self._snapshot())
+            saves.save(self._snapshot(), best=self._is_best())
+        elif due.evaluate and self.save.every_steps is None:
+            saves.offer(self._snapshot(), best=self._is_best())
         if asked is not None:
             self.run.journal("signal", {"signal": asked, "step": state.step})
             self.console.say(f"saving step {state.step} because of {asked}; training goes on")
@@ -171,8 +173,7 @@ class Session:
         step = self.state.step
         done = self.state.horizon.progress(step) >= 1.0
         evaluate = done or self.state.eval_pending or self._eval_due(step)
-        every = self.save.every_steps
-        save = saves.retry_due or (evaluate if every is None else step % every == 0)
+        save = saves.retry_due or self._save_due(step, evaluate)
         self.stop.notice_s = self._last_step_s + 2 * saves.last_s
         log, asked = done or step % self.log.every_steps == 0, self.stop.take_save_request()
         return self._agreed(Due(done, log, evaluate, save, self.stop.requested, asked))
@@ -215,6 +216,12 @@ class Session:
             state.horizon.progress(step), len(state.valid_losses), state.eval_s, state.elapsed_s
         )
 
+    def _save_due(self, step: int, evaluate: bool) -> bool:
+        """Whether a save is asked for; after an evaluation one may be offered even so."""
+        if self.save.every_steps is not None:
+            return step % self.save.every_steps == 0
+        return evaluate and self.save.keep_every is not None and step % self.save.keep_every == 0
+
     def _out_of_patience(self) -> bool:
         losses = self.state.valid_losses
         patience = self.train.patience
@@ -233,7 +240,8 @@ class Session:
     def _saves(self) -> Saves:
         if not self.world.is_first:
             return NoSaves()
-        return Saves(self.run, self.task.tokenizer, self.save, self.console.warn)
+        on_cpu = self.trainer.device.torch_device.type == "cpu"
+        return Saves(self.run, self.task.tokenizer, self.save, self.console.warn, shares_cores=on_cpu)
 
     def _log(self, bar: Progress) -> None:
         """Write the means of the steps since the last line to metrics.jsonl and show them."""
@@ -346,6 +354,11 @@ class Session:
         with average, unsharded(trainer.model):
             yield
 
+    def _is_best(self) -> bool:
+        """Whether the last validation was of this step, and none was better."""
+        state = self.state
+        return state.valid_steps[-1:] == [state.step] and state.valid_losses[-1] == min(state.valid_losses)
+
     def _snapshot(self) -> Snapshot:
         state = self.state
         state.scaler = self.trainer.scaler.state_dict()
@@ -415,7 +428,7 @@ class Session:
 
     def _roll_back(self, saves: Saves) -> None:
         """Go back to the newest checkpoint, keeping the list of the batches to leave out."""
-        saves.wait()
+        saves.flush()
         self.world.wait()
         found = load_latest(self.run.path, self.console.warn, shared=self.world.local_size > 1)
         if found is None:
@@ -444,7 +457,9 @@ class Session:
             swapping = state.eval_pending and trainer.average is not None
             alone = self.world.size == 1  # others wait elsewhere
             if alone and not trainer.updating and not swapping and self._all_good(saves, bar):
-                saves.finish(self._snapshot())
+                saves.finish(self._snapshot(), best=self._is_best())
+            else:
+                saves.flush()
             where = f"the validation after step {state.step}" if state.eval_pending else f"step {state.step + 1}"
             shape = (self.train.batch_size, trainer.micro_batch_size, self.train.seq_len)
             path, saved = self.run.path, self._first_step if saves.step is None else saves.step

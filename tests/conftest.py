@@ -1,4 +1,4 @@
-"""What every test, and every process that a test starts, finds: one thread, and signals as a terminal leaves them.
+"""What every test finds: one thread, signals as a terminal leaves them, and saves whenever they are due.
 
 Tiny tensors gain nothing from more threads, and threads of several test processes take each other's cores. Under nohup
 or in the background SIGHUP and SIGINT come ignored.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # read when torch is imported, which is later
@@ -15,3 +18,13 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_saves() -> Iterator[None]:
+    """Every evaluation is followed by a save, however long that takes on a busy machine."""
+    from lmkit.store import saving
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "CHEAP_S", 1e9)
+        yield

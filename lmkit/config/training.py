@@ -225,7 +225,8 @@ class SaveConfig:
     """Checkpoints. The newest ones, the best one by validation loss and pinned ones (``lmkit runs pin``) are kept."""
 
     every_steps: int | None = None
-    """Save every so many steps (>= 1); null: after each evaluation, and at the end in any case."""
+    """Save every so many steps (>= 1), and at the end in any case; null: after each evaluation, those of ``keep_every``
+    without fail, the others so that saving takes at most 1 % of the time: a copy, the best one's, waits in memory."""
     keep: int = 2
     """Keep this many of the newest checkpoints, beside the best one (>= 2)."""
     keep_every: int | None = None

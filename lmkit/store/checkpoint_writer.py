@@ -7,6 +7,7 @@ import errno
 import hashlib
 import threading
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,6 +41,18 @@ class SavableTokenizer(Protocol):
         """Write the tokenizer's files into an existing directory."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a save took, seconds; retiring older checkpoints is left out."""
+
+    copy_s: float
+    """Of training's time."""
+    cpu_s: float
+    """Of a processor, by the thread."""
+    wall_s: float
+    """From the start of writing to the end of verifying."""
+
+
 class CheckpointWriter:
     """Saves snapshots of one run, in the background, one at a time; the caller holds the run's lock.
 
@@ -50,6 +63,8 @@ class CheckpointWriter:
     What goes wrong there is raised by the next ``submit``, ``wait`` or ``close``; older checkpoints are whole all the
     same, and the caller may catch the error and go on. Leaving the ``with`` block waits; on the way of another
     exception a failed save is a warning. With ``background=False`` the same happens before ``submit`` returns.
+    ``submit`` is ``hold``, which makes the copy, and ``release``, which hands it over, again if it is called again;
+    ``close`` releases what never was, but not on the way of a KeyboardInterrupt.
     """
 
     def __init__(
@@ -66,6 +81,8 @@ class CheckpointWriter:
             raise ValueError(f"keep={keep} and keep_every={keep_every} must be >= 1")
         self.newest: Path | None = None
         """The last checkpoint that was committed and verified by this writer."""
+        self.last_cost = Cost(0.0, 0.0, 0.0)
+        """That of the last save that succeeded."""
         self._run = run
         self._folder = run.path / CHECKPOINTS
         self._keep = keep
@@ -76,6 +93,9 @@ class CheckpointWriter:
         self._in_flight: SimpleQueue[None] | None = None
         """Where the thread tells that the last save is done. No Event: a signal at the wrong moment breaks those."""
         self._error: BaseException | None = None
+        self._held: Staged | None = None
+        self._is_waiting = False
+        """Whether what is held was not released yet."""
         self._whole: dict[str, float | None] = {}
         """Name -> validation loss of the checkpoints that were hashed by this writer."""
         self._damaged: set[str] = set()
@@ -115,8 +135,22 @@ class CheckpointWriter:
         ValueError if ``state`` or ``config`` holds NaN, TypeError if it is not JSON; ResourceError if there is no
         memory for the copy.
         """
+        self.hold(snapshot)
+        self.release()
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Copy a snapshot, in place of the one that is held if there is one. Raises what ``submit`` does."""
         self.wait()
-        staged = self._stage.copy(snapshot)
+        self._held, self._is_waiting = None, False  # the next one takes its memory
+        self._held = self._stage.copy(snapshot)
+        self._is_waiting = True
+
+    def release(self) -> None:
+        """Begin to save what is held, if anything is. Raises what went wrong with the save before."""
+        self.wait()
+        staged, self._is_waiting = self._held, False
+        if staged is None:
+            return
         if self._thread is None:
             self._save_and_keep_error(staged)
             self.wait()
@@ -140,10 +174,13 @@ class CheckpointWriter:
             raise error
 
     def close(self) -> None:
-        """Wait for the save in flight, raise what went wrong with it, end the thread and free the buffers."""
+        """Save what waits for it, raise what went wrong, end the thread and free the buffers."""
         try:
+            if self._is_waiting:
+                self.release()
             self.wait()
         finally:
+            self._held = None
             self._stage.clear()
             if self._thread is not None:
                 self._handed.put(None)
@@ -159,6 +196,7 @@ class CheckpointWriter:
         if error is None:
             self.close()
             return
+        self._is_waiting = self._is_waiting and isinstance(error, Exception)
         try:
             self.close()
         except Exception as save_error:
@@ -181,7 +219,7 @@ class CheckpointWriter:
         bad = first_nonfinite(staged.tensors[mf.MODEL])
         if bad is not None:
             raise DivergedError(f"{bad} holds NaN or infinity at step {staged.step}: not saved", "lower optimizer.lr")
-        started = time.monotonic()
+        started, cpu_before_s = time.monotonic(), time.thread_time()
         try:
             try:
                 path = self._write(staged)
@@ -197,6 +235,8 @@ class CheckpointWriter:
         self._run.journal("save", event)
         manifest = verify_checkpoint(path, from_disk=True)
         self._run.journal("verify", {"checkpoint": path.name, "self": manifest.digest})
+        cpu_s = time.thread_time() - cpu_before_s
+        self.last_cost = Cost(staged.copy_s, cpu_s, time.monotonic() - started)
         self._damaged.discard(path.name)
         self._whole[path.name] = valid_loss(path)
         self.newest = path

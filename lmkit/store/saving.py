@@ -1,4 +1,4 @@
-"""What a run does when a checkpoint cannot be saved: try once more, then go on or stop, and never end as if it had."""
+"""When a run saves where nobody says so, and what it does when it cannot: try once more, then go on or stop."""
 
 from __future__ import annotations
 
@@ -13,22 +13,47 @@ from lmkit.store.checkpoint import Snapshot, latest_checkpoint
 from lmkit.store.checkpoint_writer import CheckpointWriter, SavableTokenizer
 from lmkit.store.runs import Run
 
+MAX_SHARE = 0.01
+"""Of a run's time, what saves may take where ``save.every_steps`` does not say when to save."""
+CHEAP_S = 0.1
+"""A save that takes no longer is made in any case: ten of them are 1 % of a run of 100 s."""
+
+
+def may_save(last_s: float, all_s: float, elapsed_s: float) -> bool:
+    """Whether another save keeps to MAX_SHARE of the time until now, and leaves room for the last one of the run.
+
+    last_s, all_s: what the save before and all of them took of training's time, seconds; 0 if there was none.
+    """
+    return last_s <= CHEAP_S or all_s + 2 * last_s <= MAX_SHARE * elapsed_s
+
 
 class Saves:
     """Saves a run's snapshots in the background under the policy ``save.on_error``.
 
-    A save that fails (disk full, a writer that died, bytes that read back wrong) is tried once more at the next step;
-    if that fails too, ``stop`` raises ResourceError, and ``continue`` warns and waits for the next save that is due.
-    Older checkpoints are whole all the same. Weights that are not finite are a DivergedError in any case.
+    A save that fails (disk full, a writer that died, bytes that read back wrong) is tried once more at the next step:
+    the best state itself, of others that of the next step. If that fails too, ``stop`` raises ResourceError, and
+    ``continue`` warns and waits for the next save that is due. Older checkpoints are whole all the same. Weights that
+    are not finite are a DivergedError in any case.
+    ``shares_cores`` says that training runs on the cores that saving takes.
     """
 
-    def __init__(self, run: Run, tokenizer: SavableTokenizer, config: SaveConfig, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: SavableTokenizer,
+        config: SaveConfig,
+        warn: Callable[[str], None],
+        *,
+        shares_cores: bool = True,
+    ) -> None:
         self._writer = CheckpointWriter(run, tokenizer, keep=config.keep, keep_every=config.keep_every, warn=warn)
         self._run, self._warn = run, warn
         self._stops = config.on_error is OnSaveError.stop
+        self._shares_cores = shares_cores
+        self._start_s = time.monotonic()
         self.step: int | None = None
         """The step that was handed to the writer last."""
-        self._in_flight_since_s: float | None = None
+        self._is_in_flight = False
         self._failures = 0
         """Saves in a row that failed."""
         self._error: LmkitError | None = None
@@ -37,6 +62,13 @@ class Saves:
         """Whether a save has failed for the first time, so that it should be tried again now."""
         self.last_s = 0.0
         """How long the last save took, seconds."""
+        self.last_cost_s = 0.0
+        """What it took of training's time, seconds: the copy, and the processor if training needs that."""
+        self._all_costs_s = 0.0
+        self._in_flight_is_best = False
+        self._held_step: int | None = None
+        """The step whose copy waits to be saved."""
+        self._held_is_best = False
 
     def __enter__(self) -> Self:
         return self
@@ -47,28 +79,65 @@ class Saves:
         self._writer.__exit__(kind, error, trace)
 
     def poll(self) -> None:
-        """Notice whether the save in flight has come to its end and how, without waiting."""
-        if self._in_flight_since_s is not None and not self._writer.busy:
+        """Notice whether the save in flight has come to its end and how, without waiting; save what may be saved."""
+        if self._is_in_flight and not self._writer.busy:
             self.wait()
+        if may_save(self.last_cost_s, self._all_costs_s, time.monotonic() - self._start_s):
+            self._release()
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Begin to save a snapshot, unless it is that of the last save; waits for the save before."""
+    def offer(self, snapshot: Snapshot, *, best: bool) -> None:
+        """Save a snapshot as soon as ``may_save`` allows it (see ``poll``), or at the end; hold a copy until then.
+
+        There is one copy at a time: the newest, but what is the ``best`` so far gives way to a better one only. A
+        process that is killed loses it, and so does one that a second signal interrupts.
+        """
+        if best or not self._held_is_best:
+            self._hold(snapshot, best=best)
+        self.poll()
+
+    def save(self, snapshot: Snapshot, *, best: bool = False) -> None:
+        """Begin to save a snapshot, unless it is that of the last save; waits for the save before.
+
+        Of what was offered and is not saved yet, only the best is, and only if this snapshot is not better (``best``).
+        """
+        if self._held_is_best and not best:
+            self.flush()
+            self._failures = 0  # this one may fail once, too
         self.wait()
         if snapshot.step == self.step and self._failures == 0:
             return
-        self.retry_due = False
-        self.step, self._in_flight_since_s = snapshot.step, time.monotonic()
-        try:
-            self._writer.submit(snapshot)
-        except (ResourceError, MemoryError, RuntimeError) as error:
-            self._note(error)
+        self._hold(snapshot, best=best)
+        self._release()
 
-    def finish(self, snapshot: Snapshot) -> None:
+    def flush(self) -> None:
+        """Save what was offered, if it is not saved yet, and wait."""
+        while self._held_step is not None:  # a second time if it is the best and could not be saved
+            self._release()
+            self.wait()
+
+    def _hold(self, snapshot: Snapshot, *, best: bool) -> None:
+        self.wait()
+        self._held_step, self._held_is_best, self.retry_due = None, False, False
+        try:
+            self._writer.hold(snapshot)
+        except (ResourceError, MemoryError, RuntimeError) as error:
+            self.step = snapshot.step
+            self._note(error)
+        else:
+            self._held_step, self._held_is_best = snapshot.step, best
+
+    def _release(self) -> None:
+        if self._held_step is not None:
+            self.step, self._in_flight_is_best, self._is_in_flight = self._held_step, self._held_is_best, True
+            self._held_step, self._held_is_best, self.retry_due = None, False, False
+            self._writer.release()
+
+    def finish(self, snapshot: Snapshot, *, best: bool = False) -> None:
         """Save a snapshot and wait for it. Raises ResourceError if it could not be saved."""
-        self.save(snapshot)
+        self.save(snapshot, best=best)
         self.wait()
         if self.retry_due:
-            self.save(snapshot)
+            self.save(snapshot, best=best)
             self.wait()
         if self._error is not None:
             whole = latest_checkpoint(self._run.path, self._warn)
@@ -85,21 +154,26 @@ class Saves:
         except Exception as error:
             self._note(error)
         else:
-            if self._in_flight_since_s is not None:
-                self.last_s = time.monotonic() - self._in_flight_since_s
+            if self._is_in_flight:
+                cost = self._writer.last_cost
+                self.last_s = cost.copy_s + cost.wall_s
+                self.last_cost_s = cost.copy_s + (cost.cpu_s if self._shares_cores else 0.0)
+                self._all_costs_s += self.last_cost_s
                 self._failures, self.retry_due, self._error = 0, False, None
-        self._in_flight_since_s = None
+        self._is_in_flight = False
 
     def _note(self, cause: Exception) -> None:
         """Count a failed save. Raises ResourceError if that is to end the run."""
         what = f"saving step {self.step} failed: {type(cause).__name__}: {cause}"
         error = cause if isinstance(cause, LmkitError) else ResourceError(what)
         self._error = error
-        self._in_flight_since_s = None
+        best_failed, self._is_in_flight = self._is_in_flight and self._in_flight_is_best, False
         self._failures += 1
         self._run.journal("save failed", {"step": self.step, "error": str(error)})
         if self._failures == 1:
             self.retry_due = True
+            if best_failed:  # the writer has its copy still
+                self._held_step, self._held_is_best = self.step, True
             self._warn(f"{error} (trying once more)")
             return
         self.retry_due = False
@@ -123,11 +197,14 @@ class NoSaves(Saves):
     def poll(self) -> None:
         return
 
-    def save(self, snapshot: Snapshot) -> None:
-        self.step = snapshot.step
-
-    def finish(self, snapshot: Snapshot) -> None:
-        self.step = snapshot.step
-
-    def wait(self) -> None:
+    def offer(self, snapshot: Snapshot, *, best: bool) -> None:
         return
+
+    def save(self, snapshot: Snapshot, *, best: bool = False) -> None:
+        self.step = snapshot.step
+
+    def flush(self) -> None:
+        return
+
+    def finish(self, snapshot: Snapshot, *, best: bool = False) -> None:
+        self.step = snapshot.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,8 @@ class Staged:
     texts: dict[str, str]
     """State and configuration as JSON."""
     tokenizer_files: dict[str, bytes]
+    copy_s: float
+    """What copying the tensors took of a processor, seconds, without getting memory for them."""
 
     @cached_property
     def small(self) -> dict[str, bytes]:
@@ -68,6 +71,7 @@ class Stage:
         texts[mf.CONFIG] = json.dumps(snapshot.config, allow_nan=False)
         sections = {mf.MODEL: snapshot.model} | ({mf.OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
         aliases = {}
+        copy_s = 0.0
         buffers: dict[str, _Buffers] = {}
         for file, named in sections.items():
             tied = _tied_names(named)
@@ -76,14 +80,16 @@ class Stage:
             stored = {name: tensor for name, tensor in named.items() if name not in tied} if tied else named
             buffers[file] = self._buffers_for(file, stored)
             copies, on_gpu = list(buffers[file].tensors.values()), buffers[file].on_gpu
+            start_s = time.thread_time()
             if stored:  # one call for all: a small model's copy is mostly the calls
                 with torch.no_grad():
                     torch._foreach_copy_(copies, list(stored.values()), non_blocking=on_gpu)
-        if any(kept.on_gpu for kept in buffers.values()):
-            torch.cuda.synchronize()
+            if on_gpu:
+                torch.cuda.synchronize()
+            copy_s += time.thread_time() - start_s
         tensors = {file: kept.tensors for file, kept in buffers.items()}
         tables = {file: kept.table for file, kept in buffers.items()}
-        return Staged(snapshot.step, tensors, tables, aliases, texts, self._tokenizer_files)
+        return Staged(snapshot.step, tensors, tables, aliases, texts, self._tokenizer_files, copy_s)
 
     def _buffers_for(self, file: str, tensors: dict[str, Tensor]) -> _Buffers:
         """What the tensors of a file are copied into; the same while they keep names, order, shapes, types, device."""

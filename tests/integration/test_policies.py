@@ -30,7 +30,7 @@ from lmkit.data.batches import Batch
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from lmkit.session import Session
 from lmkit.signals import SAVING, STOPPING
-from lmkit.store import checkpoint_writer, storage
+from lmkit.store import checkpoint_writer, saving, storage
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks.language import LanguageModelling
@@ -361,6 +361,24 @@ class FailingWrites:
         patch.setattr(checkpoint_writer.CheckpointWriter, "_write", write)
 
 
+@pytest.mark.parametrize(("keep_every", "fixed"), [(None, {2, 12}), (4, {2, 4, 8, 12})])
+def test_where_saving_is_dear_the_first_and_last_state_are_saved_and_the_best_and_what_keep_every_says(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, keep_every: int | None, fixed: set[int]
+) -> None:
+    dear = replace(config(), save=SaveConfig(keep=9, keep_every=keep_every))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "may_save", lambda last_s, all_s, elapsed_s: last_s == 0.0)
+        pretrain.run(dear)
+    losses = {row["step"]: row["valid_loss"] for row in read_metrics(path_of(dear)) if "valid_loss" in row}
+    assert list(losses) == [2, 4, 6, 8, 10, 12]
+    best = min(losses, key=lambda step: losses[step])
+    assert {int(path.name[-12:]) for path in list_checkpoints(path_of(dear))} == fixed | {best}
+    usual = replace(config(run="usual"), save=SaveConfig(keep=9))
+    pretrain.run(usual)
+    assert len(list_checkpoints(path_of(usual))) == 6
+    assert_same(tensors_of(dear), tensors_of(usual))
+
+
 def test_row_28_training_goes_on_over_saves_that_fail_and_ends_well_if_the_last_one_does_not(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,9 +423,9 @@ def test_row_14_a_writer_that_dies_is_noticed_and_the_save_is_tried_again_at_onc
     failed = journal(cfg, "save failed")
     assert [row["step"] for row in failed] == [20]
     assert "the writer was killed" in failed[0]["error"]
-    steps = [row["step"] for row in journal(cfg, "save")]
-    assert 20 < steps[0] < 40
-    assert steps[1:] == [40, 60, 80, 100]
+    losses = {row["step"]: row["valid_loss"] for row in read_metrics(path_of(cfg)) if "valid_loss" in row}
+    assert losses[20] == min(loss for step, loss in losses.items() if step <= 20)  # and so it is tried again itself
+    assert [row["step"] for row in journal(cfg, "save")] == [20, 40, 60, 80, 100]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The parts of a session: requests to stop, limits of time, saves that fail, batches made ahead, advice in errors."""
+"""The parts of a session: requests to stop, limits of time, batches made ahead, advice in errors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,13 @@ import torch
 
 from lmkit import signals
 from lmkit.commands.training import check_resumable
-from lmkit.config.training import OnSaveError, SaveConfig, TrainConfig
+from lmkit.config.training import TrainConfig
 from lmkit.console import Console
 from lmkit.data.batches import Ahead, Batch, Lanes, Windows
-from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
+from lmkit.errors import ConfigError, StoppedError
 from lmkit.horizon import last_step
 from lmkit.signals import SLURM_END, Deadline, StopRequests, find_deadline
-from lmkit.store import checkpoint_writer, staging
-from lmkit.store.checkpoint import Snapshot
 from lmkit.store.incidents import out_of_memory, resume_command
-from lmkit.store.listing import list_checkpoints
-from lmkit.store.runs import Run
-from lmkit.store.saving import Saves
 
 # Requests
 
@@ -168,142 +161,6 @@ def test_the_last_step_is_the_smallest_limit() -> None:
     assert last_step(TrainConfig(max_steps=1000, max_epochs=2.0), 100) == 200
     assert last_step(TrainConfig(budget="10m"), 100) is None
     assert last_step(TrainConfig(), 100) == 300
-
-
-# Saves
-
-
-class Tokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
-
-
-def snapshot(step: int) -> Snapshot:
-    return Snapshot(step, {"weight": torch.full((3,), float(step))}, {}, {"step": step}, {})
-
-
-class Failing:
-    """Makes chosen saves (counted from 1) fail."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, numbers: set[int], error: Exception) -> None:
-        self.count = 0
-        original = checkpoint_writer.CheckpointWriter._write
-
-        def write(writer: Any, staged: Any) -> Path:
-            self.count += 1
-            if self.count in numbers:
-                raise error
-            return original(writer, staged)
-
-        patch.setattr(checkpoint_writer.CheckpointWriter, "_write", write)
-
-
-FULL = OSError(28, "No space left on device")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with Run.create(tmp_path / "r", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as made:
-        made.begin(seed=1, command=["pretrain"], digests={})
-        yield made
-
-
-def saved(run: Run) -> list[int]:
-    return [int(path.name[-12:]) for path in list_checkpoints(run.path)]
-
-
-def wait_for(saves: Saves) -> None:
-    """Poll until the save in flight is over."""
-    for _ in range(1000):
-        saves.poll()
-        if saves.last_s or saves.retry_due:
-            return
-        time.sleep(0.005)
-
-
-def test_a_failed_save_is_noticed_without_waiting_and_asks_for_one_retry(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Failing(monkeypatch, {1}, FULL)
-    warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
-        saves.save(snapshot(1))
-        wait_for(saves)
-        assert saves.retry_due
-        saves.save(snapshot(2))
-        saves.finish(snapshot(3))
-        assert not saves.retry_due
-    assert saved(run) == [2, 3]
-    assert len(warnings) == 1
-    assert "trying once more" in warnings[0]
-
-
-@pytest.mark.parametrize("policy", ["continue", "stop"])
-def test_a_save_that_fails_twice_stops_or_goes_on_as_configured(
-    run: Run, monkeypatch: pytest.MonkeyPatch, policy: str
-) -> None:
-    Failing(monkeypatch, {1, 2}, FULL)
-    warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(on_error=OnSaveError[policy]), warnings.append) as saves:
-        saves.save(snapshot(1))
-        saves.wait()
-        saves.save(snapshot(2))
-        if policy == "stop":
-            with pytest.raises(ResourceError, match="No space left"):
-                saves.wait()
-        else:
-            saves.wait()
-            assert not saves.retry_due
-            saves.finish(snapshot(3))
-    assert saved(run) == ([] if policy == "stop" else [3])
-    assert len(warnings) == (1 if policy == "stop" else 2)
-
-
-def test_the_last_save_is_tried_twice_and_then_the_run_fails_with_the_reason(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing = Failing(monkeypatch, {2, 3}, FULL)
-    warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
-        saves.save(snapshot(1))
-        with pytest.raises(ResourceError, match=r"step-000000000001\).*No space left on device; free some .*resume"):
-            saves.finish(snapshot(2))
-        assert failing.count == 3
-    assert saved(run) == [1]
-
-
-def test_one_step_is_saved_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Failing(monkeypatch, set(), FULL)
-    with Saves(run, Tokenizer(), SaveConfig(), pytest.fail) as saves:
-        saves.save(snapshot(1))
-        saves.save(snapshot(1))
-        saves.finish(snapshot(1))
-    assert counted.count == 1
-
-
-def test_weights_that_are_not_finite_end_the_run_whatever_the_policy(run: Run) -> None:
-    bad = Snapshot(1, {"weight": torch.tensor([float("nan")])}, {}, {}, {})
-    with Saves(run, Tokenizer(), SaveConfig(), pytest.fail) as saves:
-        saves.save(bad)
-        with pytest.raises(DivergedError):
-            saves.wait()
-    assert saved(run) == []
-
-
-def test_a_copy_that_finds_no_memory_is_a_failed_save(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("not enough memory")
-
-    warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
-        with monkeypatch.context() as patch:
-            patch.setattr(staging.torch, "empty", full)
-            saves.save(snapshot(1))
-            assert saves.retry_due
-        saves.finish(snapshot(2))
-    assert saved(run) == [2]
 
 
 # Batches
