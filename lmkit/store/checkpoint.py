@@ -25,6 +25,7 @@ from lmkit.store.found import FoundRun
 from lmkit.store.listing import VALID_LOSS, best_first, json_object, list_checkpoints, valid_loss
 from lmkit.store.manifest import read_manifest, verify_checkpoint
 from lmkit.store.migrations import NewerFormatError, migrate
+from lmkit.store.reading import side_by_side
 from lmkit.store.tensorfile import read_tensors
 
 BEST = "best"
@@ -67,25 +68,27 @@ def load_checkpoint(
         for entry in manifest.files
         if entry.path not in (mf.MODEL, mf.OPTIMIZER)
     }
+    once = with_optimizer and not shared
     tensors: dict[str, dict[str, Tensor]] = {mf.MODEL: {}, mf.OPTIMIZER: {}}
-    checks = []
-    # a hashing thread for each file: while one is still being hashed the other is read; the larger one comes first
+    # a hashing thread for each file, and both read side by side, so that no core waits for the other
     with ThreadPoolExecutor(1, "hash-model") as model_hasher, ThreadPoolExecutor(1, "hash-optimizer") as other_hasher:
-        for file, hasher in ((mf.OPTIMIZER, other_hasher), (mf.MODEL, model_hasher)):
-            entry = manifest.file(file)
-            if entry is not None and (file == mf.MODEL or with_optimizer):
-                tensors[file], check = read_tensors(
-                    path, entry, manifest.tensors[file], hasher, once=with_optimizer and not shared
-                )
-                checks.append(check)
+        hashers = {mf.OPTIMIZER: other_hasher, mf.MODEL: model_hasher} if with_optimizer else {mf.MODEL: model_hasher}
+        entries = {file: entry for file in hashers if (entry := manifest.file(file)) is not None}
+        found = side_by_side(
+            [
+                read_tensors(path, entry, manifest.tensors[file], hashers[file], once=once)
+                for file, entry in entries.items()
+            ]
+        )
+        tensors |= {file: read for file, (read, _) in zip(entries, found, strict=True)}
         bad = None if allow_nonfinite else first_nonfinite(tensors[mf.MODEL])
-        for check in checks:
+        for _, check in found:
             check()
     if bad is not None:
         raise CheckpointError(f"{path / mf.MODEL}: {bad} holds NaN or infinity", "use an earlier checkpoint")
-    for file, found in tensors.items():
-        found |= {alias: found[name] for alias, name in manifest.aliases.get(file, {}).items()}
-        tensors[file] = migrate(path / file, found, manifest.version)
+    for file, named in tensors.items():
+        named |= {alias: named[name] for alias, name in manifest.aliases.get(file, {}).items()}
+        tensors[file] = migrate(path / file, named, manifest.version)
     return Snapshot(
         step=manifest.step,
         model=tensors[mf.MODEL],

@@ -13,10 +13,10 @@ import mmap
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader, FileIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmkit.store.storage import drop_cache
 
@@ -28,7 +28,10 @@ PIECE_BYTES = 2 << 20
 AHEAD = 4
 """Pieces on their way from the disk."""
 
+T = TypeVar("T")
 Use = Callable[[memoryview], object]
+Job = Generator[float, None, T]
+"""Work in small parts: after each of them it yields which share of it is done, and in the end it returns something."""
 
 
 def read_start(file: BufferedReader, num_bytes: int) -> bytes:
@@ -39,7 +42,28 @@ def read_start(file: BufferedReader, num_bytes: int) -> bytes:
     return start
 
 
-def read_whole(file: BufferedReader, num_bytes: int, use: Use, *, once: bool) -> Tensor:
+def side_by_side(jobs: Sequence[Job[T]]) -> list[T]:
+    """What the jobs return; the one that is least far goes on, so that all end at about the same time.
+
+    An error in one of them ends all.
+    """
+    shares = dict.fromkeys(range(len(jobs)), 0.0)
+    results: dict[int, T] = {}
+    try:
+        while shares:
+            number = min(shares, key=shares.__getitem__)
+            try:
+                shares[number] = next(jobs[number])
+            except StopIteration as end:
+                results[number] = end.value
+                del shares[number]
+    finally:
+        for job in jobs:
+            job.close()
+    return [results[number] for number in range(len(jobs))]
+
+
+def read_whole(file: BufferedReader, num_bytes: int, use: Use, *, once: bool) -> Job[Tensor]:
     """The first ``num_bytes`` of a file, (num_bytes,) uint8, fewer where it ends early; ``use`` gets piece after piece.
 
     The pieces are parts of the result and stay. ``once`` says that nobody is expected to read it again: what is not in
@@ -51,13 +75,14 @@ def read_whole(file: BufferedReader, num_bytes: int, use: Use, *, once: bool) ->
     direct = _open_direct(file) if once and is_large and not _is_cached(file, num_bytes) else None
     if direct is None:
         memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return memory[: _read_cached(file, num_bytes, use, lambda number: _part(memory.numpy().data, number))]
+        num_read = yield from _read_cached(file, num_bytes, use, lambda number: _part(memory.numpy().data, number))
+        return memory[:num_read]
     with direct:
         room = _room(num_bytes, mmap.MAP_PRIVATE)
         with contextlib.suppress(OSError):
             room.madvise(mmap.MADV_HUGEPAGE)  # a page for each 4 KiB takes longer to get than to read
         view = memoryview(room)
-        num_read = _read_direct(direct, file, num_bytes, use, lambda number: _part(view, number))
+        num_read = yield from _read_direct(direct, file, num_bytes, use, lambda number: _part(view, number))
     drop_cache(file)  # the few pages that a look at it has brought in, or else the next look would be misled
     return torch.frombuffer(room, dtype=torch.uint8)[:num_read]
 
@@ -72,11 +97,11 @@ def read_through(file: BufferedReader, num_bytes: int, use: Use, *, from_disk: b
         if from_disk:
             drop_cache(file)
         piece = memoryview(bytearray(min(num_bytes, PIECE_BYTES)))
-        return _read_cached(file, num_bytes, use, lambda number: piece)
+        return side_by_side([_read_cached(file, num_bytes, use, lambda number: piece)])[0]
     with direct:
         # shared memory: with O_DIRECT a fork meanwhile would let bytes go astray in private memory (open(2), "NOTES")
         rooms = [memoryview(_room(PIECE_BYTES, mmap.MAP_SHARED)) for _ in range(AHEAD + 1)]
-        return _read_direct(direct, file, num_bytes, use, lambda number: rooms[number % len(rooms)])
+        return side_by_side([_read_direct(direct, file, num_bytes, use, lambda number: rooms[number % len(rooms)])])[0]
 
 
 def _room(num_bytes: int, flags: int) -> mmap.mmap:
@@ -95,7 +120,7 @@ def _whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _read_cached(file: BufferedReader, num_bytes: int, use: Use, room: Callable[[int], memoryview]) -> int:
+def _read_cached(file: BufferedReader, num_bytes: int, use: Use, room: Callable[[int], memoryview]) -> Job[int]:
     done = 0
     while done < num_bytes:
         wanted = min(PIECE_BYTES, num_bytes - done)
@@ -103,6 +128,7 @@ def _read_cached(file: BufferedReader, num_bytes: int, use: Use, room: Callable[
         num_read = file.readinto(piece)
         use(piece[:num_read])
         done += num_read
+        yield done / num_bytes
         if num_read < wanted:
             break
     return done
@@ -110,7 +136,7 @@ def _read_cached(file: BufferedReader, num_bytes: int, use: Use, room: Callable[
 
 def _read_direct(
     direct: FileIO, file: BufferedReader, num_bytes: int, use: Use, room: Callable[[int], memoryview]
-) -> int:
+) -> Job[int]:
     """As _read_cached, by threads that read past the cache; where the system gives none, through it, emptied."""
     done = 0
     num_pieces = -(-num_bytes // PIECE_BYTES)
@@ -130,10 +156,11 @@ def _read_direct(
                 piece = coming.popleft().result()
                 use(piece)
                 done += len(piece)
+                yield done / num_bytes
         else:
             return done
     drop_cache(file)
-    return _read_cached(file, num_bytes, use, room)
+    return (yield from _read_cached(file, num_bytes, use, room))
 
 
 def _read_at(direct: int, other: int, room: memoryview, start: int, wanted: int) -> memoryview:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lmkit.errors import CheckpointError
 from lmkit.store import storage
 from lmkit.store.manifest import FileEntry, TensorSpec, check_digest, check_tensor_name, open_entry, unreadable
-from lmkit.store.reading import read_start, read_whole
+from lmkit.store.reading import Job, read_start, read_whole
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -89,7 +89,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], table: Mapping[str,
 
 def read_tensors(
     checkpoint: Path, entry: FileEntry, table: Mapping[str, TensorSpec], hasher: Executor, *, once: bool
-) -> tuple[dict[str, Tensor], Callable[[], None]]:
+) -> Job[tuple[dict[str, Tensor], Callable[[], None]]]:
     """The tensors of a file, and a function to call before they are used: it raises if their SHA-256 is another one.
 
     They lie in one piece of memory, as in the file. The header is verified before that is allocated. ``hasher``, an
@@ -105,7 +105,9 @@ def read_tensors(
         try:
             if read_start(file, len(header)) != header:
                 raise CheckpointError(f"{path} is damaged: its header does not fit the tensor table of its manifest")
-            memory = read_whole(file, entry.bytes, lambda piece: hasher.submit(digest.update, piece), once=once)
+            memory = yield from read_whole(
+                file, entry.bytes, lambda piece: hasher.submit(digest.update, piece), once=once
+            )
         except OSError as error:
             raise unreadable(path, error) from None
     if len(memory) != entry.bytes:

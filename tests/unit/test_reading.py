@@ -28,6 +28,10 @@ def write(path: Path, num_bytes: int) -> bytes:
     return data
 
 
+def whole(file: Any, num_bytes: int, use: reading.Use, *, once: bool) -> Any:
+    return reading.side_by_side([reading.read_whole(file, num_bytes, use, once=once)])[0]
+
+
 def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     """A list that grows with each call of a function of the module."""
     calls: list[Any] = []
@@ -78,7 +82,7 @@ def test_all_bytes_arrive_in_order(tmp_path: Path, num_bytes: int, once: bool, c
         forget(tmp_path / "f")
     seen: list[bytes] = []
     with storage.open_regular(tmp_path / "f") as file:
-        memory = reading.read_whole(file, num_bytes, lambda piece: seen.append(bytes(piece)), once=once)
+        memory = whole(file, num_bytes, lambda piece: seen.append(bytes(piece)), once=once)
     assert memory.numpy().tobytes() == data
     assert b"".join(seen) == data
     through: list[bytes] = []
@@ -93,7 +97,7 @@ def test_no_more_is_read_than_was_asked_for(tmp_path: Path, once: bool) -> None:
     data = write(tmp_path / "f", 9 * PIECE)
     forget(tmp_path / "f")
     with storage.open_regular(tmp_path / "f") as file:
-        assert bytes(reading.read_whole(file, 4 * PIECE + 9, len, once=once).numpy()) == data[: 4 * PIECE + 9]
+        assert bytes(whole(file, 4 * PIECE + 9, len, once=once).numpy()) == data[: 4 * PIECE + 9]
         file.seek(0)
         assert reading.read_through(file, 4 * PIECE + 9, len, from_disk=once) == 4 * PIECE + 9
 
@@ -103,14 +107,14 @@ def test_a_look_at_the_beginning_leaves_the_file_there(tmp_path: Path, num_bytes
     data = write(tmp_path / "f", 3 * PIECE)
     with storage.open_regular(tmp_path / "f") as file:
         assert reading.read_start(file, num_bytes) == data[:num_bytes]
-        assert bytes(reading.read_whole(file, len(data), len, once=False).numpy()) == data
+        assert bytes(whole(file, len(data), len, once=False).numpy()) == data
 
 
 @pytest.mark.parametrize("once", [False, True])
 def test_an_empty_file_is_empty_memory(tmp_path: Path, once: bool) -> None:
     write(tmp_path / "f", 0)
     with storage.open_regular(tmp_path / "f") as file:
-        assert len(reading.read_whole(file, 0, len, once=once)) == 0
+        assert len(whole(file, 0, len, once=once)) == 0
         assert reading.read_through(file, 0, len, from_disk=once) == 0
 
 
@@ -119,7 +123,7 @@ def test_a_file_that_ends_early_gives_what_there_is(tmp_path: Path, once: bool) 
     data = write(tmp_path / "f", 5 * PIECE + 100)
     forget(tmp_path / "f")
     with storage.open_regular(tmp_path / "f") as file:
-        assert bytes(reading.read_whole(file, 12 * PIECE, len, once=once).numpy()) == data
+        assert bytes(whole(file, 12 * PIECE, len, once=once).numpy()) == data
         file.seek(0)
         assert reading.read_through(file, 12 * PIECE, len, from_disk=once) == len(data)
 
@@ -157,7 +161,7 @@ def test_without_more_threads_the_disk_is_read_through_the_emptied_cache(
         if from_disk:
             assert reading.read_through(file, len(data), use, from_disk=True) == len(data)
         else:
-            assert bytes(reading.read_whole(file, len(data), use, once=True).numpy()) == data
+            assert bytes(whole(file, len(data), use, once=True).numpy()) == data
     assert b"".join(seen) == data
     assert dropped
 
@@ -173,7 +177,7 @@ def test_the_cache_is_passed_by_only_for_what_is_read_once_and_is_not_there_yet(
         (forget if cold else Path.read_bytes)(tmp_path / "f")
         before = len(calls)
         with storage.open_regular(tmp_path / "f") as file:
-            reading.read_whole(file, 9 * PIECE, len, once=once)
+            whole(file, 9 * PIECE, len, once=once)
         return len(calls) - before
 
     assert read(once=True, cold=True) == 1
@@ -233,7 +237,7 @@ def test_where_direct_reading_is_refused_the_cache_is_used(
     monkeypatch.setattr(os, "open", fake_open)
     monkeypatch.setattr(os, "preadv", fake_read)
     with storage.open_regular(tmp_path / "f") as file:
-        assert bytes(reading.read_whole(file, len(data), len, once=True).numpy()) == data
+        assert bytes(whole(file, len(data), len, once=True).numpy()) == data
     assert bool(direct) == (refusal != "open")
 
 
@@ -245,7 +249,7 @@ def test_a_python_that_cannot_ask_for_cached_pages_reads_through_the_cache(
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     calls = count(monkeypatch, "_read_direct")
     with storage.open_regular(tmp_path / "f") as file:
-        assert bytes(reading.read_whole(file, len(data), len, once=True).numpy()) == data
+        assert bytes(whole(file, len(data), len, once=True).numpy()) == data
     assert calls == []
 
 
@@ -263,7 +267,7 @@ def test_errors_pass_and_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.
     before = sorted(os.listdir("/proc/self/fd"))
     forget(tmp_path / "f")
     with storage.open_regular(tmp_path / "f") as file, pytest.raises(ValueError, match="stop"):
-        reading.read_whole(file, 9 * PIECE, refuse, once=True)
+        whole(file, 9 * PIECE, refuse, once=True)
     with storage.open_regular(tmp_path / "f") as file, pytest.raises(ValueError, match="stop"):
         reading.read_through(file, 9 * PIECE, refuse, from_disk=True)
     assert sorted(os.listdir("/proc/self/fd")) == before
@@ -271,3 +275,31 @@ def test_errors_pass_and_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.
     with storage.open_regular(tmp_path / "f") as file, pytest.raises(OSError, match="Input/output error"):
         reading.read_through(file, 9 * PIECE, len, from_disk=True)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def parts(name: str, number: int, done: list[str]) -> reading.Job[str]:
+    try:
+        for part in range(number):
+            done.append(name)
+            yield (part + 1) / number
+        return name.upper()
+    finally:
+        done.append(f"end of {name}")
+
+
+def test_jobs_side_by_side_are_equally_far() -> None:
+    done: list[str] = []
+    jobs = [parts("a", 2, done), parts("b", 4, done), parts("none", 0, done)]
+    assert reading.side_by_side(jobs) == ["A", "B", "NONE"]
+    assert done == ["a", "b", "end of none", "b", "a", "b", "b", "end of a", "end of b"]
+
+
+def test_an_error_in_one_job_ends_the_others_too() -> None:
+    def failing() -> reading.Job[str]:
+        yield 0.1
+        raise OSError("gone")
+
+    done: list[str] = []
+    with pytest.raises(OSError, match="gone"):
+        reading.side_by_side([parts("a", 3, done), failing()])
+    assert done == ["a", "end of a"]
