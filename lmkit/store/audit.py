@@ -145,5 +145,5 @@ def _litter(folder: Path, prefix: str) -> list[str]:
     return [
         f"{prefix}{entry.name}"
         for entry in sorted(folder.iterdir())
-        if entry.name.startswith((storage.TMP_PREFIX, storage.TRASH_PREFIX))
+        if entry.name.startswith((storage.TMP_PREFIX, storage.TRASH_PREFIX, storage.OLD_PREFIX))
     ]

@@ -21,6 +21,7 @@ from lmkit.errors import ResourceError
 
 TMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
+OLD_PREFIX = ".old-"
 PIECE_BYTES = 4 << 20
 """Size of the pieces in which large files are written and hashed on the way."""
 
@@ -132,7 +133,8 @@ def remove_tree(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete a directory so that no reader ever sees half of it: first a rename out of sight, then the removal."""
-    trash = _put_out_of_sight(path)
+    trash = path.with_name(scratch_name(TRASH_PREFIX, path.name))
+    rename(path, trash)
     sync_directory(path.parent)
     remove_tree(trash)
 
@@ -140,38 +142,43 @@ def discard(path: Path) -> None:
 def replace_directory(source: Path, target: Path) -> None:
     """Give ``source`` the name of an existing directory beside it, which is deleted after that.
 
-    If that fails the old one has its name again; a process killed between the two renames leaves neither.
+    If that fails the old one has its name again; after a kill between the two renames ``sweep`` gives it back.
     """
-    trash = _put_out_of_sight(target)
+    old = target.with_name(scratch_name(OLD_PREFIX, target.name))
+    rename(target, old)
+    sync_directory(target.parent)
     try:
         rename(source, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            rename(trash, target)
+            rename(old, target)
         raise
     sync_directory(target.parent)
     with contextlib.suppress(OSError):  # the next start sweeps it
-        remove_tree(trash)
-
-
-def _put_out_of_sight(path: Path) -> Path:
-    trash = path.with_name(scratch_name(TRASH_PREFIX, path.name))
-    rename(path, trash)
-    return trash
+        discard(old)
 
 
 def sweep(directory: Path) -> list[str]:
-    """Remove what killed processes left in ``directory`` and return the names; the caller holds the run's lock."""
+    """Remove what killed processes left in ``directory`` and return the names; the caller holds the run's lock.
+
+    A directory that was to be replaced gets its name back if the new one has not taken it.
+    """
     swept = []
     if directory.is_dir():
         for entry in sorted(directory.iterdir()):
-            if entry.name.startswith((TMP_PREFIX, TRASH_PREFIX)):
-                with contextlib.suppress(
-                    OSError
-                ):  # e.g. still open in another process on Windows: the next start tries again
+            with contextlib.suppress(OSError):  # e.g. open in another process on Windows: the next start tries again
+                if entry.name.startswith(OLD_PREFIX) and not (target := _target_of(entry)).exists():
+                    rename(entry, target)
+                    sync_directory(directory)
+                elif entry.name.startswith((TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)):
                     remove_tree(entry)
                     swept.append(entry.name)
     return swept
+
+
+def _target_of(old: Path) -> Path:
+    """What a directory was called that ``replace_directory`` has put aside."""
+    return old.with_name(old.name.removeprefix(OLD_PREFIX).rsplit("-", 2)[0])
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -218,6 +218,40 @@ def test_row_9_killed_while_replacing_a_damaged_checkpoint_of_the_same_step(whol
     assert path.name == "step-000000000002"
 
 
+@needs_fork
+def test_row_9_killed_while_the_only_checkpoint_is_replaced_one_of_the_two_is_there_after_the_next_start(
+    tmp_path: Path,
+) -> None:
+    with open_run(tmp_path / "only") as made:
+        made.begin(seed=1, command=["pretrain"], digests={})
+        save(made, 2)  # a stop before the evaluation was done; afterwards the same step is saved with its loss
+    losses = set()
+    at = 0
+    while True:
+        run_dir = Path(shutil.copytree(tmp_path / "only", tmp_path / f"run{at}"))
+
+        def work(at: int = at, run_dir: Path = run_dir) -> None:
+            run = open_run(run_dir, resume=True)
+            with pytest.MonkeyPatch.context() as patch:
+                FailPoint(patch, at, kill)
+                save(run, 2, 3.0)
+
+        code = in_child(work)
+        with open_run(run_dir, resume=True) as run:
+            path = latest_checkpoint(run_dir, pytest.fail)
+            assert path is not None
+            assert_is_snapshot(path)
+            losses.add(load_checkpoint(path, with_optimizer=False).state["valid_nats_per_token"])
+            assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000000000002"]
+        shutil.rmtree(run_dir)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        at += 1
+    assert at > 20
+    assert losses == {None, 3.0}
+
+
 class PowerCut:
     """Records what a save does to the disk, and builds states that a power cut may leave behind.
 
@@ -251,8 +285,13 @@ class PowerCut:
 
         return call
 
-    def state(self, at: int, rng: random.Random) -> dict[str, dict[str, Any]]:
-        """Directory tree (nested dicts, bytes for files) after a cut behind the first ``at`` operations."""
+    def state(
+        self, at: int, rng: random.Random, before: dict[str, dict[str, Any]] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Directory tree (nested dicts, bytes for files) after a cut behind the first ``at`` operations.
+
+        before: the tree at the start, as far as it is renamed.
+        """
         log = self.log[:at]
         contents: dict[str, bytes] = {}
         synced: dict[str, int] = {}
@@ -269,8 +308,8 @@ class PowerCut:
             parent = path.rpartition("/")[0] or "."
             return any(done > index for done in entries.get(parent, []))
 
-        nodes: dict[str, Any] = {"": {}}  # created name -> node; a renamed directory keeps its node
-        tree: dict[str, Any] = nodes[""]
+        tree: dict[str, Any] = dict(before or {})
+        nodes: dict[str, Any] = {"": tree, **tree}  # name -> node; a renamed directory keeps its node
         for index, (name, args) in enumerate(log):
             if name in ("create_file", "make_directory"):
                 node: Any = {} if name == "make_directory" else self._torn(args[0], contents, synced, rng)
@@ -291,6 +330,10 @@ class PowerCut:
             return data
         cut = rng.randrange(len(data) + 1) // 64 * 64
         return rng.choice([b"", data[:cut], bytes(len(data)), data[:cut] + bytes(len(data) - cut), data])
+
+
+def read_tree(folder: Path) -> dict[str, Any]:
+    return {path.name: read_tree(path) if path.is_dir() else path.read_bytes() for path in folder.iterdir()}
 
 
 def build(tree: dict[str, Any], folder: Path) -> None:
@@ -325,6 +368,29 @@ def test_row_11_a_power_cut_anywhere_leaves_the_old_or_the_new_checkpoint(
         seen.add(path.name)
         shutil.rmtree(folder.parent)
     assert seen == {"step-000000000001", "step-000000000002"}
+
+
+def test_row_11_a_power_cut_while_the_only_checkpoint_is_replaced_leaves_one_of_the_two(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {save(run, 2).name: read_tree(save(run, 2))}
+    with monkeypatch.context() as patch:
+        cut = PowerCut(patch, run.path / "checkpoints")
+        save(run, 2, 3.0)
+    cut.log = [(name, args) for name, args in cut.log if not name.startswith("remove")]
+    rng = random.Random(12)
+    losses = set()
+    for case in range(8 * len(cut.log)):
+        folder = tmp_path / f"cut{case}" / "checkpoints"
+        folder.mkdir(parents=True)
+        build(cut.state(case % (len(cut.log) + 1), rng, before), folder)
+        storage.sweep(folder)
+        path = latest_checkpoint(folder.parent, warn=lambda text: pytest.fail(f"committed but damaged: {text}"))
+        assert path is not None
+        assert_is_snapshot(path)
+        losses.add(load_checkpoint(path, with_optimizer=False).state["valid_nats_per_token"])
+        shutil.rmtree(folder.parent)
+    assert losses == {None, 3.0}
 
 
 # Storage errors
