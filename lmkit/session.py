@@ -36,6 +36,8 @@ from lmkit.train import (
     trainer_tensors,
 )
 
+OFFER_EVERY_S = 600.0
+"""Where save.every_steps is null: a state is offered to be saved after an evaluation, and after so long without one."""
 MIN_STEPS_BETWEEN_EVALS = 20
 """Short runs evaluate less often than that."""
 ANOTHER = "a request to another process"
@@ -54,6 +56,7 @@ class Due:
     log: bool
     evaluate: bool
     save: bool
+    offer: bool
     stop: str | None
     """What asked to stop."""
     asked: str | None
@@ -61,7 +64,7 @@ class Due:
 
     @property
     def anything(self) -> bool:
-        return self.log or self.evaluate or self.save or self.stop is not None or self.asked is not None
+        return self.log or self.evaluate or self.save or self.offer or self.stop is not None or self.asked is not None
 
 
 @dataclass
@@ -92,6 +95,8 @@ class Session:
     _window_start: float = 0.0
     _last_step_s: float = 0.0
     _last: Validation | None = None
+    _last_save_s: float = field(default_factory=time.monotonic)
+    """When a state was last saved or offered."""
 
     def __post_init__(self) -> None:
         self.state = self.trainer.state
@@ -160,8 +165,10 @@ class Session:
         asked = due.asked
         if due.save or asked is not None:
             saves.save(self._snapshot(), best=self._is_best())
-        elif due.evaluate and self.save.every_steps is None:
+        elif due.offer:
             saves.offer(self._snapshot(), best=self._is_best())
+        if due.save or due.offer:
+            self._last_save_s = time.monotonic()
         if asked is not None:
             self.run.journal("signal", {"signal": asked, "step": state.step})
             self.console.say(f"saving step {state.step} because of {asked}; training goes on")
@@ -173,24 +180,27 @@ class Session:
         step = self.state.step
         done = self.state.horizon.progress(step) >= 1.0
         evaluate = done or self.state.eval_pending or self._eval_due(step)
-        save = saves.retry_due or self._save_due(step, evaluate)
+        wanted = self.save.every_steps
+        offer = wanted is None and (evaluate or time.monotonic() - self._last_save_s >= OFFER_EVERY_S)
+        every = self.save.keep_every if wanted is None else wanted
+        save = saves.retry_due or (every is not None and step % every == 0)
         self.stop.notice_s = self._last_step_s + 2 * saves.last_s
         log, asked = done or step % self.log.every_steps == 0, self.stop.take_save_request()
-        return self._agreed(Due(done, log, evaluate, save, self.stop.requested, asked))
+        return self._agreed(Due(done, log, evaluate, save, offer, self.stop.requested, asked))
 
     def _agreed(self, due: Due) -> Due:
         """What the first process finds due, and the end of the run as it sees it; a request may come to any of them."""
         if self.world.size == 1:
             return due
         line = self.state.horizon
-        found = [due.done, due.log, due.evaluate, due.save, line.per_step, line.fit_step, line.fit_progress]
+        found = [due.done, due.log, due.evaluate, due.save, due.offer, line.per_step, line.fit_step, line.fit_progress]
         found, requests = self.world.agree(found, [due.stop is not None, due.asked is not None])
-        self.state.horizon = Horizon(found[4], int(found[5]), found[6])
-        done, log, evaluate, save = map(bool, found[:4])
+        self.state.horizon = Horizon(found[5], int(found[6]), found[7])
+        done, log, evaluate, save, offer = map(bool, found[:5])
         stop, asked = (
             own or ANOTHER if made else None for own, made in zip((due.stop, due.asked), requests, strict=True)
         )
-        return Due(done, log, evaluate, save, stop, asked)
+        return Due(done, log, evaluate, save, offer, stop, asked)
 
     def _stop_requested(self) -> str | None:
         """What asks any of the processes to stop."""
@@ -215,12 +225,6 @@ class Session:
         return self.budget.allows_eval(
             state.horizon.progress(step), len(state.valid_losses), state.eval_s, state.elapsed_s
         )
-
-    def _save_due(self, step: int, evaluate: bool) -> bool:
-        """Whether a save is asked for; after an evaluation one may be offered even so."""
-        if self.save.every_steps is not None:
-            return step % self.save.every_steps == 0
-        return evaluate and self.save.keep_every is not None and step % self.save.keep_every == 0
 
     def _out_of_patience(self) -> bool:
         losses = self.state.valid_losses

@@ -225,12 +225,12 @@ class SaveConfig:
     """Checkpoints. The newest ones, the best one by validation loss and pinned ones (``lmkit runs pin``) are kept."""
 
     every_steps: int | None = None
-    """Save every so many steps (>= 1), and at the end in any case; null: after each evaluation, those of ``keep_every``
-    without fail, the others so that saving takes at most 1 % of the time: a copy, the best one's, waits in memory."""
+    """Save every so many steps (>= 1), and at the end in any case; null: after each evaluation and every 10 minutes,
+    but so seldom that saving takes at most 1 % of the time; one copy, of the best state or the newest, waits."""
     keep: int = 2
     """Keep this many of the newest checkpoints, beside the best one (>= 2)."""
     keep_every: int | None = None
-    """Also keep the checkpoints whose step is a multiple of this (>= 1); null: none."""
+    """Keep checkpoints whose step is a multiple of this (>= 1), make them if ``every_steps`` is null; null: none."""
     on_error: OnSaveError = OnSaveError["continue"]
     """A save that fails twice: continue (exit code 6 in the end if the last one failed), or stop at once."""
 

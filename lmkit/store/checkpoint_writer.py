@@ -46,7 +46,7 @@ class Cost:
     """What a save took, seconds; retiring older checkpoints is left out."""
 
     copy_s: float
-    """Of training's time."""
+    """Of a processor, by the copy that training waits for; getting memory for it is left out, too."""
     cpu_s: float
     """Of a processor, by the thread."""
     wall_s: float
@@ -63,8 +63,8 @@ class CheckpointWriter:
     What goes wrong there is raised by the next ``submit``, ``wait`` or ``close``; older checkpoints are whole all the
     same, and the caller may catch the error and go on. Leaving the ``with`` block waits; on the way of another
     exception a failed save is a warning. With ``background=False`` the same happens before ``submit`` returns.
-    ``submit`` is ``hold``, which makes the copy, and ``release``, which hands it over, again if it is called again;
-    ``close`` releases what never was, but not on the way of a KeyboardInterrupt.
+    ``submit`` is ``hold``, which makes the copy, and ``release``, which hands it over, again if it is called again.
+    ``close`` writes what is held and was never released, unless a KeyboardInterrupt is on its way.
     """
 
     def __init__(
@@ -216,10 +216,10 @@ class CheckpointWriter:
             self._error = error
 
     def _save(self, staged: Staged) -> None:
+        started, cpu_before_s = time.monotonic(), time.thread_time()
         bad = first_nonfinite(staged.tensors[mf.MODEL])
         if bad is not None:
             raise DivergedError(f"{bad} holds NaN or infinity at step {staged.step}: not saved", "lower optimizer.lr")
-        started, cpu_before_s = time.monotonic(), time.thread_time()
         try:
             try:
                 path = self._write(staged)

@@ -20,7 +20,7 @@ CHEAP_S = 0.1
 
 
 def may_save(last_s: float, all_s: float, elapsed_s: float) -> bool:
-    """Whether another save keeps to MAX_SHARE of the time until now, and leaves room for the last one of the run.
+    """Whether another save keeps to MAX_SHARE of the time until now, and leaves room for one more, the run's last.
 
     last_s, all_s: what the save before and all of them took of training's time, seconds; 0 if there was none.
     """
@@ -61,7 +61,7 @@ class Saves:
         self.retry_due = False
         """Whether a save has failed for the first time, so that it should be tried again now."""
         self.last_s = 0.0
-        """How long the last save took, seconds."""
+        """How long the last save took, seconds, without retiring older ones."""
         self.last_cost_s = 0.0
         """What it took of training's time, seconds: the copy, and the processor if training needs that."""
         self._all_costs_s = 0.0
@@ -82,15 +82,16 @@ class Saves:
         """Notice whether the save in flight has come to its end and how, without waiting; save what may be saved."""
         if self._is_in_flight and not self._writer.busy:
             self.wait()
-        if may_save(self.last_cost_s, self._all_costs_s, time.monotonic() - self._start_s):
+        if self.retry_due or may_save(self.last_cost_s, self._all_costs_s, time.monotonic() - self._start_s):
             self._release()
 
     def offer(self, snapshot: Snapshot, *, best: bool) -> None:
         """Save a snapshot as soon as ``may_save`` allows it (see ``poll``), or at the end; hold a copy until then.
 
         There is one copy at a time: the newest, but what is the ``best`` so far gives way to a better one only. A
-        process that is killed loses it, and so does one that a second signal interrupts.
+        process that is killed loses it, and so does one that a second signal interrupts. Copies are not reckoned.
         """
+        self.wait()
         if best or not self._held_is_best:
             self._hold(snapshot, best=best)
         self.poll()
@@ -98,19 +99,20 @@ class Saves:
     def save(self, snapshot: Snapshot, *, best: bool = False) -> None:
         """Begin to save a snapshot, unless it is that of the last save; waits for the save before.
 
-        Of what was offered and is not saved yet, only the best is, and only if this snapshot is not better (``best``).
+        A best state that waits is written first, unless this one is better (``best``); any other that waits is dropped.
         """
+        self.wait()
         if self._held_is_best and not best:
             self.flush()
             self._failures = 0  # this one may fail once, too
-        self.wait()
         if snapshot.step == self.step and self._failures == 0:
             return
         self._hold(snapshot, best=best)
         self._release()
 
     def flush(self) -> None:
-        """Save what was offered, if it is not saved yet, and wait."""
+        """Save what was offered, if it is not saved yet, and wait; also for a save in flight."""
+        self.wait()
         while self._held_step is not None:  # a second time if it is the best and could not be saved
             self._release()
             self.wait()

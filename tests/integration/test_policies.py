@@ -19,12 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmkit import session
 from lmkit.commands import finetune, pretrain
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import RecurrentConfig
 from lmkit.config.optimization import PlateauConfig
-from lmkit.config.training import LogConfig, NonFinite, OnSaveError, OnUsr1, RunConfig, SaveConfig
+from lmkit.config.training import EvalConfig, LogConfig, NonFinite, OnSaveError, OnUsr1, RunConfig, SaveConfig
 from lmkit.console import Console
 from lmkit.data.batches import Batch
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
@@ -377,6 +378,17 @@ def test_where_saving_is_dear_the_first_and_last_state_are_saved_and_the_best_an
     pretrain.run(usual)
     assert len(list_checkpoints(path_of(usual))) == 6
     assert_same(tensors_of(dear), tensors_of(usual))
+
+
+def test_a_run_that_evaluates_seldom_saves_by_the_clock(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "OFFER_EVERY_S", 0.0)
+    cfg = replace(config(), eval=EvalConfig(every_steps=100), save=SaveConfig(keep=99))
+    pretrain.run(cfg)
+    assert [row["step"] for row in journal(cfg, "save")] == list(range(1, 13))
+    other = replace(config(run="other"), eval=EvalConfig(every_steps=100), save=SaveConfig(keep=99, every_steps=5))
+    pretrain.run(other)
+    assert [row["step"] for row in journal(other, "save")] == [5, 10, 12]
+    assert_same(tensors_of(cfg), tensors_of(other))
 
 
 def test_row_28_training_goes_on_over_saves_that_fail_and_ends_well_if_the_last_one_does_not(

@@ -299,6 +299,50 @@ def test_the_best_state_is_tried_again_itself_while_training_goes_on(run: Run, m
     assert len(warnings) == 1
 
 
+@pytest.mark.parametrize("then", ["offer", "finish"])
+def test_the_best_state_is_tried_again_also_if_another_one_comes_before_its_failure_is_noticed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    Failing(monkeypatch, {1}, FULL)
+    warnings: list[str] = []
+    with Saves(run, Tokenizer(), MANY, warnings.append) as saves:
+        saves.offer(judged(1, 5.0), best=True)
+        if then == "offer":
+            saves.offer(judged(2, 6.0), best=False)
+        saves.finish(judged(3, 6.0))
+    assert saved(run) == [1, 3]
+    assert len(warnings) == 1
+
+
+def test_a_best_state_that_failed_is_tried_again_where_saving_is_dear(
+    run: Run, dear: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Failing(monkeypatch, {2}, FULL)
+    warnings: list[str] = []
+    with Saves(run, Tokenizer(), MANY, warnings.append) as saves:
+        saves.save(judged(1, 5.0), best=True)
+        saves.save(judged(2, 4.0), best=True)
+        saves.wait()
+        assert saves.retry_due
+        saves.poll()
+        assert not saves.retry_due
+    assert saved(run) == [1, 2]
+
+
+def test_flush_waits_for_the_save_in_flight(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint_writer.CheckpointWriter._write
+
+    def write(writer: Any, staged: Any) -> Path:
+        time.sleep(0.2)
+        return original(writer, staged)
+
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_write", write)
+    with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+        saves.save(judged(1, 5.0))
+        saves.flush()
+        assert saved(run) == [1]
+
+
 def test_a_second_signal_does_not_wait_for_what_is_held(run: Run, dear: list[float]) -> None:
     def interrupted() -> None:
         with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
