@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import sys
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -322,7 +323,7 @@ def _converted(key: str, text: str, hint: Any) -> Any:
     """What a text means for a key: null, a path with its ``~``, a list, or what the key's type makes of it."""
     if text in ("null", "None"):
         return None
-    if hint == list[str]:
+    if typing.get_origin(hint) is list:
         if text[:1] == "[" and text[-1:] == "]":
             return [part.strip() for part in text[1:-1].split(",") if part.strip()]
         return text.split(",") if text else []

@@ -112,6 +112,9 @@ def test_null_and_lists(lmkit: Any) -> None:
     assert lmkit.config("generate", "stop=[a, b]").stop == ["a", "b"]
     assert lmkit.config("generate", "stop=\n").stop == ["\n"]
     assert lmkit.config("generate", "stop=").stop == []
+    adaptive = ["model.tie_embeddings=false", "softmax=adaptive"]
+    for text in ("[20, 60]", "20,60"):
+        assert lmkit.config("pretrain", *adaptive, f"softmax.cutoffs={text}").softmax.cutoffs == [20, 60]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,7 @@ def test_null_and_lists(lmkit: Any) -> None:
         (["seed=1e3"], ["seed=1e3", "int"]),
         (["seed="], ["seed= ", "int"]),
         (["seed=null"], ["seed=null", "int"]),
+        (["softmax=adaptive", "softmax.cutoffs=[20,x]"], ["softmax.cutoffs=[20,x]", "list of int"]),
         (["--seed", "-1"], ["seed=-1", ">= 0"]),
         (["train.max_steps=x"], ["train.max_steps=x", "int or null"]),
         (["model.dropout=lots"], ["model.dropout=lots", "float"]),
