@@ -5,11 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WITH_EXTRAS := $(VENV)/.installed-extras
 EXTRAS := hf,gguf,llama-cpp,onnx,lm-eval,tensorboard,wandb,mlflow,trackio,schedule-free,gan,joblib,submitit,ray,optuna
+# Tests of faults outside tests/faults: rows of the fault table, resuming, and the ban of what runs code from a file.
+FAULTS_ELSEWHERE := $(addprefix tests/, test_architecture.py cli/test_cli_values.py integration/test_distributed.py \
+  integration/test_policies.py integration/test_resume.py integration/test_runs_command.py property/test_eval_laws.py \
+  property/test_tokenizer_laws.py $(addprefix unit/test_, batches.py checkpoint.py corpus.py device.py \
+  evaluation_scoring.py generate.py loading.py migrations.py prepared.py runs.py sampling.py saving.py session.py \
+  tokenizers.py train.py))
 # One thread a process: the tests run in two processes, and tiny tensors gain nothing from more.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit smoke test-all faults repro format clean
+.PHONY: help install demo test lint types unit smoke test-all faults fuzz repro format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +55,11 @@ test-all: lint types $(WITH_EXTRAS)  ## every test: the slow ones, the extras (l
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 faults: $(STAMP)  ## every fault: kills, power cuts, damage, full disks, hostile input; a longer soak with LMKIT_SOAK_S=600
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/faults tests/golden
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/faults tests/golden $(FAULTS_ELSEWHERE)
+
+fuzz: $(STAMP)  ## a minute of coverage-guided fuzzing of what reads files of others (installs atheris; Linux)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-extras.txt atheris
+	$(BIN)/python scripts/fuzz.py -max_total_time=60
 
 repro: $(STAMP)  ## train a recipe and evaluate it: make repro RECIPE=ptb_cpu_10min (needs LMKIT_DATA)
 	$(BIN)/lmkit pretrain recipe=$(RECIPE) run.dir=runs/repro-$(RECIPE)

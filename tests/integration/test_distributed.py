@@ -215,7 +215,7 @@ def check_cases(
         assert read_metrics(several / "stopped")[-1]["step"] == STEPS
 
 
-def test_two_processes_compute_what_one_does_with_the_same_bits_in_both(
+def test_rows_46_54_two_processes_compute_what_one_does_with_the_same_bits_in_both(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_cases("ddp", 2, tmp_path, corpus, ["averaged", "carried", "left_out", "stopped"], monkeypatch)
@@ -236,7 +236,7 @@ def test_four_processes_compute_what_one_does(
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint(
+def test_rows_17_72_a_killed_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint(
     parallel: str, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [
@@ -326,7 +326,7 @@ def test_ddp_without_torchrun_says_the_command_to_use(monkeypatch: pytest.Monkey
         find_world(DdpConfig())
 
 
-def test_torchrun_without_ddp_is_refused_by_one_process_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_123_torchrun_without_ddp_is_refused_by_one_process_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {**ENVIRONMENT, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ConfigError, match=r"has started 2 processes, but parallel=none; add parallel=ddp or fsdp"):
