@@ -124,6 +124,7 @@ def test_null_and_lists(lmkit: Any) -> None:
         (["seed=1e3"], ["seed=1e3", "int"]),
         (["seed="], ["seed= ", "int"]),
         (["seed=null"], ["seed=null", "int"]),
+        (["save.keep=1"], ["save.keep=1", ">= 2"]),
         (["softmax=adaptive", "softmax.cutoffs=[20,x]"], ["softmax.cutoffs=[20,x]", "list of int"]),
         (["--seed", "-1"], ["seed=-1", ">= 0"]),
         (["train.max_steps=x"], ["train.max_steps=x", "int or null"]),

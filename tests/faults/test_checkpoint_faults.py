@@ -353,6 +353,7 @@ def test_row_11_a_power_cut_anywhere_leaves_the_old_or_the_new_checkpoint(
         cut = PowerCut(patch, run.path / "checkpoints")
         save(run, 2, keep=2)
     committed = max(i for i, (name, args) in enumerate(cut.log) if (name, args) == ("sync_directory", (".",)))
+    assert [args[0] for name, args in cut.log if name == "create_file"][-1].endswith("/MANIFEST.json")
     rng = random.Random(11)
     seen = set()
     for case in range(8 * len(cut.log)):

@@ -62,7 +62,10 @@ def test_rows_66_71_a_key_that_decides_what_is_computed_is_refused_with_both_val
 def test_row_67_a_key_that_only_says_how_is_accepted_and_journalled(
     small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path
 ) -> None:
-    changes = ["eval.every_steps=3", "save.every_steps=2", "log.every_steps=2", "save.keep=5", "device.threads=2"]
+    changes = [
+        "eval.every_steps=3", "save.every_steps=2", "log.every_steps=2", "save.keep=5", "device.threads=2",
+        "device.type=auto", "train.workers=2",
+    ]  # fmt: skip
     done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=16", *changes)
     assert done.code == 0, done.err
     assert latest_checkpoint(trained) == trained / "checkpoints" / "step-000000000016"
