@@ -14,7 +14,7 @@ EVAL_SHARE = 0.06
 EVAL_RESERVE = 1.25
 """Under a time budget, the last evaluation may take this many times as long as the one before it."""
 EXIT_RESERVE_S = 5.0
-"""Under a time budget, kept back for what the clock does not see (loading torch) and for the final save and plot."""
+"""Under a time budget, kept back for what the clock does not see (loading torch) and for the final plot."""
 SETTLING_STEPS = 3
 """Steps after the first one of a session, before which the time of a step says little."""
 
@@ -52,6 +52,8 @@ class Budget:
     """Steps after which the run ends even if there is time left."""
     eval_s: float = 0.0
     """How long an evaluation takes, as far as is known."""
+    save_s: float = 0.0
+    """How long the saves at the end take, as far as is known."""
     _first: tuple[int, float] | None = None
     """Step and time when the first update was done."""
 
@@ -64,7 +66,7 @@ class Budget:
             self._first = (step, now)
         first_step, first_now = self._first
         step_s = (now - first_now) / max(step - first_step, 1)
-        left_s = self.seconds - elapsed_s - EVAL_RESERVE * self.eval_s - EXIT_RESERVE_S
+        left_s = self.seconds - elapsed_s - EVAL_RESERVE * self.eval_s - self.save_s - EXIT_RESERVE_S
         steps_left = left_s / max(step_s, 1e-6)
         if self.max_steps is not None:
             steps_left = min(steps_left, self.max_steps - step)

@@ -184,7 +184,10 @@ class Session:
         offer = wanted is None and (evaluate or time.monotonic() - self._last_save_s >= OFFER_EVERY_S)
         every = self.save.keep_every if wanted is None else wanted
         save = saves.retry_due or (every is not None and step % every == 0)
-        self.stop.notice_s = self._last_step_s + 2 * saves.last_s
+        two_saves_s = 2 * saves.last_s  # one in flight or waiting, and the last one
+        self.stop.notice_s = self._last_step_s + two_saves_s
+        if self.budget is not None:
+            self.budget.save_s = two_saves_s
         log, asked = done or step % self.log.every_steps == 0, self.stop.take_save_request()
         return self._agreed(Due(done, log, evaluate, save, offer, self.stop.requested, asked))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,7 @@ from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.environment import environment
 from lmkit.store.found import read_result
 from lmkit.store.manifest import read_manifest
-from lmkit.store.runs import Run, SharedRun
+from lmkit.store.runs import Change, Run, SharedRun
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer, TrainState, can_read_late, restore_trainer
@@ -189,6 +190,7 @@ def execute(job: Job) -> dict[str, Any]:
         seed=job.cfg.seed,
         command=command_line(job.world),
         digests={"data": job.task.data_digest, "tokenizer": job.task.tokenizer.digest},
+        show=functools.partial(show_changes, job.console),
     )
     found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)
     _check_shared(job, -1 if found is None else found[1].step)
@@ -336,10 +338,15 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
     if fatal:
         pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
         if console is not None:
-            rows = [[key, format_value(before.get(key)), format_value(after.get(key))] for key in fatal]
-            console.say("\n".join(columns([["key", "the run", "now"], *rows], indent=2)))
+            show_changes(console, [(key, before.get(key), after.get(key)) for key in fatal])
         raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def show_changes(console: Console, changes: Sequence[Change]) -> None:
+    """What the run has and what there is now, side by side."""
+    rows = [[key, format_value(before), format_value(now)] for key, before, now in changes]
+    console.say("\n".join(columns([["key", "the run", "now"], *rows], indent=2)))
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

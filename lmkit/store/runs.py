@@ -35,6 +35,8 @@ from lmkit.store.found import (
 )
 from lmkit.store.records import LineFile, read_object, to_json
 
+Change = tuple[str, Any, Any]
+"""What has changed, from what to what."""
 LOOK_S = 0.5
 """Whoever looks whether a run is training holds its lock for a moment; so long does a run that begins wait for it."""
 
@@ -121,11 +123,18 @@ class Run:
             self.run_id = str(info.get("run_id", self.run_id))
             self.digests = {str(key): str(value) for key, value in (info.get("digests") or {}).items()}
 
-    def begin(self, *, seed: int, command: Sequence[str], digests: Mapping[str, str]) -> None:
+    def begin(
+        self,
+        *,
+        seed: int,
+        command: Sequence[str],
+        digests: Mapping[str, str],
+        show: Callable[[list[Change]], None] = lambda changes: None,
+    ) -> None:
         """Write run.json, or if the run goes on, check that seed and digests are still the same.
 
         ``digests``: name -> SHA-256 or key of what must not change, e.g. data and tokenizer. Raises ConfigError with
-        both values of what differs.
+        both values of what differs, which are first given to ``show``.
         """
         digests = dict(digests)
         info = read_object(self.path / RUN_INFO)
@@ -142,10 +151,12 @@ class Run:
         else:
             old = {"seed": info.get("seed"), **(info.get("digests") or {})}
             new: dict[str, Any] = {"seed": seed, **digests}
-            changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-            if changed:
+            changes = [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            if changes:
+                show(changes)
+                told = ", ".join(f"{name}: {before} -> {now}" for name, before, now in changes)
                 raise ConfigError(
-                    f"{self.path} cannot be resumed because this changed: {', '.join(changed)}",
+                    f"{self.path} cannot be resumed because this changed: {told}",
                     "start a new run, or finetune from this one",
                 )
             self.journal("resume", {"command": list(command)})
@@ -224,7 +235,14 @@ class SharedRun(Run):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, *, seed: int, command: Sequence[str], digests: Mapping[str, str]) -> None:
+    def begin(
+        self,
+        *,
+        seed: int,
+        command: Sequence[str],
+        digests: Mapping[str, str],
+        show: Callable[[list[Change]], None] = lambda changes: None,
+    ) -> None:
         return
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:

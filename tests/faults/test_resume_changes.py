@@ -123,6 +123,9 @@ def test_rows_69_70_other_data_under_the_same_names_is_refused(
     done = lmkit(*words, "resume=true", "train.max_steps=14")
     assert done.code == 2, done.err
     assert "cannot be resumed because this changed: data: " in done.error
+    table = [line.split() for line in done.err.splitlines()]
+    assert ["key", "the", "run", "now"] in table
+    assert [len(row) for row in table if row[:1] == ["data"]] == [3]
     assert content(tmp_path / "run") == before
 
 

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ from lmkit.config.training import (
 )
 from lmkit.device import resolve_device
 from lmkit.distributed import SINGLE, World, find_world
-from lmkit.errors import ConfigError, StoppedError
+from lmkit.errors import CheckpointError, ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.sharding import is_sharded
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, load_checkpoint
@@ -289,6 +290,20 @@ def test_a_world_of_one_is_bit_identical_to_no_parallel(
 
 
 # What is refused
+
+
+def test_row_18_processes_that_find_the_checkpoints_of_different_steps_are_refused() -> None:
+    class Other:
+        """What the second of two processes is told, where the first one has found step 12."""
+
+        def agree(self, values: list[float], requests: Sequence[bool] = ()) -> tuple[list[float], Sequence[bool]]:
+            return [12.0] * len(values), requests
+
+    job: Any = SimpleNamespace(world=Other(), run=SimpleNamespace(path=Path("runs/one")))
+    training._check_shared(job, 12)
+    with pytest.raises(CheckpointError, match=r"not all processes find the checkpoint of step 12 in runs/one"):
+        training._check_shared(job, 8)
+
 
 ENVIRONMENT = {
     "RANK": "0",

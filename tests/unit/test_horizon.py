@@ -24,14 +24,17 @@ def train_to_the_end(budget: Budget, step_s: Callable[[int], float]) -> tuple[li
     raise AssertionError("it never ends")
 
 
+@pytest.mark.parametrize("save_s", [0.0, 7.0])
 @pytest.mark.parametrize(
     "step_s",
     [lambda step: 0.5, lambda step: 0.2 if step < 200 else 1.0, lambda step: 2.0 if step < 20 else 0.1],
     ids=["steady", "slower later", "faster later"],
 )
-def test_a_run_ends_annealed_with_just_the_time_that_is_kept_back(step_s: Callable[[int], float]) -> None:
-    progress, elapsed_s = train_to_the_end(Budget(300.0, None, eval_s=EVAL_S), step_s)
-    kept_back_s = EVAL_RESERVE * EVAL_S + EXIT_RESERVE_S
+def test_a_run_ends_annealed_with_just_the_time_that_is_kept_back(
+    step_s: Callable[[int], float], save_s: float
+) -> None:
+    progress, elapsed_s = train_to_the_end(Budget(300.0, None, eval_s=EVAL_S, save_s=save_s), step_s)
+    kept_back_s = EVAL_RESERVE * EVAL_S + save_s + EXIT_RESERVE_S
     assert 300.0 - kept_back_s - 4.0 <= elapsed_s <= 300.0 - kept_back_s + 0.5
     assert progress == sorted(progress)
     assert max(b - a for a, b in itertools.pairwise(progress)) < 0.05  # never jumps, not to the end either
