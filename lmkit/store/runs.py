@@ -235,14 +235,7 @@ class SharedRun(Run):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(
-        self,
-        *,
-        seed: int,
-        command: Sequence[str],
-        digests: Mapping[str, str],
-        show: Callable[[list[Change]], None] = lambda changes: None,
-    ) -> None:
+    def begin(self, *_: Any, **__: Any) -> None:
         return
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from lmkit.config.training import OnSaveError, SaveConfig
 from lmkit.errors import DivergedError, LmkitError, ResourceError
@@ -25,6 +25,14 @@ def may_save(last_s: float, all_s: float, elapsed_s: float) -> bool:
     last_s, all_s: what the save before and all of them took of training's time, seconds; 0 if there was none.
     """
     return last_s <= CHEAP_S or all_s + 2 * last_s <= MAX_SHARE * elapsed_s
+
+
+class _Copy(NamedTuple):
+    """A state that the writer has a copy of."""
+
+    step: int
+    best: bool
+    """Whether it was the best so far."""
 
 
 class Saves:
@@ -53,7 +61,9 @@ class Saves:
         self._start_s = time.monotonic()
         self.step: int | None = None
         """The step that was handed to the writer last."""
-        self._is_in_flight = False
+        self._in_flight: _Copy | None = None
+        self._held: _Copy | None = None
+        """What waits to be saved. Never beside one in flight."""
         self._failures = 0
         """Saves in a row that failed."""
         self._error: LmkitError | None = None
@@ -65,10 +75,6 @@ class Saves:
         self.last_cost_s = 0.0
         """What it took of training's time, seconds: the copy, and the processor if training needs that."""
         self._all_costs_s = 0.0
-        self._in_flight_is_best = False
-        self._held_step: int | None = None
-        """The step whose copy waits to be saved."""
-        self._held_is_best = False
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +86,7 @@ class Saves:
 
     def poll(self) -> None:
         """Notice whether the save in flight has come to its end and how, without waiting; save what may be saved."""
-        if self._is_in_flight and not self._writer.busy:
+        if self._in_flight is not None and not self._writer.busy:
             self.wait()
         if self.retry_due or may_save(self.last_cost_s, self._all_costs_s, time.monotonic() - self._start_s):
             self._release()
@@ -92,7 +98,7 @@ class Saves:
         process that is killed loses it, and so does one that a second signal interrupts. Copies are not reckoned.
         """
         self.wait()
-        if best or not self._held_is_best:
+        if best or self._held is None or not self._held.best:
             self._hold(snapshot, best=best)
         self.poll()
 
@@ -102,7 +108,7 @@ class Saves:
         A best state that waits is written first, unless this one is better (``best``); any other that waits is dropped.
         """
         self.wait()
-        if self._held_is_best and not best:
+        if self._held is not None and self._held.best and not best:
             self.flush()
             self._failures = 0  # this one may fail once, too
         if snapshot.step == self.step and self._failures == 0:
@@ -113,25 +119,24 @@ class Saves:
     def flush(self) -> None:
         """Save what was offered, if it is not saved yet, and wait; also for a save in flight."""
         self.wait()
-        while self._held_step is not None:  # a second time if it is the best and could not be saved
+        while self._held is not None:  # a second time if it is the best and could not be saved
             self._release()
             self.wait()
 
     def _hold(self, snapshot: Snapshot, *, best: bool) -> None:
-        self.wait()
-        self._held_step, self._held_is_best, self.retry_due = None, False, False
+        self._held, self.retry_due = None, False
         try:
             self._writer.hold(snapshot)
         except (ResourceError, MemoryError, RuntimeError) as error:
             self.step = snapshot.step
             self._note(error)
         else:
-            self._held_step, self._held_is_best = snapshot.step, best
+            self._held = _Copy(snapshot.step, best)
 
     def _release(self) -> None:
-        if self._held_step is not None:
-            self.step, self._in_flight_is_best, self._is_in_flight = self._held_step, self._held_is_best, True
-            self._held_step, self._held_is_best, self.retry_due = None, False, False
+        if self._held is not None:
+            self.step = self._held.step
+            self._in_flight, self._held, self.retry_due = self._held, None, False
             self._writer.release()
 
     def finish(self, snapshot: Snapshot, *, best: bool = False) -> None:
@@ -156,26 +161,26 @@ class Saves:
         except Exception as error:
             self._note(error)
         else:
-            if self._is_in_flight:
+            if self._in_flight is not None:
                 cost = self._writer.last_cost
                 self.last_s = cost.copy_s + cost.wall_s
                 self.last_cost_s = cost.copy_s + (cost.cpu_s if self._shares_cores else 0.0)
                 self._all_costs_s += self.last_cost_s
                 self._failures, self.retry_due, self._error = 0, False, None
-        self._is_in_flight = False
+        self._in_flight = None
 
     def _note(self, cause: Exception) -> None:
         """Count a failed save. Raises ResourceError if that is to end the run."""
         what = f"saving step {self.step} failed: {type(cause).__name__}: {cause}"
         error = cause if isinstance(cause, LmkitError) else ResourceError(what)
         self._error = error
-        best_failed, self._is_in_flight = self._is_in_flight and self._in_flight_is_best, False
+        failed, self._in_flight = self._in_flight, None
         self._failures += 1
         self._run.journal("save failed", {"step": self.step, "error": str(error)})
         if self._failures == 1:
             self.retry_due = True
-            if best_failed:  # the writer has its copy still
-                self._held_step, self._held_is_best = self.step, True
+            if failed is not None and failed.best:
+                self._held = failed  # the writer has its copy still
             self._warn(f"{error} (trying once more)")
             return
         self.retry_due = False

@@ -191,30 +191,34 @@ def test_rows_1_to_10_killed_at_every_storage_operation_the_old_or_the_new_check
         shutil.rmtree(run_dir)
 
 
+def save_killed(run_dir: Path, at: int, loss: float | None) -> bool:
+    """Save step 2 in a child, killed at the storage operation of this number; False: there are not so many."""
+
+    def work() -> None:
+        run = open_run(run_dir, resume=True, warn=print)
+        with pytest.MonkeyPatch.context() as patch:
+            FailPoint(patch, at, kill)
+            save(run, 2, loss)
+
+    code = in_child(work)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
 @needs_fork
 def test_row_9_killed_while_replacing_a_damaged_checkpoint_of_the_same_step(whole: Path, tmp_path: Path) -> None:
     warnings: list[str] = []
-    at = 0
-    while True:
+    killed, at = True, 0
+    while killed:
         run_dir = Path(shutil.copytree(whole, tmp_path / f"run{at}"))
         (newest(run_dir) / "state.json").write_text("{}", encoding="utf-8")
-
-        def work(at: int = at, run_dir: Path = run_dir) -> None:
-            run = open_run(run_dir, resume=True, warn=print)
-            with pytest.MonkeyPatch.context() as patch:
-                FailPoint(patch, at, kill)
-                save(run, 2, 3.0)
-
-        code = in_child(work)
+        killed = save_killed(run_dir, at, 3.0)
         path = latest_checkpoint(run_dir, warnings.append)
         assert path is not None
         assert_is_snapshot(path)
         shutil.rmtree(run_dir)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
         at += 1
-    assert at > 20
+    assert at > 21
     assert path.name == "step-000000000002"
 
 
@@ -226,17 +230,10 @@ def test_row_9_killed_while_the_only_checkpoint_is_replaced_one_of_the_two_is_th
         made.begin(seed=1, command=["pretrain"], digests={})
         save(made, 2)  # a stop before the evaluation was done; afterwards the same step is saved with its loss
     losses = set()
-    at = 0
-    while True:
+    killed, at = True, 0
+    while killed:
         run_dir = Path(shutil.copytree(tmp_path / "only", tmp_path / f"run{at}"))
-
-        def work(at: int = at, run_dir: Path = run_dir) -> None:
-            run = open_run(run_dir, resume=True)
-            with pytest.MonkeyPatch.context() as patch:
-                FailPoint(patch, at, kill)
-                save(run, 2, 3.0)
-
-        code = in_child(work)
+        killed = save_killed(run_dir, at, 3.0)
         with open_run(run_dir, resume=True) as run:
             path = latest_checkpoint(run_dir, pytest.fail)
             assert path is not None
@@ -244,11 +241,8 @@ def test_row_9_killed_while_the_only_checkpoint_is_replaced_one_of_the_two_is_th
             losses.add(load_checkpoint(path, with_optimizer=False).state["valid_nats_per_token"])
             assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000000000002"]
         shutil.rmtree(run_dir)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
         at += 1
-    assert at > 20
+    assert at > 21
     assert losses == {None, 3.0}
 
 
