@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkit import session
+from lmkit import horizon, session
 from lmkit.commands import finetune, pretrain
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
@@ -389,6 +389,24 @@ def test_a_run_that_evaluates_seldom_saves_by_the_clock(config: MakeConfig, monk
     pretrain.run(other)
     assert [row["step"] for row in journal(other, "save")] == [5, 10, 12]
     assert_same(tensors_of(cfg), tensors_of(other))
+
+
+COST = checkpoint_writer.Cost(copy_s=0.02, cpu_s=0.05, wall_s=0.08)
+
+
+def test_a_budget_keeps_back_twice_the_time_of_a_save(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[float] = []
+    refit = horizon.Budget.refit
+
+    def record(budget: horizon.Budget, *args: Any) -> horizon.Horizon:
+        kept.append(budget.save_s)
+        return refit(budget, *args)
+
+    monkeypatch.setattr(horizon.Budget, "refit", record)
+    monkeypatch.setattr(horizon, "EXIT_RESERVE_S", 0.0)
+    monkeypatch.setattr(checkpoint_writer, "Cost", lambda *_: COST)
+    pretrain.run(replace(config(max_steps=None, budget="1s"), save=SaveConfig(every_steps=1)))
+    assert set(kept) == {0.0, 0.2}
 
 
 def test_row_28_training_goes_on_over_saves_that_fail_and_ends_well_if_the_last_one_does_not(
