@@ -25,7 +25,10 @@ def _asked_anew() -> Iterator[None]:
     [
         ({"cpu_name": "Intel(R) Xeon(R) Processor"}, "AVX512", True, False),
         ({"cpu_name": "AMD EPYC 9R14"}, "AVX512", False, True),
-        ({"cpu_name": "AMD EPYC 7R13"}, "AVX2", False, False),
+        ({"cpu_name": "AMD EPYC 7R13"}, "AVX2", False, True),
+        ({"cpu_name": "Intel(R) Core(TM) i5"}, "AVX2", True, False),
+        ({"cpu_name": "Neoverse"}, "SVE256", False, False),
+        ({"cpu_name": "AMD Athlon"}, "DEFAULT", False, False),
         ({}, "AVX512", True, False),
     ],
 )
