@@ -190,7 +190,7 @@ def _open_direct(file: BufferedReader) -> FileIO | None:
 def _is_cached(file: BufferedReader, num_bytes: int) -> bool:
     """Whether a file's beginning, middle and end are in memory already; true where the system does not say.
 
-    By mincore(2), which brings nothing in. A read that must not wait (``RWF_NOWAIT``) does, and on a fast disk finds it.
+    By mincore(2), which brings nothing in. A read that must not wait (``RWF_NOWAIT``) does, and may find it then.
     """
     mincore = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
     if mincore is None:
