@@ -27,6 +27,12 @@ def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
     return max(1, elements // vocab_size, min(MIN_ROWS, MAX_ELEMENTS // vocab_size))
 
 
+def drops_unscored(device: torch.device) -> bool:
+    """Whether rows without a target are left out of the products. On a card the host would have to wait for it to know
+    how many rows those are, in each step; there they are computed and then masked."""
+    return device.type == "cpu"
+
+
 CANDIDATES_MULTIPLE = 128
 
 
@@ -77,13 +83,13 @@ class SoftmaxHead(Head):
         With a share e of each target spread evenly over the vocabulary, the cross-entropy is that of the targets plus e
         times this; the N x V logits are not needed, since the mean logit is that of the mean row of W and b.
         """
-        kept = (targets_N != IGNORE).nonzero().squeeze(1)
-        targets = targets_N[kept]
-        rows_ND = nn.functional.embedding(targets, self.weight) - self.weight.mean(0)
-        total = (hidden_ND[kept].float() * rows_ND.float()).sum()
+        scored_N = targets_N != IGNORE
+        targets_N = targets_N.where(scored_N, 0)
+        rows_ND = nn.functional.embedding(targets_N, self.weight) - self.weight.mean(0)
+        lead_N = (hidden_ND.float() * rows_ND.float()).sum(1)
         if self.bias is not None:
-            total = total + (self.bias[targets] - self.bias.mean()).float().sum()
-        return total
+            lead_N = lead_N + (self.bias[targets_N] - self.bias.mean()).float()
+        return lead_N.where(scored_N, 0.0).sum()
 
     @torch.no_grad()
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
@@ -122,7 +128,13 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, own_N)  # type: ignore[no-untyped-call]
+    scored_N = None if drops_unscored(hidden_ND.device) else targets_N != IGNORE
+    if scored_N is None:
+        kept = (targets_N != IGNORE).nonzero().squeeze(1)
+        if len(kept) < len(targets_N):
+            hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N[kept]
+            own_N = None if own_N is None else own_N[kept]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, own_N, scored_N)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -131,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     The gradient of the summed loss is softmax(logits) - onehot(target) per row, so one pass over each chunk of logits,
     while it is in the cache, gives the loss and all gradients; backward only scales them. Under autocast the
-    products run in the autocast dtype and the softmax in fp32.
+    products run in the autocast dtype and the softmax in fp32. scored_N: the rows that count; None: all.
     """
 
     @staticmethod
@@ -142,31 +154,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         own_N: Tensor | None,
+        scored_N: Tensor | None,
     ) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        kept = (targets_N != IGNORE).nonzero().squeeze(1)
-        everything = len(kept) == len(targets_N)
-        hidden = (hidden_ND if everything else hidden_ND[kept]).to(dtype)
-        targets = targets_N if everything else targets_N[kept]
-        own = own_N if own_N is None or everything else own_N[kept]
-        weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        hidden, weight, bias = hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        if scored_N is not None:  # cheaper to mask the N x D values here and at the end than the N x V between
+            hidden, targets_N = hidden.where(scored_N[:, None], 0.0), targets_N.where(scored_N, 0)
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
         total = torch.zeros((), device=hidden.device)
-        size = max(1, min(rows_per_chunk(len(weight), hidden.device), len(targets)))
+        size = max(1, min(rows_per_chunk(len(weight), hidden.device), len(targets_N)))
         buffer = torch.empty(size, len(weight), device=hidden.device, dtype=dtype)
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(targets), size):
+            for start in range(0, len(targets_N), size):
                 rows = slice(start, start + size)
-                x, y = hidden[rows], targets[rows, None]
+                x, y, own = hidden[rows], targets_N[rows, None], None if own_N is None else own_N[rows, None]
                 logits = products.linear(x, weight, bias, out=buffer[: len(x)])
-                nats, delta = _softmax_minus_target(logits, y, None if own is None else own[rows, None])
-                total += nats
+                nats_C1, delta = _softmax_minus_target(logits, y, own)
+                total += (nats_C1 if scored_N is None else nats_C1.where(scored_N[rows, None], 0.0)).sum()
                 if d_bias is not None:
-                    d_bias += delta.sum(0)
+                    d_bias += delta.sum(0) if scored_N is None else scored_N[rows].to(delta.dtype) @ delta
                 delta = delta.to(dtype)
                 if d_hidden is not None:
                     products.times(delta, weight, out=d_hidden[rows])
@@ -174,8 +184,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_weight = products.add_outer(d_weight, delta, x, weight_VD.dtype)
         if needs_weight and d_weight is None:
             d_weight = torch.zeros_like(weight_VD)
-        if d_hidden is not None and not everything:
-            d_hidden = torch.zeros_like(hidden_ND, dtype=dtype).index_copy_(0, kept, d_hidden)
+        if d_hidden is not None and scored_N is not None:
+            d_hidden = d_hidden.where(scored_N[:, None], 0.0)
         ctx.hidden_dtype = hidden_ND.dtype
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
@@ -189,11 +199,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_bias is None else d_bias * grad,
             None,
             None,
+            None,
         )
 
 
 def _softmax_minus_target(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Summed nats of a chunk and the gradient of that sum wrt. its logits, both fp32; fp32 logits are overwritten.
+    """(C, 1) nats of a chunk and the gradient of their sum wrt. its logits, both fp32; fp32 logits are overwritten.
 
     log Z = max(logits) - log(max(softmax)), since the largest probability is 1 / sum(exp(logits - max)): the softmax
     is one fused pass, and no exponential is taken twice.
@@ -203,8 +214,8 @@ def _softmax_minus_target(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor 
         logits_CV.scatter_add_(1, targets_C1, -own_C1.to(logits_CV.dtype))
     at_target_C1, top_C1 = logits_CV.gather(1, targets_C1), logits_CV.amax(1, keepdim=True)
     torch.softmax(logits_CV, 1, out=logits_CV)
-    nats = (top_C1 - at_target_C1 - logits_CV.amax(1, keepdim=True).log()).sum()
-    return nats, logits_CV.scatter_add_(1, targets_C1, torch.full_like(at_target_C1, -1.0))
+    nats_C1 = top_C1 - at_target_C1 - logits_CV.amax(1, keepdim=True).log()
+    return nats_C1, logits_CV.scatter_add_(1, targets_C1, torch.full_like(at_target_C1, -1.0))
 
 
 __all__ = ["SoftmaxHead", "linear_cross_entropy", "rows_per_chunk", "score_in_chunks"]

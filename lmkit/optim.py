@@ -252,9 +252,13 @@ def load_optimizer_tensors(optimizer: Optimizer, parameters: dict[str, Tensor], 
         if name not in parameters:
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
         p = parameters[name]
-        on_host = slot in HOST_SLOTS and not _steps_live_on_device(optimizer)
+        on_host = is_on_host(optimizer, slot)
         optimizer.state[p][slot] = value.clone() if on_host else pieced(value.to(p.device, copy=True), like=p)
 
 
-def _steps_live_on_device(optimizer: Optimizer) -> bool:
-    return any(bool(group.get("fused")) or bool(group.get("capturable")) for group in optimizer.param_groups)
+def is_on_host(optimizer: Optimizer, slot: str) -> bool:
+    """Whether this part of the optimizer's state is a number that the host keeps, wherever the parameters lie."""
+    counts_on_device = any(
+        bool(group.get("fused")) or bool(group.get("capturable")) for group in optimizer.param_groups
+    )
+    return slot in HOST_SLOTS and not counts_on_device

@@ -51,6 +51,12 @@ def whole(tensor: Tensor) -> Tensor:
     return own.full_tensor() if is_sharded(tensor) else tensor
 
 
+def own_piece(tensor: Tensor) -> Tensor:
+    """This process's piece of a tensor, as a plain tensor of the same memory."""
+    own: Any = tensor
+    return own.to_local() if is_sharded(tensor) else tensor
+
+
 def pieced(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's piece of a whole tensor that all of them have, in the pieces and on the device of ``like``."""
     if not is_sharded(like) or tensor.shape != like.shape:

@@ -22,6 +22,7 @@ from lmkit.distributed import SINGLE, World
 from lmkit.horizon import Horizon
 from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
+from lmkit.revocable import RevocableSteps, unchanged_if
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
 from lmkit.sharding import gathered, pieced, whole
@@ -128,7 +129,7 @@ class Trainer:
     world: World = SINGLE
     """The processes that train together; each has all of this, and takes every ``world.size``-th micro-batch."""
     reads_late: bool = False
-    """Decide on the device, so that no step waits for it (see ``can_read_late``); reports may be read later."""
+    """Decide on the device, so that no step waits for it (see ``pays_to_read_late``); reports may be read later."""
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -149,7 +150,9 @@ class Trainer:
         """Begin to count the updates that are left out; call it after the state was replaced."""
         self._num_left_out = torch.zeros((), device=self.device.torch_device)
         self._skips_left = max(0, self.max_skips - len(self.state.skipped_steps))
-        self._has_updated = False
+        self.steps = RevocableSteps(self.optimizer)
+        self._updated: set[int] = set()
+        """The parameters, by id, that the optimizer has updated once, so that it has a state to put back."""
 
     def train_step(self, batch: TrainingBatch) -> StepReport:
         """One update from one global batch, cut into micro-batches.
@@ -175,11 +178,9 @@ class Trainer:
         numbers = torch.stack((total.float(), norm.to(total.device).float()))
         bad = self._is_bad(numbers, num_targets)
         self.updating = True
-        self.carry = self._update(bad, carry)
+        self.carry = self._update(bad, norm, carry)
         self.optimizer.zero_grad(set_to_none=True)
         state.step, state.num_targets = step + 1, state.num_targets + num_targets
-        if self.average is not None:
-            self.average.update(self.model, state.step, state.averaged_since)
         self.updating = False
         return StepReport(state.step, num_targets, self.lr(), state.horizon.progress(state.step), numbers, bad)
 
@@ -200,22 +201,33 @@ class Trainer:
             self.mean_nats = torch.where(bad, self.mean_nats, moved)
         return bad
 
-    def _update(self, bad: Tensor, carry: list[State | None]) -> list[State | None]:
+    def _update(self, bad: Tensor, norm: Tensor, carry: list[State | None]) -> list[State | None]:
         """Let the optimizer step unless the batch is bad; returns the state to carry on."""
-        if self.reads_late and self._has_updated:
+        stay = bad | ~norm.isfinite() if self.scaler.is_enabled() else bad  # too large a step in fp16 is no fault
+        self.scaler.update()
+        updated = {id(p) for p in self.parameters if p.grad is not None}
+        if self.reads_late and updated <= self._updated:
             self._num_left_out += bad
-            stay = bad | (self._num_left_out > self._skips_left)
-            self.optimizer.found_inf = stay.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+            stay = stay | (self._num_left_out > self._skips_left)
+            self.steps.step(stay)
+            with unchanged_if(stay, () if self.average is None else self.average.average.values()):
+                self._fold_in()
             return [None if c is None else self._zeroed(c, bad) for c in carry]
+        self.steps.settle()
+        if not stay:
+            self.optimizer.step()
+            self._fold_in()
+            self._updated |= updated
+            return carry
         if bad:
-            self.scaler.update()
             self._num_left_out += 1
             return []
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._has_updated = True
         return carry
+
+    def _fold_in(self) -> None:
+        """Let the average take in the parameters after this step's update."""
+        if self.average is not None:
+            self.average.update(self.model, self.state.step + 1, self.state.averaged_since)
 
     def _zeroed(self, carried: State, bad: Tensor) -> State:
         """The carried state, or zeros, with which a text begins, after a bad batch."""
@@ -284,14 +296,9 @@ def fit(trainer: Trainer, batches: Batches) -> Iterator[StepReport]:
             yield trainer.train_step(batches[step])
 
 
-def can_read_late(optimizer: Optimizer, device: Device) -> bool:
-    """Whether an update can be called off by a flag on the device: torch's fused kernels read one (``found_inf``).
-
-    Worth it on CUDA only, where reading the loss in each step would make the processor wait for the card. In fp16 the
-    gradient scaler waits in any case.
-    """
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and device.torch_device.type == "cuda" and device.precision is not Precision.fp16
+def pays_to_read_late(device: Device) -> bool:
+    """Whether reading the loss in each step would make the processor wait for a card that computes by itself."""
+    return device.torch_device.type == "cuda"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -304,6 +311,7 @@ def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tens
 
     Called in all processes at once; what lies in pieces is put together for the first one, and left out in the others.
     """
+    trainer.steps.settle()
     model: dict[str, Tensor] = dict(trainer.model.state_dict(keep_vars=True))
     extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, model).items()}
     for micro, carried in enumerate(_gathered_carry(trainer)):

@@ -15,7 +15,18 @@ PACKAGE = Path(__file__).parent.parent / "lmkit"
 LAYERS = [
     {"errors", "rng", "config", "products"},
     {
-        *("models", "heads", "objectives", "initialise", "lora", "tuning", "optim", "schedules", "averaging"),
+        *(
+            "models",
+            "heads",
+            "objectives",
+            "initialise",
+            "lora",
+            "tuning",
+            "optim",
+            "revocable",
+            "schedules",
+            "averaging",
+        ),
         *("sampling", "sharding"),
     },
     {

@@ -45,7 +45,7 @@ from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import Change, Run, SharedRun
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
-from lmkit.train import Trainer, TrainState, can_read_late, restore_trainer
+from lmkit.train import Trainer, TrainState, pays_to_read_late, restore_trainer
 from lmkit.tuning import lr_factors, unfreezing
 
 IMMUTABLE = (
@@ -260,7 +260,7 @@ def build_trainer(
         spike_nats=train.spike_nats,
         frozen_until=unfreezing(model, tune),
         world=world,
-        reads_late=can_read_late(optimizer, device) and not world.shards,
+        reads_late=pays_to_read_late(device),
     )
     if snapshot is not None:
         restore_trainer(trainer, snapshot.model, snapshot.optimizer)

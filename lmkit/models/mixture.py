@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmkit.heads import rows_per_chunk, score_in_chunks
+from lmkit.heads import drops_unscored, rows_per_chunk, score_in_chunks
 from lmkit.models.base import IGNORE, Head, Scores
 
 
@@ -33,10 +33,14 @@ class MixtureHead(Head):
 
     def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """As Head.loss; the gradients are made in the forward pass, a chunk of N x M x V values at a time."""
-        kept = (targets_N != IGNORE).nonzero().squeeze(1)
-        latent_NMD, log_prior_NM = self._mixed(hidden_ND[kept])
+        if drops_unscored(hidden_ND.device):
+            kept = (targets_N != IGNORE).nonzero().squeeze(1)
+            hidden_ND, targets_N = hidden_ND[kept], targets_N[kept]
+        else:
+            hidden_ND = hidden_ND.where((targets_N != IGNORE)[:, None], 0.0)
+        latent_NMD, log_prior_NM = self._mixed(hidden_ND)
         loss: Tensor = _MixtureCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            latent_NMD, log_prior_NM, self.weight, self.bias, targets_N[kept]
+            latent_NMD, log_prior_NM, self.weight, self.bias, targets_N
         )
         return loss
 
@@ -85,6 +89,8 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         )
         d_bias = None if bias_V is None else torch.zeros_like(bias_V)
         total = torch.zeros((), device=latent.device)
+        scored_N1 = (targets_N != IGNORE)[:, None]
+        targets_N = targets_N.where(scored_N1.squeeze(1), 0)
         size = rows_per_chunk(num_softmaxes * len(weight), latent.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets_N), size):
@@ -94,8 +100,8 @@ class _MixtureCrossEntropy(torch.autograd.Function):
                 log_probs_RV = F.log_softmax(F.linear(x_RD, weight, bias).float(), 1)
                 joint_CM = log_probs_RV.gather(1, y_R1).view(-1, num_softmaxes) + log_prior_NM[rows]
                 log_prob_C1 = joint_CM.logsumexp(1, keepdim=True)
-                total -= log_prob_C1.sum()
-                share_CM = (joint_CM - log_prob_C1).exp_()
+                total -= log_prob_C1.where(scored_N1[rows], 0.0).sum()
+                share_CM = (joint_CM - log_prob_C1).exp_().mul_(scored_N1[rows])
                 d_prior[rows] = -share_CM
                 share_R1 = share_CM.view(-1, 1)
                 delta_RV = log_probs_RV.exp_().mul_(share_R1).scatter_add_(1, y_R1, -share_R1)

@@ -24,6 +24,12 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return rows
 
 
+@pytest.fixture(params=[True, False], ids=["rows dropped", "rows masked"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a target, as on CPUs and as on cards."""
+    monkeypatch.setattr(lmkit.heads, "drops_unscored", lambda device: request.param)
+
+
 def case(*, bias: bool = True, ignored: tuple[int, ...] = ()) -> tuple[SoftmaxHead, Tensor, Tensor]:
     """A head with random parameters, hidden vectors that want a gradient, and targets."""
     generator = torch.Generator().manual_seed(0)

@@ -31,6 +31,13 @@ def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, "rows_per_chunk", lambda vocab_size, device: request.param)
 
 
+@pytest.fixture(params=[True, False], ids=["rows dropped", "rows masked"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a target, as on CPUs and as on cards."""
+    for module in (lmkit.models.mixture, lmkit.heads):
+        monkeypatch.setattr(module, "drops_unscored", lambda device: request.param)
+
+
 def mixture(*, bias: bool = True) -> MixtureHead:
     torch.manual_seed(0)
     head = MixtureHead(nn.Parameter(torch.randn(VOCAB, WIDTH)), 3, bias=bias)
