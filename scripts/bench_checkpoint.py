@@ -166,13 +166,14 @@ def bench_stall(trainer: Trainer, saves: Saves, rounds: int) -> float:
     return stall_ms / 1e3
 
 
-def default_cadence(cost_s: float, run_s: int) -> list[int]:
-    """The seconds at which a run saves before its end, if each save takes so much of training's time."""
+def default_cadence(cost_s: float, whole_s: float, run_s: int) -> list[int]:
+    """The seconds at which a run saves before its end, if each save takes so much of training's time, and so long."""
     times: list[int] = []
     held = False
     for second in range(1, run_s):
         held = held or second % (run_s // NUM_EVALS) == 0
-        if held and may_save(cost_s if times else 0.0, len(times) * cost_s, second):
+        known = (cost_s, whole_s) if times else (0.0, 0.0)
+        if held and may_save(*known, len(times) * cost_s, second):
             times.append(second)
             held = False
     return times
@@ -196,16 +197,18 @@ def bench_cost(trainer: Trainer, batches: Windows, saves: Saves, rounds: int, ru
         train()
         saves.wait()
 
-    extra, costs = [], []
+    extra, costs, wholes = [], [], []
     for number in range(rounds):
         order = (train, train_and_save) if number % 2 else (train_and_save, train)
         took = {block: seconds(block) for block in order}
         extra.append(took[train_and_save] - took[train])
         costs.append(saves.last_cost_s)
+        wholes.append(saves.last_s)
     show(f"a step ({BATCH} x {SEQ_LEN} tokens)", [step_s], "s")
     last_s = show("a save as a whole, written, verified", whole, "s")
     one_s = show(f"a save beside {num_steps} steps", extra, "s")
-    times = default_cadence(show("what the run reckons with", costs, "s"), run_s)
+    reckoned = show("what the run reckons with", costs, "s"), show("and for its last one", wholes, "s")
+    times = default_cadence(*reckoned, run_s)
     num_copies = NUM_EVALS - 1 - len(times)  # that gave way to a newer one
     longest_s = max(b - a for a, b in pairwise([0, *times, run_s]))
     print(f"saves in {run_s} s: {len(times) + 1}, at most {longest_s} s apart")

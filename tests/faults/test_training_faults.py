@@ -162,7 +162,7 @@ def stop_at_random(
         code = child.wait()
         assert time.monotonic() - began < 30
         early = "device:" not in child.text  # the handlers are not there yet: nothing has begun either
-        assert code in (0, 75, 130) or (code == -signal.SIGTERM and early), child.text
+        assert code in (0, 75, 130) or (code == -signal.SIGTERM and early), f"{code}: {child.text}"
         if list_checkpoints(run_dir):
             digests(run_dir)
         if code == 0:

@@ -368,7 +368,7 @@ def test_where_saving_is_dear_the_first_and_last_state_are_saved_and_the_best_an
 ) -> None:
     dear = replace(config(), save=SaveConfig(keep=9, keep_every=keep_every))
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "may_save", lambda last_s, all_s, elapsed_s: last_s == 0.0)
+        patch.setattr(saving, "may_save", lambda cost_s, *_: cost_s == 0.0)
         pretrain.run(dear)
     losses = {row["step"]: row["valid_loss"] for row in read_metrics(path_of(dear)) if "valid_loss" in row}
     assert list(losses) == [2, 4, 6, 8, 10, 12]

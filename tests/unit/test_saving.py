@@ -163,29 +163,32 @@ def _usual_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last_s", "all_s", "elapsed_s", "allowed"),
+    ("cost_s", "whole_s", "all_s", "elapsed_s", "allowed"),
     [
-        (0.0, 0.0, 0.0, True),  # the first one: what it takes is not known
-        (0.1, 50.0, 1.0, True),  # cheap
-        (1.0, 1.0, 299.0, False),
-        (1.0, 1.0, 300.0, True),  # one, the next, and the last one of the run: 1 %
-        (1.0, 4.0, 500.0, False),
-        (1.0, 4.0, 600.0, True),
+        (0.0, 0.0, 0.0, 0.0, True),  # the first one: what it takes is not known
+        (0.1, 0.1, 50.0, 1.0, True),  # cheap
+        (0.1, 3.0, 50.0, 1.0, True),
+        (1.0, 1.0, 1.0, 374.0, False),
+        (1.0, 1.0, 1.0, 376.0, True),  # one, the next, and the last one of the run: 0.8 %
+        (1.0, 3.0, 1.0, 624.0, False),
+        (1.0, 3.0, 1.0, 626.0, True),  # for the last one the run waits
+        (1.0, 0.5, 4.0, 749.0, False),
+        (1.0, 0.5, 4.0, 751.0, True),
     ],
 )
 def test_saves_take_one_percent_of_the_time_the_last_one_included(
-    last_s: float, all_s: float, elapsed_s: float, allowed: bool
+    cost_s: float, whole_s: float, all_s: float, elapsed_s: float, allowed: bool
 ) -> None:
-    assert may_save(last_s, all_s, elapsed_s) is allowed
+    assert may_save(cost_s, whole_s, all_s, elapsed_s) is allowed
 
 
-@pytest.mark.parametrize("cost_s", [0.05, 0.39, 1.2])
-def test_the_saves_of_ten_minutes_take_six_seconds_or_are_cheap(cost_s: float) -> None:
+@pytest.mark.parametrize(("cost_s", "whole_s"), [(0.05, 0.2), (0.39, 0.8), (1.2, 2.4)])
+def test_the_saves_of_ten_minutes_take_six_seconds_or_are_cheap(cost_s: float, whole_s: float) -> None:
     num_saves = 0
     for elapsed_s in (60.0 * number for number in range(1, 10)):
-        num_saves += may_save(cost_s if num_saves else 0.0, num_saves * cost_s, elapsed_s)
-    assert num_saves == {0.05: 9, 0.39: 9, 1.2: 3}[cost_s]
-    assert (num_saves + 1) * cost_s <= 6.0
+        num_saves += may_save(*(cost_s, whole_s) if num_saves else (0.0, 0.0), num_saves * cost_s, elapsed_s)
+    assert num_saves == {0.05: 9, 0.39: 7, 1.2: 1}[cost_s]
+    assert num_saves * cost_s + whole_s <= 4.8 + 0.1
 
 
 def judged(step: int, loss: float) -> Snapshot:
@@ -215,11 +218,11 @@ def test_the_first_offer_is_saved_and_the_next_ones_when_time_allows(run: Run, d
             saves.poll()
         saves.wait()
         assert saved(run) == [1]
-        dear[0] = 299.9
+        dear[0] = 449.0
         saves.poll()
         saves.wait()
         assert saved(run) == [1]
-        dear[0] = 301.0
+        dear[0] = 451.0
         saves.poll()
         saves.wait()
         assert saved(run) == [1, 3]
@@ -360,7 +363,7 @@ def test_copies_that_are_never_written_do_not_count(run: Run, dear: list[float])
         for step in range(1, 300):
             saves.offer(judged(step, 1.0 / step), best=True)
         saves.wait()
-        dear[0] = 301.0
+        dear[0] = 451.0
         saves.poll()
         saves.wait()
         assert saved(run) == [1, 299]
