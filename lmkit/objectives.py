@@ -28,12 +28,23 @@ class Objective(ABC):
         """The objective to use where this share of the run is done (0 to 1)."""
         return self
 
-    def of_batch(self, head: Head, hidden_BTD: Tensor, state: State | None, targets_BT: Tensor) -> Tensor:
+    def of_batch(
+        self,
+        head: Head,
+        hidden_BTD: Tensor,
+        state: State | None,
+        targets_BT: Tensor,
+        scored_N: Tensor | None = None,
+    ) -> Tensor:
         """Summed loss of a batch that the model has read, in value; the gradient is also that of ``penalty``.
 
-        state: what the model returned beside the hidden vectors.
+        state: what the model returned beside the hidden vectors. scored_N: which of the B x T targets are not IGNORE,
+        if the caller knows; the head then reads those only, on any device.
         """
-        loss = self(head, hidden_BTD.flatten(0, 1), targets_BT.reshape(-1))
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.reshape(-1)
+        if scored_N is not None:
+            hidden_ND, targets_N = hidden_ND.index_select(0, scored_N), targets_N.index_select(0, scored_N)
+        loss = self(head, hidden_ND, targets_N)
         undropped_BTD = None if state is None else state.undropped_BTD
         penalty = self.penalty(hidden_BTD, hidden_BTD if undropped_BTD is None else undropped_BTD, targets_BT)
         return loss if penalty is None else loss + (penalty - penalty.detach())

@@ -73,7 +73,7 @@ def build_optimizer(
         return _finish(_without_compiler(kind)(groups, lr=lr, betas=betas, eps=config.eps, fused=fused or None))
     if isinstance(config, SgdConfig):
         return _finish(
-            _without_compiler(torch.optim.SGD)(
+            _without_compiler(_Sgd)(
                 groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
             )
         )
@@ -99,6 +99,18 @@ def _without_compiler(kind: type[Kind]) -> type[Kind]:
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
     return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+class _Sgd(torch.optim.SGD):
+    """SGD whose fused kernels take a parameter that has its first gradient later than others, too: torch's own end with
+    a TypeError there, unless it has a momentum, and from zeros the first one is the gradient all the same."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"] if group["fused"] and group["momentum"] else ():
+                if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        inspect.unwrap(torch.optim.SGD.step)(self, closure)
 
 
 def _gain_decay(config: OptimizerConfig) -> float:

@@ -20,13 +20,17 @@ from lmkit.sharding import is_sharded, own_piece
 PutBack = Callable[[], object]
 
 
+PART_BYTES = 64 << 20
+"""Parameters that are updated at a time where copies are made: a copy of all would be as large as the model, and two or
+three times that with the optimizer's state."""
+
+
 class RevocableSteps:
     """The steps of an optimizer that has made one for each of its parameters that has a gradient.
 
     torch's fused kernels read such a flag themselves. For all others, what a step changes on the device is copied
-    before it and put back there; that takes the memory of the parameters and the optimizer's state once more, at a
-    moment when there are no activations. Numbers that the host counts (``step`` and the like) are put back
-    before they are needed again: the flag of the step before is known by then.
+    before it and put back there, some parameters at a time. Numbers that the host counts (``step`` and the like) are
+    put back before they are needed again: the flag of the step before is known by then.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -46,8 +50,18 @@ class RevocableSteps:
             return
         self.settle()
         put_back = list(self._changed_on_host())
-        with unchanged_if(stay, self._changed_on_device()):
-            self._optimizer.step()
+        groups = self._optimizer.param_groups
+        try:
+            for group in groups:
+                changed = group
+                for params in _in_parts(group["params"]):
+                    changed = {**group, "params": params}
+                    self._optimizer.param_groups = [changed]
+                    with unchanged_if(stay, self._changed_on_device(params)):
+                        self._optimizer.step()
+                group.update({**changed, "params": group["params"]})
+        finally:
+            self._optimizer.param_groups = groups
         if put_back:
             self._was_called_off, self._put_back = read_later(stay), put_back
 
@@ -58,8 +72,8 @@ class RevocableSteps:
                 put_back()
         self._put_back = []
 
-    def _changed_on_device(self) -> Iterator[Tensor]:
-        for p in _parameters(self._optimizer):
+    def _changed_on_device(self, params: Iterable[Tensor]) -> Iterator[Tensor]:
+        for p in params:
             if p.grad is not None:
                 yield p
                 for slot, value in self._optimizer.state[p].items():
@@ -102,6 +116,20 @@ def read_later(flag: Tensor) -> Callable[[], bool]:
         return bool(on_host)
 
     return read
+
+
+def _in_parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters, so many at a time that a part reaches PART_BYTES."""
+    part: list[Tensor] = []
+    num_bytes = 0
+    for p in params:
+        part.append(p)
+        num_bytes += own_piece(p.detach()).nbytes
+        if num_bytes >= PART_BYTES:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from lmkit.distributed import SINGLE, World
 from lmkit.horizon import Horizon
 from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
-from lmkit.revocable import RevocableSteps, unchanged_if
+from lmkit.revocable import RevocableSteps
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
 from lmkit.sharding import gathered, pieced, whole
@@ -159,8 +159,8 @@ class Trainer:
 
         The gradient is that of the summed loss divided by the number of targets of the whole batch, so it does not
         depend on how the batch is cut. Dropout is keyed by (seed, step, micro-batch). If loss or gradient is not finite
-        the update is not made: parameters, optimizer state and average stay those of the step before, the carried state
-        begins anew, and the report says ``left_out``.
+        the update is not made: parameters and optimizer state stay those of the step before, an average takes these
+        parameters in once more, the carried state begins anew, and the report says ``left_out``.
         """
         self.model.train()
         state, step = self.state, self.state.step
@@ -181,6 +181,8 @@ class Trainer:
         self.carry = self._update(bad, norm, carry)
         self.optimizer.zero_grad(set_to_none=True)
         state.step, state.num_targets = step + 1, state.num_targets + num_targets
+        if self.average is not None:
+            self.average.update(self.model, state.step, state.averaged_since)
         self.updating = False
         return StepReport(state.step, num_targets, self.lr(), state.horizon.progress(state.step), numbers, bad)
 
@@ -203,31 +205,20 @@ class Trainer:
 
     def _update(self, bad: Tensor, norm: Tensor, carry: list[State | None]) -> list[State | None]:
         """Let the optimizer step unless the batch is bad; returns the state to carry on."""
-        stay = bad | ~norm.isfinite() if self.scaler.is_enabled() else bad  # too large a step in fp16 is no fault
+        self._num_left_out += bad
+        stay = bad | (self._num_left_out > self._skips_left)
+        if self.scaler.is_enabled():
+            stay = stay | ~norm.isfinite()  # too large a step in fp16 is no fault of the batch
         self.scaler.update()
         updated = {id(p) for p in self.parameters if p.grad is not None}
         if self.reads_late and updated <= self._updated:
-            self._num_left_out += bad
-            stay = stay | (self._num_left_out > self._skips_left)
             self.steps.step(stay)
-            with unchanged_if(stay, () if self.average is None else self.average.average.values()):
-                self._fold_in()
             return [None if c is None else self._zeroed(c, bad) for c in carry]
         self.steps.settle()
         if not stay:
             self.optimizer.step()
-            self._fold_in()
             self._updated |= updated
-            return carry
-        if bad:
-            self._num_left_out += 1
-            return []
-        return carry
-
-    def _fold_in(self) -> None:
-        """Let the average take in the parameters after this step's update."""
-        if self.average is not None:
-            self.average.update(self.model, self.state.step + 1, self.state.averaged_since)
+        return [] if bad else carry
 
     def _zeroed(self, carried: State, bad: Tensor) -> State:
         """The carried state, or zeros, with which a text begins, after a bad batch."""
@@ -303,7 +294,8 @@ def pays_to_read_late(device: Device) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python had no memory for something, on the card or on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, TooLong
-from lmkit.data.batches import Permutation
+from lmkit.data.batches import Permutation, to_device
 from lmkit.data.chat import Conversation, Encoded, Turn
 from lmkit.data.rows import Record, as_text, read_records
 from lmkit.errors import DataError
@@ -125,6 +125,8 @@ class ChatBatch:
     """int64: the token after each input if it is of an answer, else IGNORE."""
     segments_BT: Tensor | None
     """int64: number of the example that each input is of; None if a row holds one."""
+    scored_N: Tensor | None = None
+    """int64: which of the B x T targets are not IGNORE; only in what was cut."""
 
     starts_text = True
 
@@ -140,8 +142,10 @@ class ChatBatch:
 
     def cut(self, rows: slice, device: torch.device) -> ChatBatch:
         """These rows, on the device."""
-        segments_BT = None if self.segments_BT is None else self.segments_BT[rows].to(device)
-        return ChatBatch(self.inputs_BT[rows].to(device), self.targets_BT[rows].to(device), segments_BT)
+        inputs_BT, targets_BT = (to_device(t[rows], device) for t in (self.inputs_BT, self.targets_BT))
+        segments_BT = None if self.segments_BT is None else to_device(self.segments_BT[rows], device)
+        scored_N = (self.targets_BT[rows].reshape(-1) != IGNORE).nonzero().squeeze(1)
+        return ChatBatch(inputs_BT, targets_BT, segments_BT, to_device(scored_N, device))
 
     def rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         """The learnt tokens of each row as ids; the text is all of the row."""

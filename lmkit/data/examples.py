@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmkit.config.tasks import RowsTaskConfig, Truncation
-from lmkit.data.batches import Permutation
+from lmkit.data.batches import Permutation, to_device
 from lmkit.data.rows import HUB, Record, read_records
 from lmkit.errors import DataError
 from lmkit.rng import derive_key
@@ -76,7 +76,7 @@ class ExampleBatch:
         """These rows, on the device, with no more padding than they need."""
         length = int(self.lengths_B[rows].max())
         parts = (self.tokens_BT[rows, :length], self.lengths_B[rows], self.numeric_BK[rows], self.targets_B[rows])
-        tokens_BT, lengths_B, numeric_BK, targets_B = (t.to(device, non_blocking=True) for t in parts)
+        tokens_BT, lengths_B, numeric_BK, targets_B = (to_device(t, device) for t in parts)
         return ExampleBatch(tokens_BT, lengths_B, numeric_BK, targets_B)
 
     def rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:

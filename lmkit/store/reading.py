@@ -86,7 +86,7 @@ def read_whole(file: BufferedReader, num_bytes: int, use: Use, *, once: bool) ->
             room.madvise(mmap.MADV_HUGEPAGE)  # a page for each 4 KiB takes longer to get than to read
         view = memoryview(room)
         num_read = yield from _read_direct(direct, file, num_bytes, use, lambda number: _part(view, number))
-    drop_cache(file)  # the few pages that a look at it has brought in, or else the next look would be misled
+    drop_cache(file)  # the few pages that reading its start has brought in, or else the next look would be misled
     return torch.frombuffer(room, dtype=torch.uint8)[:num_read]
 
 
@@ -190,12 +190,13 @@ def _open_direct(file: BufferedReader) -> FileIO | None:
 def _is_cached(file: BufferedReader, num_bytes: int) -> bool:
     """Whether a file's beginning, middle and end are in memory already; true where the system does not say.
 
-    By mincore(2), which brings nothing in. A read that must not wait (``RWF_NOWAIT``) does, and may find it then.
+    By mincore(2), which brings nothing in. A read that must not wait (``RWF_NOWAIT``) does, and may find it then. Of a
+    file that one may neither own nor write Linux says that all of it is in memory.
     """
-    mincore = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
-    if mincore is None:
-        return True
     try:
+        mincore = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
+        if mincore is None:
+            return True
         view = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # not a file that can be mapped, or shorter than it is said to be
         return True

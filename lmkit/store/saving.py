@@ -14,20 +14,19 @@ from lmkit.store.checkpoint_writer import CheckpointWriter, SavableTokenizer
 from lmkit.store.runs import Run
 
 MAX_SHARE = 0.008
-"""Of a run's time, what saves may take where ``save.every_steps`` does not say when to save. With what is not reckoned,
-the caches that a save displaces and the copies that give way to newer ones, it is at most 1 %."""
+"""Of a run's time, what saves that are not cheap may take where ``save.every_steps`` does not say when to save. With
+what is not reckoned, the caches that a save displaces and the copies that give way to newer ones, it is at most 1 %."""
 CHEAP_S = 0.1
 """A save that takes no longer is made in any case: ten of them are 1 % of a run of 100 s."""
 
 
-def may_save(cost_s: float, whole_s: float, all_costs_s: float, elapsed_s: float) -> bool:
-    """Whether another save keeps to MAX_SHARE of the time until now, and leaves room for one more: the run's last, for
-    which it waits from beginning to end.
+def may_save(cost_s: float, last_s: float, all_costs_s: float, elapsed_s: float) -> bool:
+    """Whether another save keeps to MAX_SHARE of the time until now, and leaves room for one more, the run's last.
 
-    cost_s, all_costs_s: what the save before and all of them took of training's time, seconds; whole_s: how long the
-    save before took; 0 if there was none.
+    cost_s, all_costs_s: what the save before and all of them took of training's time, seconds, 0 if there was none;
+    last_s: what the run's last save will take.
     """
-    return cost_s <= CHEAP_S or all_costs_s + cost_s + max(cost_s, whole_s) <= MAX_SHARE * elapsed_s
+    return cost_s <= CHEAP_S or all_costs_s + cost_s + last_s <= MAX_SHARE * elapsed_s
 
 
 class _Copy(NamedTuple):
@@ -92,7 +91,9 @@ class Saves:
         if self._in_flight is not None and not self._writer.busy:
             self.wait()
         elapsed_s = time.monotonic() - self._start_s
-        if self.retry_due or may_save(self.last_cost_s, self.last_s, self._all_costs_s, elapsed_s):
+        # the run waits for its last save; beside a card that may be many times what the others cost, hours put off
+        last_s = self.last_s if self._shares_cores else self.last_cost_s
+        if self.retry_due or may_save(self.last_cost_s, last_s, self._all_costs_s, elapsed_s):
             self._release()
 
     def offer(self, snapshot: Snapshot, *, best: bool) -> None:

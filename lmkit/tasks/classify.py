@@ -65,8 +65,9 @@ class Classify(RowsTask):
         return logits_BC
 
     def losses(self, outputs: Tensor, targets_B: Tensor) -> Tensor:
-        weights_C = self.weights_C.to(outputs.device)
-        return F.cross_entropy(outputs, targets_B, reduction="none") * weights_C[targets_B]
+        if self.weights_C.device != outputs.device:
+            self.weights_C = self.weights_C.to(outputs.device)
+        return F.cross_entropy(outputs, targets_B, reduction="none") * self.weights_C[targets_B]
 
     @torch.no_grad()
     def row_losses(self, forward: nn.Module, batch: ExampleBatch, state: State | None) -> list[float]:

@@ -97,7 +97,7 @@ class AdversarialSentences(Task):
         generator, discriminator = adversarial_losses(
             self.model, batch, self.config.length, self.tokenizer.eos_id, self.config.inverse_temperature(progress)
         )
-        return (generator + discriminator) * batch.num_targets, None
+        return (generator + discriminator) * (batch.targets_BT != IGNORE).sum(), None
 
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         likelihood = self._likelihood(device, progress)

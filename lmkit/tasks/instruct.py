@@ -61,7 +61,7 @@ class Instruct(Task):
         self, forward: nn.Module, batch: ChatBatch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
         hidden_BTD, read = _read(forward, batch)
-        return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
+        return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT, batch.scored_N), None
 
     @torch.no_grad()
     def row_losses(self, forward: nn.Module, batch: ChatBatch, state: State | None) -> list[float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lmkit.config.chat import PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig
 from lmkit.console import Console, format_number
+from lmkit.data.batches import to_device
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded, Turn
 from lmkit.data.conversations import answer_of, chat_batch, digest_of, epoch_rows, read_splits
 from lmkit.data.rows import Record
@@ -66,7 +67,7 @@ class PairBatch:
     def cut(self, rows: slice, device: torch.device) -> PairBatch:
         """These pairs, on the device."""
         inputs, targets, reference = (
-            t[rows].to(device) for t in (self.inputs_P2T, self.targets_P2T, self.reference_P2)
+            to_device(t[rows], device) for t in (self.inputs_P2T, self.targets_P2T, self.reference_P2)
         )
         return PairBatch(inputs, targets, reference)
 
@@ -141,6 +142,9 @@ class Prefer(Task):
         self, forward: nn.Module, batch: PairBatch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
         self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, nn.RNNBase):
+                module.train()  # nothing in it drops, and cuDNN gives gradients in training only
         log_probs_P2 = answer_log_probs(self.model, forward, batch)
         return self._losses(log_probs_P2, batch).sum(), None
 

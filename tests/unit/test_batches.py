@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmkit.data.batches import Lanes, Permutation, Windows
+from lmkit.data.batches import Lanes, Permutation, Windows, to_device
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
 
@@ -73,3 +73,21 @@ def test_window_edges_move_between_epochs() -> None:
         for step in range(20 * windows.steps_per_epoch):
             edges.add(int(windows[step].targets_BT[0, 0]) % 8)
         assert len(edges) >= 4, n
+
+
+def test_what_goes_to_a_card_starts_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        done.append("pinned")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        done.append(f"{device} {non_blocking}")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for kind in ("cpu", "cuda"):
+        to_device(torch.ones(2), torch.device(kind))
+    assert done == ["cpu True", "pinned", "cuda True"]

@@ -128,5 +128,8 @@ def test_a_row_of_several_examples_numbers_them() -> None:
     assert batch.segments_BT is not None
     assert batch.segments_BT.tolist() == [[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]
     assert batch.num_targets == 4
-    assert batch.cut(slice(1, 2), torch.device("cpu")).num_targets == 1
+    cut = batch.cut(slice(1, 2), torch.device("cpu"))
+    assert cut.num_targets == 1
+    assert cut.scored_N is not None
+    assert cut.scored_N.tolist() == [1]
     assert batch.rows(str)[1] == {"row": 1, "text": "[99, 0, 99, 99, 99]", "ids": [1]}

@@ -116,3 +116,26 @@ def test_a_sampled_softmax_is_the_exact_one_after_its_share_of_the_run_penalties
     assert (late.ar_alpha, late.tar_beta) == (0.5, 0.25)
     never = build_objective(SampledSoftmaxConfig(), torch.ones(VOCAB))
     assert never.at(0.999) is never
+
+
+def test_a_head_that_is_told_which_targets_count_reads_those_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden, targets, _ = setup()
+    hidden_BTD, targets_BT = hidden.view(4, 6, WIDTH).requires_grad_(), targets.view(4, 6)
+    targets_BT[:3, :5] = IGNORE
+    objective = ExactSoftmax()
+    losses = [objective.of_batch(head, hidden_BTD, None, targets_BT)]
+    read: list[int] = []
+    original = SoftmaxHead.loss
+
+    def loss(self: SoftmaxHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        read.append(len(hidden_ND))
+        return original(self, hidden_ND, targets_N)
+
+    monkeypatch.setattr(SoftmaxHead, "loss", loss)
+    scored_N = (targets_BT.reshape(-1) != IGNORE).nonzero().squeeze(1)
+    losses.append(objective.of_batch(head, hidden_BTD, None, targets_BT, scored_N))
+    assert read == [9]
+    assert torch.equal(losses[0], losses[1])
+    gradients = [torch.autograd.grad(value, [hidden_BTD, head.weight]) for value in losses]
+    for plain, told in zip(*gradients, strict=True):
+        torch.testing.assert_close(told, plain)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmkit.heads
-import lmkit.revocable
+from lmkit import revocable
 from lmkit.averaging import WeightAverage
-from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.config.machine import DeviceConfig, DeviceType, Precision
 from lmkit.config.optimization import (
     AdadeltaConfig,
     AdagradConfig,
@@ -37,7 +37,7 @@ from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State
 from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer, is_on_host
 from lmkit.tasks.language import NextToken
-from lmkit.train import Trainer, TrainState, fit, pays_to_read_late, restore_trainer, trainer_tensors
+from lmkit.train import Trainer, TrainState, fit, is_out_of_memory, pays_to_read_late, restore_trainer, trainer_tensors
 
 VOCAB = 11
 OPTIMIZERS = [
@@ -123,6 +123,7 @@ def trainer(
     max_steps: int = 8,
     dropout: float = 0.0,
     fused: bool = False,
+    precision: Precision = Precision.fp32,
     **options: Any,
 ) -> Trainer:
     model = Toy(dropout)
@@ -135,7 +136,7 @@ def trainer(
         optimizer=build_optimizer(config, model, fused=fused),
         optimizer_config=config,
         schedule=ConstantConfig(warmup_ratio=0.0),
-        device=resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1)),
+        device=replace(resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1)), precision=precision),
         seed=3,
         micro_batch_size=micro,
         state=TrainState(horizon=Horizon(1 / max_steps)),
@@ -194,7 +195,6 @@ def test_row_58_a_step_that_is_not_finite_changes_nothing_and_neither_do_those_a
     optimizer: OptimizerConfig, fused: bool, late: bool, where: str
 ) -> None:
     t = trainer(optimizer=optimizer, fused=fused, reads_late=late)
-    t.average = WeightAverage(t.model, 0.9)
     t.train_step(Random()[0])
     before = weights(t)
     poison(t, 2, where=where)
@@ -207,9 +207,13 @@ def test_row_58_a_step_that_is_not_finite_changes_nothing_and_neither_do_those_a
         assert same(weights(t), before)
 
 
+@pytest.mark.parametrize("part_bytes", [1, revocable.PART_BYTES], ids=["one by one", "at once"])
 @fused_or_not
 @every_optimizer
-def test_row_59_reading_late_trains_the_same_bits_as_reading_at_once(optimizer: OptimizerConfig, fused: bool) -> None:
+def test_row_59_reading_late_trains_the_same_bits_as_reading_at_once(
+    optimizer: OptimizerConfig, fused: bool, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocable, "PART_BYTES", part_bytes)
     finals = []
     for late in (False, True):
         t = trainer(3, optimizer=optimizer, fused=fused, reads_late=late, max_skips=3, dropout=0.3, max_steps=11)
@@ -222,8 +226,40 @@ def test_row_59_reading_late_trains_the_same_bits_as_reading_at_once(optimizer: 
     assert same(finals[0][0], finals[1][0])
 
 
+@pytest.mark.parametrize("optimizer", [AdamwConfig(), MuonConfig()], ids=lambda o: type(o).__name__)
+def test_row_59_a_step_too_large_for_fp16_is_no_update_and_no_fault_of_the_batch(optimizer: OptimizerConfig) -> None:
+    """The scale begins at 65,536; the gradient of the sixth batch is too large even for a smaller one."""
+    finals = []
+    for late in (False, True):
+        t = trainer(optimizer=optimizer, fused=True, max_steps=8, precision=Precision.fp16, reads_late=late)
+        poison(t, 6)
+        steps, before = [], weights(t)
+        for report in fit(t, Random()):
+            assert not report.left_out
+            steps += [report.step] * same(weights(t), before)
+            before = weights(t)
+        assert 6 in steps
+        assert t.scaler.get_scale() == 65_536.0 * 0.5 ** len(steps)
+        finals.append((weights(t), steps))
+    assert finals[0][1] == finals[1][1]
+    assert same(finals[0][0], finals[1][0])
+
+
+def test_row_59_a_parameter_that_thaws_is_not_updated_once_too_many_were_left_out() -> None:
+    t = trainer(optimizer=AdamwConfig(), fused=True, reads_late=True, max_skips=0)
+    t.frozen_until = {"head.weight": 0.5}
+    poison(t, 4)
+    for step in range(4):
+        t.train_step(Random()[step])
+    before = weights(t)
+    assert not t.train_step(Random()[4]).left_out
+    assert same(weights(t), before)
+
+
 @pytest.mark.parametrize("bad", [(5,), (4,), (4, 5)], ids=str)
-@pytest.mark.parametrize("optimizer", [MuonConfig(), AdamwConfig()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "optimizer", [MuonConfig(), AdamwConfig(), SgdConfig(lr=0.5, momentum=0.9)], ids=lambda o: type(o).__name__
+)
 def test_row_59_a_parameter_that_thaws_beside_a_bad_batch_trains_the_same_bits(
     optimizer: OptimizerConfig, bad: tuple[int, ...]
 ) -> None:
@@ -274,7 +310,7 @@ def test_reading_late_reads_nothing_from_the_device_within_a_step(
 
         return read
 
-    monkeypatch.setattr(lmkit.revocable, "read_later", read_later)
+    monkeypatch.setattr(revocable, "read_later", read_later)
     t = trainer(3, optimizer=optimizer, fused=fused, reads_late=True)
     t.average = WeightAverage(t.model, 0.9)
     t.spike_nats = 100.0
@@ -418,3 +454,18 @@ def test_the_average_of_constant_weights_is_those_weights_and_swapping_restores(
     with average.applied(model):
         torch.testing.assert_close(model.embedding.weight, original + 0.1)
     torch.testing.assert_close(model.embedding.weight, original + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_is_taken_for_a_want_of_memory(error: Exception, found: bool) -> None:
+    assert is_out_of_memory(error) is found
