@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -123,9 +127,26 @@ def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_device(index)
     compiled = config.compile is not Switch.off and not world.shards
+    lack = compiler_lack() if compiled else None
+    if lack is not None and config.compile is Switch.on:
+        raise ResourceError(f"device.compile=on needs {lack}, which is not here", "install it, or leave compile out")
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-    device = torch.device("cuda", index)
-    return Device(device, precision, compiled, config.fused is not Switch.off, _describe(name, precision, compiled))
+    description = _describe(name, precision, compiled and lack is None)
+    if lack is not None:
+        description += f", not compiled for want of {lack}"
+    fused = config.fused is not Switch.off
+    return Device(torch.device("cuda", index), precision, compiled and lack is None, fused, description)
+
+
+def compiler_lack() -> str | None:
+    """What torch.compile needs for a card and is missing here; None: nothing that can be seen before it is used."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "a C compiler"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's header files (Python.h)"
+    return None
 
 
 def _describe(name: str, precision: Precision, compiled: bool) -> str:

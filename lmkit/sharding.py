@@ -25,6 +25,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    keep_in_place(model)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "blocks" and isinstance(module, nn.ModuleList):
@@ -34,6 +35,17 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+
+
+def keep_in_place(model: nn.Module) -> None:
+    """Keep torch's recurrent layers from moving their parameters into one piece of memory for cuDNN.
+
+    They do that where they find other parameters than before. fully_shard gathers into the memory that it knows, so
+    that they would go on computing with the first parameters that they saw.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters = lambda: None  # type: ignore[method-assign]
 
 
 def is_sharded(tensor: Tensor) -> bool:

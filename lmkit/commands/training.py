@@ -366,6 +366,7 @@ def _count(job: Job) -> dict[str, Any]:
 
     model = cast(KneserNey, job.model)
     model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id)
+    model.to(job.device.torch_device)
     tokens = splits["valid"].tokens
     windows = unbroken(Segments.whole(len(tokens), tokenizer.eos_id))
     tally = perplexity(model, tokens, windows, seq_len=1024, batch_size=1, device=job.device)

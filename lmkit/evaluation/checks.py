@@ -59,6 +59,8 @@ def prove(
     """Look for leaks, score a sample in two ways and sum softmaxes. Raises CheckpointError for what does not hold."""
     start = time.monotonic()
     tolerance = 2e-3 if device.precision is Precision.fp32 else 0.2
+    if device.torch_device.type == "cuda":
+        tolerance = max(tolerance, 0.02)  # products of fp32 are made in TF32, of some shapes
     sample = sample_windows(windows, model.context is None)
     length = min(MAX_WINDOW, max(MIN_SAMPLE, 2 * sample_size(windows) // 5))
     leak = look_for_leak(model, tokens, windows, length=length, device=device, seed=seed)

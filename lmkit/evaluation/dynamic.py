@@ -169,6 +169,8 @@ def _pieces(
         positions_N = positions_BT[wanted_BT]
         if len(positions_N):
             hidden_ND = hidden_BTD[torch.from_numpy(wanted_BT).to(device.torch_device)]
+            if hidden_ND.dtype.itemsize < 4:  # of autocast, which ends here
+                hidden_ND = hidden_ND.float()
             yield hidden_ND, text.targets(positions_N).to(device.torch_device), positions_N
 
 

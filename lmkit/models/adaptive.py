@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkit.errors import ConfigError
-from lmkit.heads import linear_cross_entropy, rows_per_chunk, score_in_chunks
+from lmkit.heads import linear_cross_entropy, rows_per_chunk, score_in_chunks, without_autocast
 from lmkit.models.base import IGNORE, Head, Scores
 
 
@@ -76,6 +76,7 @@ class AdaptiveHead(Head):
         size = rows_per_chunk(2 * len(self.rank_V), hidden_ND.device)
         return score_in_chunks(self, hidden_ND, targets_N, size)
 
+    @without_autocast
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) float32 log-probabilities."""
         first = self.edges[0]

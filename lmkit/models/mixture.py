@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmkit.heads import drops_unscored, rows_per_chunk, score_in_chunks
+from lmkit.heads import drops_unscored, rows_per_chunk, score_in_chunks, without_autocast
 from lmkit.models.base import IGNORE, Head, Scores
 
 
@@ -50,6 +50,7 @@ class MixtureHead(Head):
         size = rows_per_chunk(2 * len(self.weight), hidden_ND.device)
         return score_in_chunks(self, hidden_ND, targets_N, size)
 
+    @without_autocast
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) float32 log-probabilities, the softmaxes one after the other."""
         latent_NMD, log_prior_NM = self._mixed(hidden_ND)

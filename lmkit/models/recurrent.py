@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lmkit.config.model import Cell, RecurrentConfig
 from lmkit.models.base import LanguageModel, State, seeded_generator
+from lmkit.models.cells import GRU, LSTM
 from lmkit.models.dropout import embed_with_dropout, locked_dropout
 from lmkit.models.mogrifier import MogrifierLSTM
 from lmkit.models.output import build_head
@@ -116,7 +117,7 @@ def build_layer(config: RecurrentConfig, width_in: int, width: int) -> nn.Module
     """One recurrent layer."""
     if config.mogrifier_rounds > 0:
         return MogrifierLSTM(width_in, width, config.mogrifier_rounds, config.mogrifier_rank)
-    return nn.LSTM(width_in, width) if config.cell is Cell.lstm else nn.GRU(width_in, width)
+    return LSTM(width_in, width) if config.cell is Cell.lstm else GRU(width_in, width)
 
 
 __all__ = ["Recurrent", "RecurrentState", "locked_dropout"]

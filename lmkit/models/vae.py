@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lmkit.config.model import VaeLstmConfig
 from lmkit.heads import SoftmaxHead
 from lmkit.models.base import IGNORE, LanguageModel, State, seeded_generator
+from lmkit.models.cells import LSTM
 from lmkit.models.recurrent import locked_dropout
 
 
@@ -72,8 +73,8 @@ class VaeLstm(LanguageModel):
         self.config, self.vocab_size, self.context = config, vocab_size, None
         d, z = config.d_embed, config.d_latent
         self.embedding = nn.Embedding(vocab_size, d)
-        self.decoder = nn.LSTM(d + z, d)
-        self.encoder = nn.LSTM(d, config.d_encoder) if z else None
+        self.decoder = LSTM(d + z, d)
+        self.encoder = LSTM(d, config.d_encoder) if z else None
         self.posterior = nn.Linear(2 * config.d_encoder, 2 * z) if z else None
         self.initial = nn.Linear(z, 2 * d) if z else None
         self.skip = nn.Linear(z, d, bias=False) if z else None

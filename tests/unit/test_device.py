@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +100,48 @@ def test_what_a_step_frees_is_kept_until_it_is_to_be_given_back() -> None:
     (pages, given_back), (pages_by_default, _) = measured("keep"), measured()
     assert 20 * pages < pages_by_default
     assert given_back > 100_000_000
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A pretended card, and all that compiling for it takes."""
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_name": "pretended",
+        "set_device": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/cc")
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    return monkeypatch
+
+
+def test_on_a_card_it_compiles(card: pytest.MonkeyPatch) -> None:
+    device = resolve_device(DeviceConfig())
+    assert (device.compile, device.precision) == (True, Precision.bf16)
+    assert device.description == "cuda:0 (pretended), bf16, compiled"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "lack"),
+    [
+        (importlib.util, "find_spec", "the package triton"),
+        (shutil, "which", "a C compiler"),
+        (Path, "is_file", "Python's header files (Python.h)"),
+    ],
+)
+def test_on_a_card_without_what_compiling_takes_it_says_so_or_refuses(
+    card: pytest.MonkeyPatch, owner: object, name: str, lack: str
+) -> None:
+    card.setattr(owner, name, lambda _: None)
+    device = resolve_device(DeviceConfig())
+    assert not device.compile
+    assert device.description == f"cuda:0 (pretended), bf16, not compiled for want of {lack}"
+    with pytest.raises(ResourceError, match=re.escape(lack)):
+        resolve_device(DeviceConfig(compile=Switch.on))
+    assert not resolve_device(DeviceConfig(compile=Switch.off)).compile

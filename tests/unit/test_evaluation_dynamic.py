@@ -371,3 +371,16 @@ def test_an_n_gram_model_learns_a_factor_for_each_word_and_forgets_it() -> None:
     assert model.head.tilt_V is None
     after = model.head.score(model(inputs)[0][0], torch.from_numpy(tokens.astype(np.int64))).nats_N
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("model", [recurrent, transformer])
+def test_in_bf16_it_gives_about_the_same(model: Callable[[], LanguageModel]) -> None:
+    config, tokens, nats = DynamicSgdConfig(lr=0.1), text(60), []
+    for precision in (Precision.fp32, Precision.bf16):
+        made, device = model().float(), Device(torch.device("cpu"), precision, False, False, "cpu")
+        if precision is Precision.bf16:  # what a recurrent layer gives where bf16 is to be had
+            made.register_forward_hook(lambda _, inputs, outputs: (outputs[0].bfloat16(), outputs[1]))
+        context = None if made.context is None else CONTEXT
+        steps = steps_for(made, config, tokens, EOS, context=context, device=device)
+        nats.append(score_dynamic(made, tokens, windows_of(made, 60), config, steps, device=device).nats_N.mean())
+    assert nats[1] == pytest.approx(nats[0], rel=0.05)

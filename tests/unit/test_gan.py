@@ -157,3 +157,15 @@ def test_bleu_is_one_for_a_copy_and_self_bleu_for_samples_that_are_all_the_same(
         self_bleu([text])
     with pytest.raises(DataError):
         bleu([], [text])
+
+
+def test_under_autocast_every_parameter_of_the_discriminator_learns() -> None:
+    """The first pass over real sentences is without gradient; casts of weights made there must not be used again."""
+    grads = []
+    for enabled in (False, True):
+        model = tiny()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses = adversarial_losses(model, batch(), 5, EOS, 1.5)  # type: ignore[arg-type]
+        grads.append(reached(model, losses[1]))
+    assert grads[0] == grads[1]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import lmkit.heads
 from lmkit.heads import SoftmaxHead, linear_cross_entropy, rows_per_chunk
+from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import IGNORE
+from lmkit.models.mixture import MixtureHead
 
 VOCAB, WIDTH, N = 97, 12, 50
 
@@ -197,3 +199,19 @@ def test_a_chunk_has_a_row_and_few_more_logits_than_fit_the_cache_and_enough_row
         assert rows >= 1
         assert rows * vocab_size <= max(limit, lmkit.heads.MAX_ELEMENTS)
         assert rows >= lmkit.heads.MIN_ROWS or (rows + 1) * vocab_size > lmkit.heads.MAX_ELEMENTS
+
+
+@pytest.mark.parametrize("kind", ["exact", "mixture", "adaptive"])
+def test_logits_are_not_rounded_by_autocast(kind: str) -> None:
+    torch.manual_seed(0)
+    head = SoftmaxHead(nn.Parameter(torch.randn(VOCAB, WIDTH)), bias=True)
+    if kind == "mixture":
+        head = MixtureHead(nn.Parameter(torch.randn(VOCAB, WIDTH)), 2)  # type: ignore[assignment]
+    elif kind == "adaptive":
+        head = AdaptiveHead(WIDTH, VOCAB, [20, 60], 2.0)  # type: ignore[assignment]
+        for p in head.parameters():
+            nn.init.normal_(p)
+    hidden_ND = torch.randn(N, WIDTH).bfloat16()
+    exact_NV = head.logits(hidden_ND.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head.logits(hidden_ND), exact_NV)

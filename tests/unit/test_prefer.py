@@ -113,3 +113,11 @@ def test_padding_and_neighbours_do_not_change_an_answer(device: Device) -> None:
         assert together[row].tolist() == pytest.approx(
             [log_prob(model, e) for e in (pair.chosen, pair.rejected)], rel=1e-5
         )
+
+
+def test_recurrent_layers_stay_in_training_mode_for_cudnn_and_nothing_else_does(device: Device) -> None:
+    model = LSTM.build(ByteTokenizer.vocab_size, seed=1)
+    model.train()
+    prefer = build(model, device)
+    prefer.loss(model, prefer.batches[0], None, 0.0)
+    assert {type(m).__name__ for m in model.modules() if m.training} == {"LSTM"}
