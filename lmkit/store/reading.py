@@ -19,8 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader, FileIO
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from lmkit.store.storage import drop_cache
 
 if TYPE_CHECKING:
@@ -193,6 +191,8 @@ def _is_cached(file: BufferedReader, num_bytes: int) -> bool:
     By mincore(2), which brings nothing in. A read that must not wait (``RWF_NOWAIT``) does, and may find it then. Of a
     file that one may neither own nor write Linux says that all of it is in memory.
     """
+    import numpy as np  # here, since commands that only look at runs have no need of it
+
     try:
         mincore = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
         if mincore is None:

@@ -163,6 +163,7 @@ ALLOWED_IMPORTS = {
     "__init__.py",
     "averaging.py",
     "cli.py",
+    "device.py",
     "hf/exporting.py",
     "hf/onnx_file.py",
     "launch.py",
