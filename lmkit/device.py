@@ -130,12 +130,13 @@ def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
     lack = compiler_lack() if compiled else None
     if lack is not None and config.compile is Switch.on:
         raise ResourceError(f"device.compile=on needs {lack}, which is not here", "install it, or leave compile out")
+    compiled = compiled and lack is None
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-    description = _describe(name, precision, compiled and lack is None)
+    description = _describe(name, precision, compiled)
     if lack is not None:
         description += f", not compiled for want of {lack}"
     fused = config.fused is not Switch.off
-    return Device(torch.device("cuda", index), precision, compiled and lack is None, fused, description)
+    return Device(torch.device("cuda", index), precision, compiled, fused, description)
 
 
 def compiler_lack() -> str | None:

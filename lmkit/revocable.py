@@ -137,4 +137,4 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-__all__ = ["RevocableSteps", "read_later", "unchanged_if"]
+__all__ = ["RevocableSteps"]
