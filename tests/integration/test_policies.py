@@ -403,9 +403,8 @@ def test_a_budget_keeps_back_twice_the_time_of_a_save(config: MakeConfig, monkey
         return refit(budget, *args)
 
     monkeypatch.setattr(horizon.Budget, "refit", record)
-    monkeypatch.setattr(horizon, "EXIT_RESERVE_S", 0.0)
     monkeypatch.setattr(checkpoint_writer, "Cost", lambda *_: COST)
-    pretrain.run(replace(config(max_steps=None, budget="1s"), save=SaveConfig(every_steps=1)))
+    pretrain.run(replace(config(budget="1h"), save=SaveConfig(every_steps=1)))
     assert set(kept) == {0.0, 0.2}
 
 
