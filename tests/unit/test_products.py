@@ -84,6 +84,20 @@ def test_only_float32_in_eager_mode_on_a_cpu_goes_to_onednn(library: bool) -> No
         assert not products.by_onednn(x, 64)
 
 
+@pytest.mark.parametrize(("instructions", "summed"), [("AVX512", True), ("AVX2", False)])
+def test_with_avx2_sums_over_positions_are_left_to_mkl(
+    instructions: str, summed: bool, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    calls = []
+    onednn = products.onednn
+    monkeypatch.setattr(products, "onednn", lambda *args: calls.append(1) or onednn(*args))  # type: ignore[func-returns-value]
+    dy, x = drawn(300, 40), drawn(300, 24)
+    close(products.outer(dy, x), dy.double().T @ x.double())
+    close(products.add_outer(products.outer(dy, x), dy, x, torch.float32), 2 * (dy.double().T @ x.double()))
+    assert bool(calls) == (library and summed)
+
+
 def test_a_frozen_input_costs_no_product() -> None:
     x, layer = drawn(64, 24), nn.Linear(24, 40)
     layer.weight.requires_grad_(False)
