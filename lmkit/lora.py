@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lmkit.config.adapter import AdapterConfig
 from lmkit.errors import ConfigError
 from lmkit.models.base import seeded_generator
+from lmkit.models.dropout import Dropout
 
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 """Names of an adapter's tensors inside its layer."""
@@ -45,7 +46,7 @@ class AdaptedLinear(nn.Module):
             self.lora_B.weight.zero_()
         self.lora_A.to(layer.weight)
         self.lora_B.to(layer.weight)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
         self.lora_magnitude_vector = nn.Parameter(self._norms_O().clone()) if config.use_dora else None
 

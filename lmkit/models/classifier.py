@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lmkit.config.tasks import NetworkActivation, NetworkConfig, NetworkInit, Pooling
 from lmkit.models.base import LanguageModel, seeded_generator
+from lmkit.models.dropout import Dropout
 
 HEAD_STD = 0.02
 """Standard deviation of a classifier's first weights, as those of GPT-2."""
@@ -26,7 +27,7 @@ class TextReader(nn.Module):
     def __init__(self, backbone: LanguageModel, pooling: Pooling, dropout: float) -> None:
         super().__init__()
         self.backbone, self.pooling = backbone, pooling
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @property
     def width(self) -> int:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkit.config.model import Cell, RecurrentConfig
 from lmkit.models.base import LanguageModel, State, seeded_generator
 from lmkit.models.cells import GRU, LSTM
-from lmkit.models.dropout import embed_with_dropout, locked_dropout
+from lmkit.models.dropout import dropout, embed_with_dropout, locked_dropout
 from lmkit.models.mogrifier import MogrifierLSTM
 from lmkit.models.output import build_head
 
@@ -97,7 +96,7 @@ class Recurrent(LanguageModel):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Outputs, last hidden and (LSTM) last cell of one layer; in training its hidden-to-hidden matrix has drops."""
         p = self.config.dropout_recurrent if self.training else 0.0
-        weights = {"weight_hh_l0": F.dropout(layer.weight_hh_l0, p)} if p > 0.0 else {}  # type: ignore[arg-type]
+        weights = {"weight_hh_l0": dropout(layer.weight_hh_l0, p)} if p > 0.0 else {}  # type: ignore[arg-type]
         before: Any = None if state is None else state.hidden[index][None]
         if state is not None and state.cell:
             before = (before, state.cell[index][None])

@@ -18,7 +18,7 @@ from lmkit import products
 from lmkit.config.model import Positions
 from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel
-from lmkit.models.dropout import DropPath, LockedDropout
+from lmkit.models.dropout import Dropout, DropPath, LockedDropout
 from lmkit.models.transformer import Attention, Block, FeedForward, KVCache, RMSNorm, Transformer, activate
 
 MAX_ROOM = 1024
@@ -28,7 +28,7 @@ MIN_TOKENS = 32
 MIN_TEXTS = 8
 """From so many texts on, attention as two products of all heads at once reads the cache faster than torch's own."""
 
-KNOWN_PARTS = {Block, Attention, FeedForward, nn.Linear, RMSNorm, nn.LayerNorm, nn.Dropout, LockedDropout, DropPath}
+KNOWN_PARTS = {Block, Attention, FeedForward, nn.Linear, RMSNorm, nn.LayerNorm, Dropout, LockedDropout, DropPath}
 KNOWN_PARTS |= {nn.Sequential, nn.Identity}
 
 

@@ -25,7 +25,7 @@ from lmkit import products
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.models.base import LanguageModel, State, seeded_generator
 from lmkit.models.by_hand import RMSNormByHand, RotaryProjection, SwigluDown, attention, trains_on_cpu, unit_turns
-from lmkit.models.dropout import DropPath, LockedDropout, embed_with_dropout
+from lmkit.models.dropout import Dropout, DropPath, LockedDropout, embed_with_dropout
 from lmkit.models.output import build_head
 
 
@@ -327,7 +327,7 @@ def activate(kind: Activation, x: Tensor) -> Tensor:
 
 def build_dropout(config: TransformerConfig) -> nn.Module:
     """Dropout of the embeddings and of the sublayers' outputs."""
-    return LockedDropout(config.dropout) if config.dropout_locked else nn.Dropout(config.dropout)
+    return LockedDropout(config.dropout) if config.dropout_locked else Dropout(config.dropout)
 
 
 def build_norm(config: TransformerConfig) -> nn.Module:
