@@ -9,7 +9,7 @@ from lmkit.config.training import TrainConfig
 
 NUM_EVALS = 10
 """Evaluations over a run where eval.every_steps is null."""
-EVAL_SHARE = 0.06
+EVAL_SHARE = 0.03
 """Under a time budget, validation before the final one may take this share of the time."""
 EVAL_RESERVE = 1.25
 """Under a time budget, the last evaluation may take this many times as long as the one before it."""

@@ -70,9 +70,9 @@ def test_the_first_steps_which_are_slower_than_others_decide_nothing() -> None:
 
 
 def test_validation_takes_its_share_of_the_time_and_is_spread_over_the_run() -> None:
-    budget = Budget(600.0, None, eval_s=6.0)
+    budget = Budget(600.0, None, eval_s=3.0)
     assert budget.allows_eval(0.1, 0, 0.0, 100.0)
-    assert not budget.allows_eval(0.1, 0, 0.0, 99.0)  # 6 % of it are less than 6 s
-    assert not budget.allows_eval(0.1, 1, 6.0, 500.0)  # the second one is due at a fifth
-    assert budget.allows_eval(0.2, 1, 6.0, 200.0)
+    assert not budget.allows_eval(0.1, 0, 0.0, 99.0)  # 3 % of it are less than 3 s
+    assert not budget.allows_eval(0.1, 1, 3.0, 500.0)  # the second one is due at a fifth
+    assert budget.allows_eval(0.2, 1, 3.0, 200.0)
     assert not budget.allows_eval(0.96, 3, 0.0, 570.0)  # the final one is near
