@@ -69,9 +69,9 @@ class SoftmaxHead(Head):
         self.weight = weight_VD
         self.bias = nn.Parameter(torch.zeros(weight_VD.shape[0])) if bias else None
 
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed negative log-likelihood in nats; the gradients are made chunk by chunk in the forward pass."""
-        return linear_cross_entropy(hidden_ND, self.weight, self.bias, targets_N)
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+        """As Head.loss; the gradients are made chunk by chunk in the forward pass."""
+        return linear_cross_entropy(hidden_ND, self.weight, self.bias, targets_N, weights_N=weights_N)
 
     def sampled_loss(self, hidden_ND: Tensor, candidates: Candidates, targets_N: Tensor) -> Tensor:
         """Like ``loss``, but with a partition function that is estimated from some of the vocabulary.
@@ -118,6 +118,12 @@ def score_in_chunks(head: Head, hidden_ND: Tensor, targets_N: Tensor, size: int)
     """Head.score by way of the logits of ``size`` positions at a time."""
     nats_N = torch.zeros(len(targets_N), device=hidden_ND.device)
     correct_N = torch.zeros(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
+    if drops_unscored(hidden_ND.device):
+        kept = (targets_N != IGNORE).nonzero().squeeze(1)
+        if len(kept) < len(targets_N):
+            scores = score_in_chunks(head, hidden_ND[kept], targets_N[kept], size)
+            nats_N[kept], correct_N[kept] = scores.nats_N, scores.correct_N
+            return Scores(nats_N, correct_N)
     # Results are written in place and logits overwritten: small tensors that outlive a chunk would leave holes of
     # its size in the heap, which at large vocabularies add up to gigabytes.
     for first in range(0, len(targets_N), size):
@@ -134,11 +140,16 @@ def score_in_chunks(head: Head, hidden_ND: Tensor, targets_N: Tensor, size: int)
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, own_N: Tensor | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    own_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over N of the cross-entropy of hidden W^T + b with the targets; IGNORE targets count nothing.
 
-    own_N: subtracted from the logit of each row's own target.
+    own_N: subtracted from the logit of each row's own target. weights_N: factors of the rows, without a gradient.
     """
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
@@ -149,7 +160,10 @@ def linear_cross_entropy(
         if len(kept) < len(targets_N):
             hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N[kept]
             own_N = None if own_N is None else own_N[kept]
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, own_N, scored_N)  # type: ignore[no-untyped-call]
+            weights_N = None if weights_N is None else weights_N[kept]
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, bias_V, targets_N, own_N, weights_N, scored_N
+    )
     return loss
 
 
@@ -169,6 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         own_N: Tensor | None,
+        weights_N: Tensor | None,
         scored_N: Tensor | None,
     ) -> Tensor:
         device = hidden_ND.device.type
@@ -189,6 +204,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x, y, own = hidden[rows], targets_N[rows, None], None if own_N is None else own_N[rows, None]
                 logits = products.linear(x, weight, bias, out=buffer[: len(x)])
                 nats_C1, delta = _softmax_minus_target(logits, y, own)
+                if weights_N is not None:
+                    nats_C1, delta = nats_C1 * weights_N[rows, None], delta.mul_(weights_N[rows, None])
                 total += (nats_C1 if scored_N is None else nats_C1.where(scored_N[rows, None], 0.0)).sum()
                 if d_bias is not None:
                     d_bias += delta.sum(0) if scored_N is None else scored_N[rows].to(delta.dtype) @ delta
@@ -212,6 +229,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else (d_hidden * grad).to(ctx.hidden_dtype),
             None if d_weight is None else d_weight * grad,
             None if d_bias is None else d_bias * grad,
+            None,
             None,
             None,
             None,

@@ -56,7 +56,7 @@ class AdaptiveHead(Head):
         for tail, part in zip(self.tails, parts[1:], strict=True):
             tail.bias.copy_(torch.log(part / part.sum()))  # type: ignore[operator]
 
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
         """As Head.loss: each target costs its entry in the head, and one in a cluster if it is rare."""
         scored_N = targets_N != IGNORE
         rank_N = torch.where(scored_N, self.rank_V[targets_N.where(scored_N, 0)], IGNORE)
@@ -64,10 +64,11 @@ class AdaptiveHead(Head):
         starts = torch.tensor(self.edges[:-1], device=rank_N.device)
         cluster_N = torch.bucketize(rank_N, starts, right=True)  # 0: in the head itself, or ignored
         entry_N = torch.where(cluster_N > 0, first + cluster_N - 1, rank_N)
-        total = linear_cross_entropy(hidden_ND, self.weight, self.bias, entry_N)
+        total = linear_cross_entropy(hidden_ND, self.weight, self.bias, entry_N, weights_N=weights_N)
         for i, tail in enumerate(self.tails, start=1):
             rows = (cluster_N == i).nonzero().squeeze(1)
-            total = total + tail.loss(hidden_ND[rows], rank_N[rows] - self.edges[i - 1])  # type: ignore[operator]
+            weights = None if weights_N is None else weights_N[rows]
+            total = total + tail.loss(hidden_ND[rows], rank_N[rows] - self.edges[i - 1], weights)  # type: ignore[operator]
         return total
 
     @torch.no_grad()
@@ -100,9 +101,9 @@ class Tail(nn.Module):
         """(N, tokens of the cluster) float32 log-probabilities inside the cluster."""
         return F.log_softmax(F.linear(self.project(hidden_ND), self.weight, self.bias).float(), 1)
 
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed negative log-likelihood inside the cluster."""
-        return linear_cross_entropy(self.project(hidden_ND), self.weight, self.bias, targets_N)
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None) -> Tensor:
+        """As Head.loss, inside the cluster."""
+        return linear_cross_entropy(self.project(hidden_ND), self.weight, self.bias, targets_N, weights_N=weights_N)
 
 
 __all__ = ["AdaptiveHead"]

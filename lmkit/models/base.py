@@ -50,8 +50,11 @@ class Head(nn.Module, ABC):
     """Turns hidden vectors into a distribution over the vocabulary without ever holding N x V values at once."""
 
     @abstractmethod
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed negative log-likelihood (nats, scalar, differentiable) of the targets that are not IGNORE."""
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+        """Summed negative log-likelihood (nats, scalar, differentiable) of the targets that are not IGNORE.
+
+        weights_N: float32 factors of the targets, without a gradient; None: all 1.
+        """
 
     @abstractmethod
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:

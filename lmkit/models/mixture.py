@@ -31,16 +31,17 @@ class MixtureHead(Head):
         self.latent = nn.Linear(width, num_softmaxes * width)
         self.prior = nn.Linear(width, num_softmaxes, bias=False)
 
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
         """As Head.loss; the gradients are made in the forward pass, a chunk of N x M x V values at a time."""
         if drops_unscored(hidden_ND.device):
             kept = (targets_N != IGNORE).nonzero().squeeze(1)
             hidden_ND, targets_N = hidden_ND[kept], targets_N[kept]
+            weights_N = None if weights_N is None else weights_N[kept]
         else:
             hidden_ND = hidden_ND.where((targets_N != IGNORE)[:, None], 0.0)
         latent_NMD, log_prior_NM = self._mixed(hidden_ND)
         loss: Tensor = _MixtureCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            latent_NMD, log_prior_NM, self.weight, self.bias, targets_N
+            latent_NMD, log_prior_NM, self.weight, self.bias, targets_N, weights_N
         )
         return loss
 
@@ -67,7 +68,7 @@ class MixtureHead(Head):
 
 
 class _MixtureCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log sum over m of prior[m] softmax(W latent[m] + b)[target].
+    """Sum over rows of -log sum over m of prior[m] softmax(W latent[m] + b)[target], each times its weight.
 
     With r[m] the share of softmax m in the probability of the target, the gradient with respect to the logits of m is
     r[m] (softmax - onehot(target)), and that with respect to log prior[m] is -r[m]. Under autocast the products run in
@@ -76,7 +77,13 @@ class _MixtureCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, latent_NMD: Tensor, log_prior_NM: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor
+        ctx: Any,
+        latent_NMD: Tensor,
+        log_prior_NM: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weights_N: Tensor | None,
     ) -> Tensor:
         device = latent_NMD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -91,6 +98,7 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         d_bias = None if bias_V is None else torch.zeros_like(bias_V)
         total = torch.zeros((), device=latent.device)
         scored_N1 = (targets_N != IGNORE)[:, None]
+        factor_N1 = scored_N1 if weights_N is None else weights_N[:, None].where(scored_N1, 0.0)
         targets_N = targets_N.where(scored_N1.squeeze(1), 0)
         size = rows_per_chunk(num_softmaxes * len(weight), latent.device)
         with torch.autocast(device, enabled=False):
@@ -101,8 +109,8 @@ class _MixtureCrossEntropy(torch.autograd.Function):
                 log_probs_RV = F.log_softmax(F.linear(x_RD, weight, bias).float(), 1)
                 joint_CM = log_probs_RV.gather(1, y_R1).view(-1, num_softmaxes) + log_prior_NM[rows]
                 log_prob_C1 = joint_CM.logsumexp(1, keepdim=True)
-                total -= log_prob_C1.where(scored_N1[rows], 0.0).sum()
-                share_CM = (joint_CM - log_prob_C1).exp_().mul_(scored_N1[rows])
+                total -= (log_prob_C1 * factor_N1[rows]).sum()
+                share_CM = (joint_CM - log_prob_C1).exp_().mul_(factor_N1[rows])
                 d_prior[rows] = -share_CM
                 share_R1 = share_CM.view(-1, 1)
                 delta_RV = log_probs_RV.exp_().mul_(share_R1).scatter_add_(1, y_R1, -share_R1)
@@ -120,7 +128,7 @@ class _MixtureCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_latent, d_prior, d_weight, d_bias = ctx.saved_tensors
         d_bias = None if d_bias is None else d_bias * grad
-        return (d_latent * grad).to(ctx.latent_dtype), d_prior * grad, d_weight * grad, d_bias, None
+        return (d_latent * grad).to(ctx.latent_dtype), d_prior * grad, d_weight * grad, d_bias, None, None
 
 
 __all__ = ["MixtureHead"]

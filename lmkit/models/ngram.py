@@ -162,11 +162,13 @@ class KneserNeyHead(Head):
         finally:
             self.tilt_V = None
 
-    def loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed nats as in Head.loss; differentiable by the tilt, where there is one."""
+    def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+        """As Head.loss; differentiable by the tilt, where there is one."""
         if self.tilt_V is None:
-            return self.score(hidden_ND, targets_N).nats_N.sum()
-        return F.cross_entropy(self.logits(hidden_ND), targets_N, ignore_index=IGNORE, reduction="sum")
+            nats_N = self.score(hidden_ND, targets_N).nats_N
+        else:
+            nats_N = F.cross_entropy(self.logits(hidden_ND), targets_N, ignore_index=IGNORE, reduction="none")
+        return nats_N.sum() if weights_N is None else nats_N @ weights_N
 
     @torch.no_grad()
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:

@@ -99,12 +99,17 @@ class PairBatches:
         return pair_batch([self._pairs[row] for row in rows], self._pad_id)
 
 
-def answer_log_probs(model: LanguageModel, forward: nn.Module, batch: PairBatch) -> Tensor:
-    """(P, 2) float32, differentiable: summed log-probability of each answer, its end token included."""
-    hidden_RTD = forward(batch.inputs_P2T.flatten(0, 1))[0]
-    pairs = zip(hidden_RTD, batch.targets_P2T.flatten(0, 1), strict=True)
-    nats_R = torch.stack([model.head.loss(hidden_TD, targets_T) for hidden_TD, targets_T in pairs])
-    return -nats_R.float().view(-1, 2)
+@torch.no_grad()
+def answer_log_probs(model: LanguageModel, hidden_RTD: Tensor, batch: PairBatch) -> Tensor:
+    """(P, 2) float32: summed log-probability of each answer, its end token included. R: the 2 P answers."""
+    nats_N = model.head.score(hidden_RTD.flatten(0, 1), batch.targets_P2T.flatten()).nats_N
+    return -nats_N.view_as(batch.targets_P2T).sum(2)
+
+
+def read(forward: nn.Module, batch: PairBatch) -> Tensor:
+    """(R, T, D): the hidden vectors of all answers."""
+    hidden_RTD: Tensor = forward(batch.inputs_P2T.flatten(0, 1))[0]
+    return hidden_RTD
 
 
 class Prefer(Task):
@@ -145,8 +150,17 @@ class Prefer(Task):
         for module in self.model.modules():
             if isinstance(module, nn.RNNBase):
                 module.train()  # nothing in it drops, and cuDNN gives gradients in training only
-        log_probs_P2 = answer_log_probs(self.model, forward, batch)
-        return self._losses(log_probs_P2, batch).sum(), None
+        hidden_RTD = read(forward, batch)
+        log_probs_P2 = answer_log_probs(self.model, hidden_RTD, batch).requires_grad_()
+        with torch.enable_grad():
+            loss = self._losses(log_probs_P2, batch).sum()
+            (slopes_P2,) = torch.autograd.grad(loss, log_probs_P2)
+        # The gradient is that of all answers' nats, each times its slope: one product for all, where the nats of each
+        # answer by itself would keep a gradient of the whole head.
+        scale = slopes_P2.abs().max().clamp(min=1e-30)  # so that no factor is lost in half precision
+        weights_N = (-slopes_P2 / scale)[:, :, None].expand_as(batch.targets_P2T).flatten()
+        slope = scale * self.model.head.loss(hidden_RTD.flatten(0, 1), batch.targets_P2T.flatten(), weights_N)
+        return loss.detach() + (slope - slope.detach()), None
 
     def _losses(self, log_probs_P2: Tensor, batch: PairBatch) -> Tensor:
         """(P,) loss of each pair, nats."""
@@ -168,7 +182,7 @@ class Prefer(Task):
             batch = pair_batch(by_length[first : first + micro_batch_size], self.tokenizer.eos_id)
             batch = batch.cut(slice(None), device.torch_device)
             with device.autocast():
-                log_probs_P2 = answer_log_probs(self.model, self.model, batch)
+                log_probs_P2 = answer_log_probs(self.model, read(self.model, batch), batch)
             losses += self._losses(log_probs_P2, batch).tolist()
             gains += (log_probs_P2 - batch.reference_P2).double().tolist()
             progress(batch.num_rows)
@@ -222,7 +236,7 @@ def with_reference(
         part = pairs[first : first + batch_size]
         with device.autocast():
             batch = pair_batch(part, pad_id).cut(slice(None), device.torch_device)
-            log_probs = answer_log_probs(model, model, batch).tolist()
+            log_probs = answer_log_probs(model, read(model, batch), batch).tolist()
         found += [Pair(p.chosen, p.rejected, (r[0], r[1])) for p, r in zip(part, log_probs, strict=True)]
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lmkit.heads
 from lmkit.heads import SoftmaxHead, linear_cross_entropy, rows_per_chunk
 from lmkit.models.adaptive import AdaptiveHead
-from lmkit.models.base import IGNORE
+from lmkit.models.base import IGNORE, Head
 from lmkit.models.mixture import MixtureHead
 
 VOCAB, WIDTH, N = 97, 12, 50
@@ -22,14 +22,16 @@ VOCAB, WIDTH, N = 97, 12, 50
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows scored at a time: does not divide N, or is more than N."""
     rows: int = request.param
-    monkeypatch.setattr(lmkit.heads, "rows_per_chunk", lambda vocab_size, device: rows)
+    for module in (lmkit.heads, lmkit.models.mixture, lmkit.models.adaptive):
+        monkeypatch.setattr(module, "rows_per_chunk", lambda vocab_size, device: rows)
     return rows
 
 
 @pytest.fixture(params=[True, False], ids=["rows dropped", "rows masked"], autouse=True)
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without a target, as on CPUs and as on cards."""
-    monkeypatch.setattr(lmkit.heads, "drops_unscored", lambda device: request.param)
+    for module in (lmkit.heads, lmkit.models.mixture):
+        monkeypatch.setattr(module, "drops_unscored", lambda device: request.param)
 
 
 def case(*, bias: bool = True, ignored: tuple[int, ...] = ()) -> tuple[SoftmaxHead, Tensor, Tensor]:
@@ -80,6 +82,44 @@ def test_scores_are_the_loss_of_each_target_and_whether_it_is_the_argmax() -> No
     torch.testing.assert_close(scores.correct_N, logits_NV.argmax(1) == targets_N)
     assert scores.correct_N[5]
     assert not scores.correct_N[3]
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("kind", ["softmax", "mixture", "adaptive"])
+def test_each_target_counts_as_often_as_its_weight_says(kind: str) -> None:
+    torch.manual_seed(0)
+    plain, hidden_ND, targets_N = case(ignored=(3, 4))
+    head: Head = plain
+    if kind == "mixture":
+        head = MixtureHead(nn.Parameter(torch.randn(VOCAB, WIDTH)), 2, bias=True)
+    if kind == "adaptive":
+        head = AdaptiveHead(WIDTH, VOCAB, [20, 60], 2.0)
+        nn.init.normal_(head.weight)
+        for tail in head.tails:
+            nn.init.normal_(tail.weight)
+    weights_N = torch.randn(N)
+    rows = (row for row in range(N) if targets_N[row] != IGNORE)
+    one_by_one = torch.stack(
+        [weights_N[row] * head.loss(hidden_ND[row, None], targets_N[row, None]) for row in rows]
+    ).sum()
+    together = head.loss(hidden_ND, targets_N, weights_N)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
+    wanted = [hidden_ND, *head.parameters()]
+    for ours, expected in zip(
+        torch.autograd.grad(3.0 * together, wanted), torch.autograd.grad(3.0 * one_by_one, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_without_a_target_are_not_scored_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmkit.heads, "drops_unscored", lambda device: True)
+    head, hidden_ND, targets_N = case(ignored=tuple(range(0, N, 2)))
+    seen = []
+    logits = head.logits
+    monkeypatch.setattr(head, "logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))  # type: ignore[func-returns-value]
+    scores = head.score(hidden_ND, targets_N)
+    assert sum(seen) == N // 2
+    assert (scores.nats_N != 0).sum() == N // 2
 
 
 @pytest.mark.usefixtures("chunk")

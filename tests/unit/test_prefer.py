@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmkit.config.chat import PreferTaskConfig
@@ -13,8 +14,8 @@ from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import RecurrentConfig, TransformerConfig
 from lmkit.data.chat import Encoded
 from lmkit.device import Device, resolve_device
-from lmkit.models.base import LanguageModel
-from lmkit.tasks.prefer import Pair, Prefer, answer_log_probs, pair_batch, with_reference
+from lmkit.models.base import IGNORE, LanguageModel
+from lmkit.tasks.prefer import Pair, Prefer, answer_log_probs, pair_batch, read, with_reference
 from lmkit.tokenizers import ByteTokenizer
 
 END = ByteTokenizer.eos_id
@@ -104,11 +105,37 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(device: Device) ->
         torch.testing.assert_close(whole, cut, atol=1e-6, rtol=1e-4)
 
 
+def test_the_gradient_is_that_of_the_formula_in_plain_operations(device: Device) -> None:
+    model = TRANSFORMER.build(ByteTokenizer.vocab_size, seed=1)
+    task = build(model, device, beta=0.7, label_smoothing=0.2, sft_weight=0.3)
+    moved(model)
+    batch = pair_batch(task.valid, END)
+    found = []
+    for plain in (True, False):
+        model.zero_grad()
+        if plain:
+            logits = model.eval().head.logits(model(batch.inputs_P2T.flatten(0, 1))[0].flatten(0, 1))
+            nats_N = F.cross_entropy(logits, batch.targets_P2T.flatten(), reduction="none", ignore_index=IGNORE)
+            loss = task._losses(-nats_N.view_as(batch.targets_P2T).sum(2), batch).sum()
+        else:
+            loss, _ = task.loss(model, batch, None, 0.0)
+        (3.0 * loss).backward()  # type: ignore[no-untyped-call]
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 5
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def log_probs_of(model: LanguageModel, pairs: list[Pair]) -> Tensor:
+    batch = pair_batch(pairs, END)
+    return answer_log_probs(model, read(model, batch), batch)
+
+
 def test_padding_and_neighbours_do_not_change_an_answer(device: Device) -> None:
     model = TRANSFORMER.build(ByteTokenizer.vocab_size, seed=1).eval()
-    together = answer_log_probs(model, model, pair_batch(PAIRS, END))
+    together = log_probs_of(model, PAIRS)
     for row, pair in enumerate(PAIRS):
-        alone = answer_log_probs(model, model, pair_batch([pair], END))[0]
+        alone = log_probs_of(model, [pair])[0]
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
         assert together[row].tolist() == pytest.approx(
             [log_prob(model, e) for e in (pair.chosen, pair.rejected)], rel=1e-5
