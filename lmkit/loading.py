@@ -99,7 +99,7 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     unfinished = _UNFINISHED.get(status_of(found.path), "") if is_run else ""
     console.say(f"run: {found.path}, checkpoint {checkpoint.name}{unfinished}")
     snapshot = load_checkpoint(checkpoint, with_optimizer=False)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer", verified=True)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
     stored = snapshot.config
     try:
         model_config = from_plain(ModelConfig, stored["model"], where="model")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+from lmkit.store import storage
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """xs, ys."""
@@ -44,9 +46,9 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_l
     _plot_losses(axes, losses)
     if title:
         axes.set_title(title, loc="left", fontsize=11)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    canvas.print_figure(unfinished, format="png")
-    unfinished.replace(path)
+    drawn = io.BytesIO()
+    canvas.print_figure(drawn, format="png")
+    storage.replace_file(path, drawn.getvalue())
 
 
 def _plot_losses(axes: Any, losses: Mapping[str, Curve]) -> None:

@@ -43,6 +43,8 @@ CHARTS = [
 def write_report(run_dir: Path, to: str | None) -> str:
     """Write the page; returns what to say. Raises ConfigError or ResourceError."""
     path = output_path(str(run_dir / DEFAULT_REPORT) if to is None else to, "to")
+    if to is None:
+        path = run_dir.resolve() / DEFAULT_REPORT  # a link there is replaced and not followed
     write_file(path, render(gather(run_dir)).encode("utf-8"), "to")
     return f"wrote {path}\n"
 

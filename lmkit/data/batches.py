@@ -21,6 +21,9 @@ from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
 from lmkit.rng import derive_key
 
+ORDER = "1"
+"""Version of the order, of all kinds of batches: raised when the same seed and step give another batch."""
+
 Indices = NDArray[np.int64]
 
 
@@ -218,9 +221,6 @@ class Windows:
     the last one may be short. The number of windows is the same in every epoch. The order is a keyed permutation, so
     there is nothing to store and nothing to replay.
     """
-
-    ORDER_VERSION = 1
-    """Raised when the order of the same seed changes."""
 
     def __init__(self, tokens: NDArray[np.integer], eos_id: int, batch_size: int, seq_len: int, seed: int) -> None:
         self._stream = _Stream(tokens, eos_id)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 
 from lmkit.config.data import DatasetConfig, HfTokenizerConfig, TokenizerConfig
 from lmkit.config.plain import to_plain
@@ -30,18 +29,14 @@ from lmkit.data.tokenfiles import FORMAT, VERSION, PreparedData, Split, SplitWri
 from lmkit.data.workers import count_words, encoded
 from lmkit.errors import DataError, ResourceError
 from lmkit.store import storage
+from lmkit.store.cache import cache_dir
 from lmkit.tokenizers import Tokenizer, train_tokenizer
+from lmkit.tokenizers.probe import vouch
 
 __all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare"]
 
 _QUIET_S = 1.0
 """No progress is shown before this time, since most preparations are over by then."""
-
-
-def cache_dir() -> Path:
-    """The folder of prepared data: LMKIT_CACHE, or lmkit's folder in the user's cache."""
-    override = os.environ.get("LMKIT_CACHE")
-    return Path(os.path.expanduser(override)).absolute() if override else platformdirs.user_cache_path("lmkit")
 
 
 def prepare(
@@ -159,6 +154,8 @@ class _Preparation:
         if self.tokenizer is None:
             assert self.config is not None
             self.tokenizer = train_tokenizer(self.config, lambda: self._train_text(survey), count_words)
+        if self.config is not None:
+            vouch(self.tokenizer)  # it was trained here, just now
         key = self._key(survey)
         temporary = self.folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
         temporary.mkdir()

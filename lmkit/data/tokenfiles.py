@@ -163,7 +163,7 @@ def open_prepared(path: Path, *, verify: bool = False) -> PreparedData:
     Raises DataError, naming the file, for anything missing, damaged or written by another version.
     """
     index = _read_index(path / INDEX)
-    tokenizer = load_tokenizer(path / "tokenizer", verified=True)
+    tokenizer = load_tokenizer(path / "tokenizer")
     try:
         if tokenizer.digest != index["tokenizer"]["digest"]:
             raise DataError(f"the tokenizer in {path} is not the one that its index names", _REMEDY)

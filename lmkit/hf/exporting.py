@@ -163,7 +163,7 @@ def read_plain(folder: Path) -> tuple[Transformer, Tokenizer]:
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state)
-    return model.eval(), load_tokenizer(folder / "tokenizer", verified=True)
+    return model.eval(), load_tokenizer(folder / "tokenizer")
 
 
 def logits_of(model: Transformer) -> Logits:

@@ -16,6 +16,7 @@ from typing import Any
 from lmkit.config.runs import DEFAULT_ROOT
 from lmkit.errors import CheckpointError, ResourceError, RunLockedError
 from lmkit.store import manifest as mf
+from lmkit.store import storage
 from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, read_info, read_result
 from lmkit.store.listing import list_checkpoints, read_json_entry
 from lmkit.store.manifest import Manifest, read_manifest
@@ -224,7 +225,7 @@ def readable(read: Callable[[Path], dict[str, Any] | None], run_dir: Path) -> di
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        return path.read_bytes().splitlines()
+        return storage.read_regular(path).splitlines()
     except OSError:
         return []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.errors import CheckpointError
+from lmkit.store import storage
 from lmkit.store.manifest import MANIFEST
 from lmkit.store.records import decode, read_object
 
@@ -39,10 +40,15 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; NaN and infinity are floats again, torn lines are left out."""
+    """The rows of metrics.jsonl in order; NaN and infinity are floats again, torn lines are left out.
+
+    No file is no row. Raises CheckpointError if it cannot be read.
+    """
     path = run_dir / METRICS
     try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = storage.read_regular(path).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     return [row for row in map(parse_row, lines) if row is not None]

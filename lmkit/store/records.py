@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.errors import CheckpointError
+from lmkit.store import storage
 from lmkit.store.manifest import parse_json, read_small_file
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -30,8 +31,7 @@ class LineFile:
         line = (json.dumps(encode(row), ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
         try:
             if self._descriptor is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                self._descriptor = os.open(self._path, flags | getattr(os, "O_BINARY", 0), 0o666)
+                self._descriptor = storage.open_to_append(self._path)
             data = b"\n" + line if self._torn else line
             self._torn = os.write(self._descriptor, data) < len(data)  # known only then: another thread may write, too
             if self._torn:
@@ -85,9 +85,9 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in a file of JSON lines; torn lines are left out, and no file is no line."""
+    """The JSON objects in a file of JSON lines; torn lines are left out, and no readable file is no line."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = storage.read_regular(path).splitlines()
     except OSError:
         return []
     return [row for line in lines if (row := parse_row(line)) is not None]

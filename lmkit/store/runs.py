@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +63,8 @@ class Run:
         self.run_id = uuid.uuid4().hex
         self.digests: dict[str, str] = {}
         """Digests of what the run is trained on (``data``); set by ``begin`` and written into every checkpoint."""
+        self.place: dict[str, str] = {}
+        """Where it is trained, as far as bits may depend on it (``device``); written into every checkpoint, too."""
         self._lock = lock
         self._listeners: list[Listener] = []
         self._metrics = LineFile(path / METRICS, warn)
@@ -150,17 +152,29 @@ class Run:
             self.journal("start", {"command": list(command)})
         else:
             old = {"seed": info.get("seed"), **(info.get("digests") or {})}
-            new: dict[str, Any] = {"seed": seed, **digests}
-            changes = [(k, old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-            if changes:
-                show(changes)
-                told = ", ".join(f"{name}: {before} -> {now}" for name, before, now in changes)
-                raise ConfigError(
-                    f"{self.path} cannot be resumed because this changed: {told}",
-                    "start a new run, or finetune from this one",
-                )
+            self.refuse_changes(old, {"seed": seed, **digests}, show)
             self.journal("resume", {"command": list(command)})
         self.digests = digests
+
+    def refuse_changes(
+        self, old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[list[Change]], None]
+    ) -> None:
+        """Raise ConfigError with both values of what differs, which are first given to ``show``.
+
+        What ``old`` does not name was not recorded yet and counts as the same.
+        """
+        changes = [
+            (key, old.get(key, new.get(key)), new.get(key))
+            for key in sorted({*old, *new})
+            if old.get(key, new.get(key)) != new.get(key)
+        ]
+        if changes:
+            show(changes)
+            told = ", ".join(f"{name}: {before} -> {now}" for name, before, now in changes)
+            raise ConfigError(
+                f"{self.path} cannot be resumed because this changed: {told}",
+                "start a new run, or finetune from this one",
+            )
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Append an event to journal.jsonl; may be called from any thread, never raises for a full disk."""
@@ -183,32 +197,34 @@ class Run:
 
         The rest, a torn last line included, is appended to metrics.jsonl.old. Raises ResourceError.
         """
-        path = self.path / METRICS
+        path, old = self.path / METRICS, self.path / f"{METRICS}.old"
         self._metrics.close()
-        try:
-            raw = path.read_bytes() if path.exists() else b""
-            kept = 0
-            for line in raw.splitlines(keepends=True):
-                row = parse_row(line)
-                if not line.endswith(b"\n") or (row is not None and row["step"] > step):
-                    break
-                kept += len(line)
-            if kept < len(raw):
-                with (self.path / f"{METRICS}.old").open("ab") as old:
-                    old.write(raw[kept:] if raw.endswith(b"\n") else raw[kept:] + b"\n")
+        raw = b""
+        with _written(path), contextlib.suppress(FileNotFoundError):
+            raw = storage.read_regular(path)
+        kept = 0
+        for line in raw.splitlines(keepends=True):
+            row = parse_row(line)
+            if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+                break
+            kept += len(line)
+        if kept < len(raw):
+            with _written(old):
+                descriptor = storage.open_to_append(old)
+                try:
+                    storage.write_all(descriptor, raw[kept:] if raw.endswith(b"\n") else raw[kept:] + b"\n")
+                finally:
+                    os.close(descriptor)
+            with _written(path):
                 storage.replace_file(path, raw[:kept])
-        except OSError as error:
-            raise storage.resource_error("write", path, error) from error
 
     def write_result(self, result: Mapping[str, Any], *, status: str = FINISHED) -> None:
         """Write result.json atomically, with ``status`` and the time. Raises ResourceError."""
         self._replace(RESULT, {"status": status, "ended": _utc_now(), "run_id": self.run_id, **result})
 
     def _replace(self, name: str, value: Mapping[str, Any]) -> None:
-        try:
+        with _written(self.path / name):
             storage.replace_file(self.path / name, to_json(value))
-        except OSError as error:
-            raise storage.resource_error("write", self.path / name, error) from error
 
     def close(self) -> None:
         """Close the logs and free the lock."""
@@ -262,13 +278,22 @@ class SharedRun(Run):
         return
 
 
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Context in which an OSError becomes the ResourceError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise storage.resource_error("write", path, error) from error
+
+
 def _make_new(root: Path, dataset: str, model: str) -> Path:
     """Make a directory under ``root`` whose name no other run has, even one started in the same second."""
     parts = [datetime.now().strftime("%Y%m%d-%H%M%S"), dataset, model]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts[1:])
     name = f"{parts[0]}-{name}"[:100]
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        storage.make_directories(root)
         for number in range(1, 10_000):
             path = root / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
@@ -283,7 +308,7 @@ def _make_given(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file", "name a directory")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        storage.make_directories(path)
     except OSError as error:
         raise storage.resource_error("make", path, error) from error
 

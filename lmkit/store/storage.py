@@ -42,6 +42,22 @@ def make_directory(path: Path) -> None:
     os.mkdir(path)
 
 
+def make_directories(path: Path) -> None:
+    """Make a directory, unless it is there, and those above it that are missing; all their names are synced."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for made in reversed(missing):
+        try:
+            make_directory(made)
+        except FileExistsError:
+            if not made.is_dir():  # made by another process meanwhile; and not a link to nowhere
+                raise
+        with contextlib.suppress(OSError):  # a parent that may be passed through but not read
+            sync_directory(made.parent)
+
+
 def create_file(path: Path) -> int:
     """Open a new file for writing and return its descriptor; an existing file or link is an error."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -183,17 +199,34 @@ def _target_of(old: Path) -> Path:
 
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading. A link, pipe, device or directory is an OSError and never blocks."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(_regular(path, os.O_RDONLY), "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file; anything else is an OSError, as in ``open_regular``."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def open_to_append(path: Path) -> int:
+    """Open a regular file, made if it is missing, to append to it; its descriptor. Errors as in ``open_regular``."""
+    return _regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def _regular(path: Path, flags: int) -> int:
+    """The descriptor of a file that is opened only if it is a regular one."""
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a symbolic link", str(path))
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
 
 
 def drop_cache(file: BufferedReader) -> None:
@@ -228,5 +261,6 @@ def resource_error(doing: str, path: Path, error: OSError, needed_bytes: int | N
         errno.EROFS: "choose another run.dir, or make this one writable",
         errno.EACCES: "choose another run.dir, or make this one writable",
         errno.EPERM: "choose another run.dir, or make this one writable",
+        errno.ELOOP: "remove the link, or choose another run.dir",
     }.get(error.errno or 0, "check the disk, or choose another run.dir")
     return ResourceError(f"cannot {doing} {path}{sizes}: {error.strerror or error}", remedy)

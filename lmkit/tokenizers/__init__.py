@@ -86,11 +86,10 @@ def train_tokenizer(config: TokenizerConfig, lines: Lines, count: WordCounter | 
     raise ConfigError(f"unknown tokenizer configuration {type(config).__name__}")
 
 
-def load_tokenizer(directory: Path, *, verified: bool = False) -> Tokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """Read what ``save`` wrote. Raises DataError, naming the file, for anything missing, damaged or foreign.
 
-    The file of another library is tried in a child process first (see ``probe.py``), unless the caller has ``verified``
-    it as part of a checkpoint or of prepared data.
+    The file of another library is tried in a child process first, once (see ``probe.py``).
     """
     path = directory / HEADER_FILE
     try:
@@ -114,7 +113,7 @@ def load_tokenizer(directory: Path, *, verified: bool = False) -> Tokenizer:
         found = digest_of(cls.kind, content)
         if found != digest:
             raise DataError(f"its digest is {found[:12]}, expected {str(digest)[:12]}")
-        if cls.side_file is not None and not verified:
+        if cls.side_file is not None:
             try_in_child(cls, content)
         return cls.from_content(content)
     except (DataError, ValueError) as error:

@@ -3,16 +3,20 @@
 sentencepiece and tokenizers are native libraries: what a crafted file makes of them may be an abort, a wild read, all
 the memory there is, or a regular expression that never ends, none of which is an exception here. The child has limits
 of time and memory; the file is loaded in this process only after the child has come to a good end.
+What has come to one is remembered by its digest in the user's cache folder, so that it is tried once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from lmkit.errors import DataError
-from lmkit.tokenizers.base import Tokenizer, one_line
+from lmkit.store.cache import cache_dir
+from lmkit.tokenizers.base import Tokenizer, digest_of, one_line
 
 CPU_SECONDS = 20
 WALL_SECONDS = 60.0
@@ -28,7 +32,13 @@ _REFUSED = 3
 
 
 def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
-    """Raises DataError if a tokenizer of this class cannot be made of ``content`` and used within the limits."""
+    """Raises DataError if a tokenizer of this class cannot be made of ``content`` and used within the limits.
+
+    Content that was found good before is not tried again; where the cache folder cannot be written it is.
+    """
+    note = _note(digest_of(cls.kind, content))
+    if os.path.isfile(note):
+        return
     command = [sys.executable, "-P", "-c", f"from {__name__} import child; child()", cls.kind]
     command += [str(CPU_SECONDS), str(MEMORY_BYTES)]
     try:
@@ -42,6 +52,24 @@ def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
             f"the library that reads it crashed, or needed more than {CPU_SECONDS} s or {MEMORY_BYTES >> 30} GB"
             f" (exit code {done.returncode} of the child that tried it)"
         )
+    _make(note)
+
+
+def vouch(tokenizer: Tokenizer) -> None:
+    """Remember a tokenizer that was made here, and not read, as good: it need never be tried."""
+    if tokenizer.side_file is not None:
+        _make(_note(tokenizer.digest))
+
+
+def _note(digest: str) -> Path:
+    """The empty file that says that content of this digest is good."""
+    return cache_dir() / "tried" / digest
+
+
+def _make(note: Path) -> None:
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 def child() -> None:

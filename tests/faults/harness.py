@@ -56,10 +56,12 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 
 def forge(checkpoint: Path, name: str, data: bytes) -> None:
-    """Replace a file of a checkpoint as an attacker would: the manifest agrees with it."""
+    """Replace or add a file of a checkpoint as an attacker would: the manifest agrees with it."""
     (checkpoint / name).write_bytes(data)
     path = checkpoint / manifest.MANIFEST
     listed = json.loads(path.read_bytes())
+    if name not in [entry["path"] for entry in listed["files"]]:
+        listed["files"].append({"path": name})
     for entry in listed["files"]:
         if entry["path"] == name:
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

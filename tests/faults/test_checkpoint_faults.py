@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import Lmkit
 
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.store import checkpoint_writer, manifest, reading, staging, storage
@@ -820,6 +821,31 @@ def test_row_91_a_linked_tokenizer_folder_is_refused(damaged: Path) -> None:
     folder = (newest(damaged) / "tokenizer").rename(damaged / "elsewhere")
     (newest(damaged) / "tokenizer").symlink_to(folder)
     assert_refused(damaged, "symbolic link")
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ["metrics.jsonl", "journal.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_row_91_links_pipes_and_folders_in_place_of_logs_are_not_read_and_hang_nothing(
+    trained: Path, small: list[str], lmkit: Lmkit, name: str, kind: str
+) -> None:
+    path = trained / name
+    good = path.rename(trained / "elsewhere")
+    if kind == "link":
+        path.symlink_to(good)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    before = good.read_bytes()
+    codes = {"metrics.jsonl": (0, 4, 6), "journal.jsonl": (0, 0, 0)}[name]
+    resume = [*small, f"run.dir={trained}", "resume=true", "train.max_steps=14"]
+    for words, code in zip((["runs", "ls", trained], ["runs", "show", trained], resume), codes, strict=True):
+        done = lmkit(*words)
+        assert done.code == code, done.err
+        assert code == 0 or str(path) in done.error
+    assert name != "journal.jsonl" or f"cannot write {path}" in done.err
+    assert good.read_bytes() == before
 
 
 def test_row_44_a_checkpoint_that_is_retired_while_it_is_read_is_a_clear_error(

@@ -31,6 +31,7 @@ from lmkit.data import textfiles
 from lmkit.errors import DataError
 from lmkit.store.checkpoint import list_checkpoints
 from lmkit.tokenizers import load_tokenizer, probe, train_tokenizer
+from lmkit.tokenizers.base import FORMAT, VERSION, digest_of
 
 DEVICE = ["device=cpu", "device.threads=1"]
 
@@ -321,8 +322,6 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_row_86_a_crafted_sentencepiece_model_ends_in_the_child_that_tries_it(
     sentencepiece_folder: Path, tmp_path: Path, attack: str
 ) -> None:
-    from lmkit.tokenizers.base import digest_of
-
     good = (sentencepiece_folder / "sentencepiece.model").read_bytes()
     added = MODEL_ATTACKS[attack]
     model = good[:-20] if added is None else good + added
@@ -336,13 +335,87 @@ def test_row_86_a_crafted_sentencepiece_model_ends_in_the_child_that_tries_it(
 
 
 def test_rows_86_87_a_crash_of_the_child_is_an_error_here(
-    sentencepiece_folder: Path, monkeypatch: pytest.MonkeyPatch
+    sentencepiece_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load_tokenizer(sentencepiece_folder).kind == "sentencepiece"
     crashed = subprocess.CompletedProcess([], -11, b"", b"")
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path))  # where it was not found good
     monkeypatch.setattr(probe.subprocess, "run", lambda *_, **__: crashed)
     with pytest.raises(DataError, match="crashed"):
         load_tokenizer(sentencepiece_folder)
+
+
+@pytest.fixture
+def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the tokenizers that a child process has tried since."""
+    tried: list[str] = []
+    run = subprocess.run
+
+    def noted(command: list[str], **options: Any) -> Any:
+        tried.append(command[4])
+        return run(command, **options)
+
+    monkeypatch.setattr(probe.subprocess, "run", noted)
+    return tried
+
+
+@pytest.fixture
+def subwords(small: list[str], lmkit: Lmkit, tmp_path: Path) -> Path:
+    """A finished run with a sentencepiece tokenizer."""
+    words = [word for word in small if word != "tokenizer=byte"]
+    words += ["tokenizer=sentencepiece", "tokenizer.vocab_size=300", "train.max_steps=4"]
+    done = lmkit(*words, f"run.dir={tmp_path}/subwords")
+    assert done.code == 0, done.err
+    return tmp_path / "subwords"
+
+
+def forge_tokenizer(checkpoint: Path, kind: str, file: str, content: bytes) -> None:
+    """Give a checkpoint another tokenizer, of another library."""
+    header = {"format": FORMAT, "version": VERSION, "kind": kind, "digest": digest_of(kind, content), "data": None}
+    forge(checkpoint, f"tokenizer/{file}", content)
+    forge(checkpoint, "tokenizer/tokenizer.json", json.dumps(header).encode())
+
+
+def test_rows_86_87_the_tokenizer_of_a_run_is_tried_once_and_of_an_own_run_never(
+    tries: list[str], subwords: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", f"run={subwords}", "-n", "1", *DEVICE]
+    assert lmkit(*words).code == 0
+    assert tries == []
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "of somebody else"))
+    assert [lmkit(*words).code for _ in range(2)] == [0, 0]
+    assert tries == ["sentencepiece"]
+    (tmp_path / "no folder").touch()
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "no folder"))
+    assert [lmkit(*words).code for _ in range(2)] == [0, 0]
+    assert tries == ["sentencepiece"] * 3
+
+
+@pytest.mark.parametrize("attack", ["wild offsets in the charsmap", "cut off"])
+def test_row_86_a_crafted_model_in_a_forged_run_ends_in_the_child_that_tries_it(
+    subwords: Path, tries: list[str], lmkit: Lmkit, attack: str
+) -> None:
+    newest = list_checkpoints(subwords)[-1]
+    good = (newest / "tokenizer" / "sentencepiece.model").read_bytes()
+    added = MODEL_ATTACKS[attack]
+    forge_tokenizer(newest, "sentencepiece", "sentencepiece.model", good[:-20] if added is None else good + added)
+    for _ in range(2):  # what was found bad is tried again
+        done = lmkit("generate", f"run={newest}", "-n", "1", *DEVICE)
+        assert done.code == 3, done.err
+        assert f"{newest}/tokenizer/sentencepiece.model is damaged" in done.error
+    assert tries == ["sentencepiece"] * 2
+
+
+def test_row_87_a_tokenizer_json_in_a_forged_run_that_needs_all_time_is_stopped(
+    trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "CPU_SECONDS", 2)
+    slow = tokenizer_json(tmp_path / "slow.json", pre_tokenizer=regex("(.*a){25}"))
+    newest = list_checkpoints(trained)[-1]
+    forge_tokenizer(newest, "hf", "hf.json", slow.read_bytes())
+    done = lmkit("generate", f"run={newest}", "-n", "1", *DEVICE)
+    assert done.code == 3, done.err
+    assert f"{newest}/tokenizer/hf.json is damaged" in done.error
 
 
 # Archives
@@ -446,9 +519,9 @@ def test_row_89_text_that_compresses_very_well_is_still_text(tmp_path: Path) -> 
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["model.d_hidden", "dataset.valid_fraction", "optimizer.lr"])
 def test_row_90_a_value_is_no_yaml_whatever_it_looks_like(lmkit: Lmkit, small: list[str], key: str, value: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     done = lmkit(*small, f"{key}={value}")
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 60
     assert done.code == 2, done.err
     assert key in done.error
     assert len(done.err) < 1500

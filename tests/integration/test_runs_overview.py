@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -237,6 +238,18 @@ def test_a_damaged_or_empty_run_still_has_a_page(lmkit: Lmkit) -> None:
         (path / name).write_bytes(b"\xff{")
     assert lmkit("report", "a", "to=page.html") == 0
     assert "<figure" not in Path("page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_a_link_in_place_of_the_report_leaves_its_target_alone(lmkit: Lmkit, capsys: Output) -> None:
+    path = make_run("a", {2: 3.0}) / "report.html"
+    victim = Path("victim").absolute()
+    victim.write_text("precious", encoding="utf-8")
+    path.symlink_to(victim)
+    assert lmkit("report", "a") == 0
+    assert capsys.readouterr().out == f"wrote {path.parent.resolve() / path.name}\n"
+    assert victim.read_text(encoding="utf-8") == "precious"
+    assert not path.is_symlink()
 
 
 def test_values_that_are_not_finite_are_left_out_of_a_chart_and_counted() -> None:

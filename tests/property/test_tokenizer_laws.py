@@ -17,6 +17,7 @@ from lmkit.config.data import (
     WordTokenizerConfig,
 )
 from lmkit.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from lmkit.tokenizers.probe import vouch
 
 TRAIN = "a bc abc  <s> c\tb\n\n我喜欢 <unk> abc abc bc é 1 22 333\nb a ab ca bca cab .\n"
 CONFIGS = {
@@ -98,9 +99,10 @@ def test_text_may_be_cut_at_line_ends(tokenizer: Tokenizer, first: str, second: 
 def test_saving_and_loading_changes_nothing(words: list[str], kind: str) -> None:
     text = "a b " + " ".join(words)
     tokenizer = train_tokenizer(CONFIGS[kind], lambda: iter([text]))
+    vouch(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        loaded = load_tokenizer(Path(folder), verified=True)
+        loaded = load_tokenizer(Path(folder))
         loaded.save(Path(folder))
-        assert load_tokenizer(Path(folder), verified=True).digest == loaded.digest == tokenizer.digest
+        assert load_tokenizer(Path(folder)).digest == loaded.digest == tokenizer.digest
     assert loaded.encode(text).tolist() == tokenizer.encode(text).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,15 @@ def test_any_curves_can_be_plotted(name: str, tmp_path: Path) -> None:
     plot_curves(path, CURVES[name], title="a $title_ with %")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_a_plot_follows_no_link_that_waits_for_it(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious", encoding="utf-8")
+    path = tmp_path / "loss.png"
+    for name in (path.name, f".loss.png.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    plot_curves(path, CURVES["flat"])
+    assert victim.read_text(encoding="utf-8") == "precious"
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
