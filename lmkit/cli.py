@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import ConfigError
@@ -357,7 +358,21 @@ def to_dataclass(config: DictConfig) -> Any:
         raise ConfigError("; ".join(_refused(config))) from None
     if not is_dataclass(made):
         raise TypeError(f"the configuration became a {type(made).__name__}")
+    infinite = [f"{key}={value} must be finite" for key, value in _numbers(made) if not math.isfinite(value)]
+    if infinite:  # of those that no check has refused; a checkpoint, which is JSON, could not hold it
+        raise ConfigError("; ".join(infinite))
     return made
+
+
+def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The floats of a configuration with their keys."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{field.name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float):
+                yield f"{prefix}{field.name}", number
 
 
 def _refused(config: DictConfig) -> list[str]:

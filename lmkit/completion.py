@@ -146,7 +146,13 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
         return []
     options = [option.partition(" ")[0] for option in ACTIONS[name].options if option[0] == "-"]
     if name == "verify-resume":
-        return [*(options if last.startswith("-") else []), *_arguments("pretrain", words, last)]
+        words = [
+            w for w, before in zip(words, ["", *words], strict=False) if "--steps" not in (w.partition("=")[0], before)
+        ]
+        command = words[0] if words[:1] in (["pretrain"], ["finetune"]) else "pretrain"
+        rest = words[1:] if words[:1] == [command] else words
+        first = [] if words or last.startswith("-") else ["pretrain", "finetune"]
+        return [*(options if last.startswith("-") else first), *_arguments(command, rest, last)]
     if last.startswith("-"):
         return [*options, "--help"]
     given = [word for word in words if not word.startswith(("-", "to="))]

@@ -48,6 +48,13 @@ class ResourceError(LmkitError):
     exit_code = 6
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python had no memory for something, on the card or on the host; torch is not imported."""
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or any(text in str(error) for text in texts)
+
+
 class DivergedError(LmkitError):
     """Loss, gradient or logits are not finite (exit code 7)."""
 

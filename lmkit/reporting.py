@@ -7,7 +7,7 @@ import os
 import select
 import sys
 
-from lmkit.errors import LmkitError, ResourceError
+from lmkit.errors import LmkitError, ResourceError, is_out_of_memory
 
 LESS_MEMORY = {
     "pretrain": "lower train.batch_size, train.micro_batch_size or train.seq_len",
@@ -38,7 +38,7 @@ def _described(error: BaseException, command: str) -> tuple[str, int]:
         return text, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+    if is_out_of_memory(error):
         return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""

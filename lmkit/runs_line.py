@@ -106,14 +106,18 @@ def execute(config: RunsConfig) -> None:
 
 
 def _verify_resume(config: RunsConfig) -> None:
-    """Compose the words of pretrain as they are, so that a mistake is found before anything is trained."""
+    """Compose the words of the command as they are, so that a mistake is found before anything is trained."""
     from lmkit.cli import compose, to_dataclass
     from lmkit.commands import runs_resume
 
-    line = parse("pretrain", config.words)
+    named = config.words[:1] in (["pretrain"], ["finetune"])
+    command, given = (config.words[0], config.words[1:]) if named else ("pretrain", config.words)
+    line = parse(command, given)
     if line.multirun or line.show_config:
         raise ConfigError("verify-resume trains one configuration", "leave out -m and --cfg")
     line.values |= runs_resume.fixed_values(config.steps)
+    if command == "finetune":
+        line.values |= {"predict": "null", "output": "null"}  # the copies write nothing into the user's folder
     made = to_dataclass(compose(line))
     words = [f"{key}={value}" for key, value in {**line.groups, **line.values}.items()]
-    runs_resume.run(made, words, config.steps)
+    runs_resume.run(made, [command, *words], config.steps)

@@ -15,7 +15,7 @@ from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, 
 from lmkit.console import Console, Progress, format_duration, format_number
 from lmkit.data.batches import Ahead
 from lmkit.device import give_back_freed_memory
-from lmkit.errors import DivergedError, StoppedError
+from lmkit.errors import DivergedError, StoppedError, is_out_of_memory
 from lmkit.horizon import NUM_EVALS, Budget, Horizon, last_step
 from lmkit.plots import plot_curves
 from lmkit.sharding import unsharded
@@ -31,7 +31,6 @@ from lmkit.train import (
     Trainer,
     TrainState,
     fit,
-    is_out_of_memory,
     restore_trainer,
     trainer_tensors,
 )
@@ -255,7 +254,8 @@ class Session:
         window, self._window, self._num_read = self._window, [], 0
         now = time.monotonic()
         num_targets = sum(r.num_targets for r in window)
-        loss = sum(r.loss * r.num_targets for r in window) / max(num_targets, 1)
+        nats = sum(r.loss * r.num_targets for r in window if r.num_targets)
+        loss = nats / num_targets if num_targets else math.nan  # of batches that were passed over there is none
         tokens_per_s = num_targets / max(now - self._window_start, 1e-9)
         self._window_start = now
         state, last = self.state, window[-1]
@@ -339,11 +339,20 @@ class Session:
 
     def _judge(self) -> tuple[Validation, str | None]:
         """The validation of the model, and what it writes where that is asked for."""
-        found = self.task.validate(
-            device=self.trainer.device,
-            micro_batch_size=self.trainer.micro_batch_size,
-            progress=self._interrupt,
-        )
+        try:
+            found = self.task.validate(
+                device=self.trainer.device,
+                micro_batch_size=self.trainer.micro_batch_size,
+                progress=self._interrupt,
+            )
+            if not math.isfinite(found.loss):
+                raise DivergedError(
+                    f"the validation loss after step {self.state.step} is {found.loss}; no checkpoint was touched",
+                    "lower optimizer.lr, or clip with optimizer.clip_norm",
+                )
+        except DivergedError:
+            self.run.journal("nonfinite", {"step": self.state.step, "policy": NonFinite.stop.name})
+            raise
         if not self.eval.sample_tokens:
             return found, None
         return found, self.task.sample(self.eval.sample_tokens, device=self.trainer.device)

@@ -59,6 +59,8 @@ class StopRequests:
     def __init__(self, *, usr1_saves: bool = False, deadline: Deadline | None = None) -> None:
         self.deferring = False
         """Whether the owner of the loop looks at the requests."""
+        self.otherwise = ("before the first step", "start it again, with resume=true if run.dir was given")
+        """When, and what to do, where a signal stops the command while nobody looks."""
         self.notice_s = 0.0
         """How long stopping may take (seconds); the deadline is advanced by it."""
         self._deadline = deadline
@@ -108,7 +110,5 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt and len(self._stop_signals) == 1 and not self.deferring:
-            raise StoppedError(
-                f"stopped by {self._stop_signals[0]} before the first step",
-                "start it again, with resume=true if run.dir was given",
-            ) from None
+            when, remedy = self.otherwise
+            raise StoppedError(f"stopped by {self._stop_signals[0]} {when}", remedy) from None

@@ -230,7 +230,8 @@ class Trainer:
         self.state.step += 1
         self.carry = []
         progress = self.state.horizon.progress(self.state.step)
-        return StepReport(self.state.step, 0, self.lr(), progress, torch.zeros(2), torch.zeros((), dtype=torch.bool))
+        unknown = torch.full((2,), torch.nan)
+        return StepReport(self.state.step, 0, self.lr(), progress, unknown, torch.zeros((), dtype=torch.bool))
 
     def _accumulate(self, batch: TrainingBatch, num_targets: int, progress: float) -> tuple[Tensor, list[State | None]]:
         """Add up the gradients of the micro-batches; return their summed loss and the new carried states.
@@ -290,12 +291,6 @@ def fit(trainer: Trainer, batches: Batches) -> Iterator[StepReport]:
 def pays_to_read_late(device: Device) -> bool:
     """Whether reading the loss in each step would make the processor wait for a card that computes by itself."""
     return device.torch_device.type == "cuda"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python had no memory for something, on the card or on the host."""
-    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

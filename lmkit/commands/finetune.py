@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +23,15 @@ from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.data.survey import digest_of
 from lmkit.device import Device
-from lmkit.errors import ConfigError
+from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf.adapters import Origin, write_adapter
 from lmkit.loading import LoadedRun, load_hf, load_run
 from lmkit.lora import adapter_tensors
 from lmkit.store import storage
 from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
+from lmkit.store.found import absolute
+from lmkit.store.listing import list_checkpoints, read_json_entry
+from lmkit.store.manifest import CONFIG
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
 from lmkit.tasks.instruct import build_instruct
@@ -145,7 +149,7 @@ def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
     if cfg.init.hf_name is not None:
         base = load_hf(cfg.init.hf_name, cfg.dataset, device=device, console=console)
     else:
-        base = load_run(cfg.run, device=device, console=console, inside=True)
+        base = load_run(_start_of(cfg), device=device, console=console, inside=True)
     if base.model_config.trains_by_counting:
         raise ConfigError(f"run={base.path} is an n-gram model, which cannot be finetuned", "name a neural run")
     if isinstance(cfg.task, LmTaskConfig):
@@ -162,6 +166,18 @@ def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
         if isinstance(cfg.task, PreferTaskConfig):
             return SetUp(build_prefer(cfg, cfg.task, base, device, console), base.model, base.model_config, base)
     raise TypeError(f"no task for {type(cfg.task).__name__}")
+
+
+def _start_of(cfg: FinetuneConfig) -> ExistingRunConfig:
+    """The checkpoint to start from: a run that goes on without run= keeps its own, whatever was finished since."""
+    if not cfg.resume or cfg.run.dir is None or cfg.run.path is not None:
+        return cfg.run
+    with contextlib.suppress(CheckpointError):
+        for path in reversed(list_checkpoints(absolute(cfg.run.dir))):
+            with contextlib.suppress(CheckpointError):
+                base = read_json_entry(path, CONFIG).get("base")
+                return replace(cfg.run, path=base) if isinstance(base, str) else cfg.run
+    return cfg.run
 
 
 def _numbers(task_config: RegressTaskConfig, cfg: FinetuneConfig, console: Console) -> SetUp:

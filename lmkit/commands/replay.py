@@ -2,6 +2,7 @@
 
 The run directory is only read. On the machine and versions of the run the numbers are those of the run, bit for bit;
 a run by the clock (train.budget) is replayed with the progress of its checkpoint: its learning rate only comes close.
+One process replays what several have trained: their sums are other roundings.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from torch import nn
 
 from lmkit.commands import finetune, pretrain
-from lmkit.commands.training import build_trainer
+from lmkit.commands.training import build_trainer, config_of
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
 from lmkit.config.training import RunConfig
 from lmkit.console import Console, format_number
-from lmkit.data.batches import Batches, TrainingBatch
+from lmkit.data.batches import ORDER, Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.horizon import Horizon, last_step
@@ -56,18 +57,22 @@ def run(run_dir: str, step: int) -> dict[str, Any]:
     """Replay ``step`` of a run, show it on standard error and return it as JSON data: see ``replay``."""
     console = Console()
     result = replay(Path(run_dir), step, console)
-    rows = sorted(result["rows"], key=lambda row: _nan_first(row["nats_per_token"]), reverse=True)
+    rows = result["rows"]
+    if known := all("nats_per_token" in row for row in rows):
+        rows = sorted(rows, key=lambda row: _nan_first(row["nats_per_token"]), reverse=True)
     shown = [
-        (f"row {r['row']}: {r['nats_per_token']:.4f} nats", repr(r["text"][:TEXT_SHOWN])) for r in rows[:NUM_SHOWN]
+        (f"row {r['row']}" + (f": {r['nats_per_token']:.4f} nats" if known else ""), repr(r["text"][:TEXT_SHOWN]))
+        for r in rows[:NUM_SHOWN]
     ]
+    order = ", those with the highest loss first:" if known else ":"
     console.table(
         f"Step {step} of {run_dir}",
         [
             ("from", f"{result['from']}, {result['replayed']} steps replayed"),
             ("learning rate", f"{result['lr']:.4g}"),
-            ("loss", f"{format_number(result['loss'])} nats per token"),
+            ("loss", f"{format_number(result['loss'])} {'nats per token' if known else 'per target'}"),
             ("gradient norm", format_number(result["grad_norm"])),
-            ("targets", f"{result['num_targets']:,} in {len(rows)} rows, those with the highest loss first:"),
+            ("targets", f"{result['num_targets']:,} in {len(rows)} rows{order}"),
             *shown,
         ],
     )
@@ -82,9 +87,10 @@ def _nan_first(nats: float) -> tuple[bool, float]:
 def replay(run_dir: Path, step: int, console: Console) -> dict[str, Any]:
     """Do ``step`` of a run again: its loss and gradient norm before the update, and each row of its batch.
 
-    ``rows`` hold ``row``, ``text``, ``ids`` (the targets) and ``nats_per_token`` under the exact softmax, with the
-    step's own dropout. Raises ConfigError for a step that the run has no configuration for, CheckpointError or
-    DataError if what the run was trained on is not there any more.
+    ``rows`` hold ``row``, ``text``, ``ids`` (the targets) and, where a row has a loss of its own (not in task=regress,
+    task=prefer and objective=gan), ``nats_per_token`` under the exact softmax, with the step's own dropout. Raises
+    ConfigError for a step that the run has no configuration for, CheckpointError or DataError if what the run was
+    trained on is not there any more.
     """
     if step < 1:
         raise ConfigError(f"step={step} must be >= 1")
@@ -107,7 +113,7 @@ def replay(run_dir: Path, step: int, console: Console) -> dict[str, Any]:
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "num_targets": report.num_targets,
-        "rows": [{**row, "nats_per_token": nats[row["row"]] / len(row["ids"])} for row in rows if nats],
+        "rows": [{**row, "nats_per_token": nats[row["row"]] / len(row["ids"])} if nats else row for row in rows],
     }
 
 
@@ -143,11 +149,7 @@ def _first_whole(paths: list[Path], console: Console, *, with_optimizer: bool) -
 def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     """The trainer as it was at the start."""
     stored = start.config
-    root: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig
-    beside = ["command", "vocab_size", "run", "resume"]
-    if stored.get("command") == "finetune":
-        root, beside = FinetuneConfig, [*beside, "model", "base", "base_sha256", "corpus", "fitted"]
-    cfg = from_plain(root, {key: value for key, value in stored.items() if key not in beside})
+    cfg = config_of(stored)
     model_config = from_plain(ModelConfig, stored["model"], where="model")
     if model_config.trains_by_counting:
         raise ConfigError(f"{run_dir} was trained by counting", "it has no steps to replay")
@@ -155,7 +157,10 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     task, model = _task_of(cfg, stored, model_config, device, console)
     digests = (read_info(run_dir) or {}).get("digests", {})
     now = {"data": task.data_digest, "tokenizer": task.tokenizer.digest}
-    if changed := [key for key in now if digests.get(key) != now[key]]:
+    changed = [key for key in now if digests.get(key) != now[key]]
+    if digests.get("order", ORDER) != ORDER:
+        raise DataError(f"{run_dir} was trained in another order of its data", "replay it with the lmkit of its time")
+    if changed:
         raise DataError(f"{' and '.join(changed)} of {run_dir} changed since", "bring back what the run was trained on")
     trainer = build_trainer(cfg, task, model, device, start.snapshot)
     trainer.reads_late = False
@@ -177,8 +182,7 @@ def _task_of(
         model = pretrain.build_model(replace(cfg, model=model_config), imported, prepared.tokenizer.vocab_size)
         return pretrain.build_task(cfg, model, prepared), model
     if stored["base"] is not None and cfg.init.weights is None:
-        base = Path(stored["base"])
-        cfg = replace(cfg, run=RunConfig(path=str(base.parents[1]), checkpoint=base.name))
+        cfg = replace(cfg, run=RunConfig(path=stored["base"]))
     begin = finetune.set_up(cfg, device, console)
     return begin.task, begin.model
 

@@ -1,7 +1,7 @@
 """lmkit runs verify-resume: train a short copy twice, once killed in the middle and resumed, and compare every byte.
 
-The copies are real: each is a ``lmkit pretrain`` in a process of its own, and the kill is the system's (SIGKILL, or
-TerminateProcess on Windows), which no program can catch.
+The copies are real: each is a ``lmkit pretrain`` or ``finetune`` in a process of its own, and the kill is the system's
+(SIGKILL, or TerminateProcess on Windows), which no program can catch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmkit.config.commands import PretrainConfig
+from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.optimization import PlateauConfig
 from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.store.browse import read_journal
@@ -37,7 +37,7 @@ CLOCKS = ("elapsed_s", "eval_s")
 
 
 def fixed_values(steps: int) -> dict[str, str]:
-    """Keys of pretrain that the copy sets, whatever the user's words say: where it is, and when it ends and saves."""
+    """Keys that the copy sets, whatever the user's words say: where it is, and when it ends and saves."""
     return {
         "run.dir": "null",
         "resume": "false",
@@ -72,19 +72,20 @@ class Kill:
     """The step that can be resumed from."""
 
 
-def run(cfg: PretrainConfig, words: Sequence[str], steps: int) -> None:
+def run(cfg: PretrainConfig | FinetuneConfig, words: Sequence[str], steps: int) -> None:
     """Train, kill, resume and compare; print what was proven.
 
-    ``words``: those of pretrain, ``fixed_values`` among them; ``cfg`` is what they compose to. Raises CheckpointError
-    naming the first difference, and what a copy ends with if it fails.
+    ``words``: the command and its words, ``fixed_values`` among them; ``cfg`` is what they compose to. Raises
+    CheckpointError naming the first difference, and what a copy ends with if it fails.
     """
-    if cfg.model.trains_by_counting:
-        raise ConfigError("a model that is counted has no steps to resume", "choose another model")
     from lmkit.console import Console
     from lmkit.data.prepared import prepare
 
     console = Console()
-    prepare(cfg.dataset, cfg.tokenizer, console)
+    if isinstance(cfg, PretrainConfig):
+        if cfg.model.trains_by_counting:
+            raise ConfigError("a model that is counted has no steps to resume", "choose another model")
+        prepare(cfg.dataset, cfg.tokenizer, console)
     if isinstance(cfg.schedule, PlateauConfig) and cfg.eval.every_steps is None:
         words = [*words, f"eval.every_steps={save_interval(steps)}"]  # the schedule follows the validation losses
     folder = Path(tempfile.mkdtemp(prefix="lmkit-verify-resume-"))
@@ -118,10 +119,10 @@ def _stop(*_: object) -> None:
 
 
 def _start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """``lmkit pretrain`` in a process of its own that says what it has to say into ``log``."""
+    """``lmkit`` in a process of its own that says what it has to say into ``log``."""
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*PROGRAM, "pretrain", *words],
+            [*PROGRAM, *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +22,10 @@ from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.optimization import ScheduleFreeConfig, SgdConfig
 from lmkit.config.parallel import FsdpConfig
-from lmkit.config.plain import kind_of, with_defaults
+from lmkit.config.plain import from_plain, kind_of, with_defaults
 from lmkit.config.training import NonFinite, OnUsr1, TrainConfig
 from lmkit.console import Console, format_count, format_duration
+from lmkit.data.batches import ORDER
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device, resolve_device
 from lmkit.distributed import SINGLE, World, find_world
@@ -37,10 +38,12 @@ from lmkit.optim import build_optimizer
 from lmkit.session import Session, state_of
 from lmkit.sharding import shard
 from lmkit.signals import StopRequests, find_deadline
-from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_latest
+from lmkit.store.browse import read_journal
+from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.environment import environment
-from lmkit.store.found import read_result
+from lmkit.store.found import RUN_INFO, read_result
+from lmkit.store.listing import refuse_links
 from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import Change, Run, SharedRun
 from lmkit.tasks import Task, Validation
@@ -49,7 +52,7 @@ from lmkit.train import Trainer, TrainState, pays_to_read_late, restore_trainer
 from lmkit.tuning import lr_factors, unfreezing
 
 IMMUTABLE = (
-    "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
+    "command", "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
     "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective", "base_sha256",
     "task.kind", "task.class_weights", "task.dropout", "task.metric", "task.network", "task.pooling",
     "task.beta", "task.label_smoothing", "task.sft_weight",
@@ -79,6 +82,11 @@ class Job:
     """The processes that train together."""
     forgetting: Forgetting | None = None
     """What finetuning does to the perplexity on the text that the base run learnt; None: it is not measured."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what must not change while the run goes on."""
+        return {"data": self.task.data_digest, "order": ORDER, "tokenizer": self.task.tokenizer.digest}
 
     @property
     def num_parameters(self) -> int:
@@ -186,14 +194,28 @@ def execute(job: Job) -> dict[str, Any]:
     if job.world.size > 1 and job.model_config.trains_by_counting:
         kind = kind_of(job.cfg.parallel)
         raise ConfigError(f"parallel={kind}: a model that counts is made by one process", "leave parallel out")
+    refuse_links(job.run.path)
+    job.run.place = {
+        "device": f"{job.device.torch_device.type} {job.device.precision.name}",
+        "processes": str(job.world.size),
+    }
+    if job.world.is_first and not (job.run.path / RUN_INFO).is_file():
+        for path in list_checkpoints(job.run.path):
+            with contextlib.suppress(CheckpointError):  # damaged; load_latest says so
+                _check_origin(job, path)  # before it is written that the run was of this data
     job.run.begin(
         seed=job.cfg.seed,
         command=command_line(job.world),
-        digests={"data": job.task.data_digest, "tokenizer": job.task.tokenizer.digest},
+        digests=job.digests,
         show=functools.partial(show_changes, job.console),
     )
     found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)
     _check_shared(job, -1 if found is None else found[1].step)
+    if found is None:
+        _check_new(job.run)
+    else:
+        _check_origin(job, found[0])
+        _check_known(*found)
     changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, job.console)
     if changes:
         job.run.journal("changed", {"keys": changes})
@@ -217,6 +239,41 @@ def _check_shared(job: Job, step: int) -> None:
             f"not all processes find the checkpoint of step {first:.0f} in {job.run.path}",
             "put run.dir on a file system that all machines share",
         )
+
+
+def _check_known(path: Path, snapshot: Snapshot) -> None:
+    """Raise CheckpointError if a checkpoint's configuration has keys that this version does not know."""
+    try:
+        config_of(snapshot.config)
+    except ConfigError as error:
+        made = read_manifest(path).environment.get("lmkit")
+        raise CheckpointError(f"{path}/config.json was made by lmkit {made}: {error}") from None
+
+
+def _check_new(run: Run) -> None:
+    """Raise CheckpointError if there was a checkpoint, so that no run begins anew without a word."""
+    saved = [event.get("step") for event in read_journal(run.path) if event.get("event") == "save"]
+    if saved:
+        raise CheckpointError(
+            f"{run.path} has no checkpoint any more, but was saved after step {saved[-1]}",
+            "bring its checkpoints back, or begin a new run with another run.dir",
+        )
+
+
+def _check_origin(job: Job, path: Path) -> None:
+    """Raise ConfigError if a checkpoint was trained on other data or with another tokenizer, whatever run.json says."""
+    told = read_manifest(path).digests
+    before = {name: told[name] for name in job.digests if name in told}
+    job.run.refuse_changes(before, job.digests, functools.partial(show_changes, job.console))
+
+
+def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    """The configuration that a run has stored. Raises ConfigError for keys that this version does not know."""
+    beside = {"command", "vocab_size", "run", "resume"}
+    if stored.get("command") != "finetune":
+        return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
+    beside |= {"model", "base", "base_sha256", "corpus", "fitted"}
+    return from_plain(FinetuneConfig, {key: value for key, value in stored.items() if key not in beside})
 
 
 def command_line(world: World) -> list[str]:
@@ -293,12 +350,18 @@ def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
     )
     _say_plan(job, session)
     validation = session.execute()
-    if job.world.is_first:
-        session.plot()
-    with session.judged():
-        if forgetting is not None:
-            validation = forgetting.added_to(validation)
+    job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
+    job.stop.deferring = False
     state = trainer.state
+    try:
+        if job.world.is_first:
+            session.plot()
+        with session.judged():
+            if forgetting is not None:
+                validation = forgetting.added_to(validation)
+    except KeyboardInterrupt:
+        job.run.journal("stopped", {"signal": job.stop.requested, "step": state.step})
+        raise
     numbers = {
         "step": state.step,
         "epochs": state.step / session.batches.steps_per_epoch,
@@ -319,8 +382,8 @@ def _say_plan(job: Job, session: Session) -> None:
 
 def _say_environment(job: Job, checkpoint: Path) -> None:
     """Say and note it if the last bits of the results may differ because the software or the machine did change."""
-    before, now = read_manifest(checkpoint).environment, environment()
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    before, now = read_manifest(checkpoint).environment, environment() | job.run.place
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:
         job.run.journal("environment", {"changed": changed})
         job.console.say(f"the order is the same, but not promised bit for bit: {', '.join(changed)}")

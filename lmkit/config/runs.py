@@ -89,12 +89,13 @@ ACTIONS = {
     ),
     "verify-resume": Action(
         summary="kill a short copy of a training, resume it, and compare every byte",
-        words="[GROUP=NAME] [KEY=VALUE] ...",
+        words="[pretrain|finetune] [GROUP=NAME] [KEY=VALUE] ...",
         least=0,
         most=None,
         options={"--steps N": f"optimizer steps of the copy (at least {LEAST_STEPS}; default {DEFAULT_STEPS})"},
-        details="The words are those of lmkit pretrain. It trains them twice for a few steps in a temporary folder "
-        "(TMPDIR moves it): once undisturbed, and once killed with kill -9 in the middle, after a checkpoint, and "
+        details="The words are those of lmkit pretrain, or of lmkit finetune after its name. It trains them twice for "
+        "a few steps in a temporary folder (TMPDIR moves it): once undisturbed, and once killed with kill -9 in the "
+        "middle, after a checkpoint, and "
         "resumed. Weights, optimizer and counters of the two final checkpoints must be the same bytes. Exits with 0 if "
         "they are, with 4 if not, naming the first tensor that differs. What ends or names a run (train.max_steps, "
         "train.budget, run.dir and the like) is set by the copy.",
@@ -105,7 +106,8 @@ ACTIONS = {
         least=2,
         most=2,
         details="Trains from the newest checkpoint before the step up to it. The run directory is only read. "
-        "On the same machine and versions the numbers are those of the run, bit for bit.",
+        "On the same machine and versions the numbers are those of the run, bit for bit, unless it was trained by the "
+        "clock (train.budget: the learning rate only comes close) or by several processes (other roundings).",
     ),
     "pin": Action(
         summary="keep a checkpoint for good, whatever comes after it",
@@ -139,7 +141,7 @@ class RunsConfig:
     action: str
     """A name in ACTIONS."""
     words: list[str] = field(default_factory=list)
-    """What follows it: runs and the like; for verify-resume the words of pretrain."""
+    """What follows it: runs and the like; for verify-resume the words of pretrain or finetune."""
     json: bool = False
     """ls: print JSON lines."""
     yes: bool = False

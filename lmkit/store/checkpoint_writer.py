@@ -284,7 +284,7 @@ class CheckpointWriter:
                 "tokenizer": self._tokenizer_digest,
             }
             | self._run.digests,
-            environment=environment(),
+            environment=environment() | self._run.place,
         )
         storage.write_file(folder / mf.MANIFEST, manifest.to_bytes())
         storage.sync_directory(folder / mf.TOKENIZER)

@@ -9,11 +9,12 @@ import torch
 
 
 def environment() -> dict[str, str]:
-    """Versions, platform and number of threads; never the process's environment variables."""
+    """Versions, platform, number of threads and instructions; never the process's environment variables."""
     return {
         "lmkit": importlib.metadata.version("lmkit"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()}-{platform.machine()}",
         "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }

@@ -29,6 +29,13 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(entries, key=lambda p: p.name)
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Raise CheckpointError if a run that is to go on has links in place of checkpoints, which are never followed."""
+    for path in (run_dir / CHECKPOINTS).glob("step-*"):
+        if path.is_symlink() and mf.step_of(path.name) is not None:
+            raise CheckpointError(f"{path} is a symbolic link", "put the checkpoint itself there")
+
+
 def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> list[Path]:
     """Checkpoints by validation loss (directory name -> nats per token), then those without one, each newest first."""
 

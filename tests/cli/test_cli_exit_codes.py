@@ -48,6 +48,7 @@ def test_an_error_ends_the_command_with_one_line_and_its_code(
         (MemoryError(), 6, "out of memory; lower train.batch_size"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 6, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 6, "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), 6, "out of memory"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), 6, "No space left on device: runs/x"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("shapes (3, 4)\n and 5"), 1, "RuntimeError: shapes (3, 4)  and 5 (a bug in lmkit; debug=true"),

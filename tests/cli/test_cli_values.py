@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import typing
 from typing import Any
 
 import pytest
+
+from lmkit.keys import keys_of
 
 TEXTS = [
     "two words",
@@ -146,6 +149,27 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(
     message = lmkit.refused("pretrain", *words)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("pretrain", {}),
+        *(("pretrain", {"optimizer": name}) for name in ("sgd", "adam", "rmsprop", "adagrad", "adadelta", "muon")),
+        ("finetune", {"task": "prefer"}),
+        ("eval-ppl", {"dynamic": "rms", "cache": "neural"}),
+        ("generate", {}),
+    ],
+)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_number_is_infinite_since_a_checkpoint_could_not_hold_it(
+    lmkit: Any, command: str, groups: dict[str, str], value: str
+) -> None:
+    words = [f"{group}={name}" for group, name in groups.items()] + ["task.data=x"] * ("task" in groups)
+    numbers = [key for key, hint in keys_of(command, groups).items() if float in (hint, *typing.get_args(hint))]
+    assert numbers
+    for key in numbers:
+        assert f"{key}={value} " in lmkit.refused(command, *words, f"{key}={value}")
 
 
 def test_negative_and_scientific_numbers(lmkit: Any) -> None:

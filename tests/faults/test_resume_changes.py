@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from harness import Lmkit, digests, forge, forge_config
 
+from lmkit.commands import training
 from lmkit.data.batches import Lanes
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
@@ -59,6 +60,21 @@ def test_rows_66_71_a_key_that_decides_what_is_computed_is_refused_with_both_val
     assert content(trained) == before
 
 
+def test_row_66_a_run_of_another_order_of_the_data_is_refused(
+    small: list[str], trained: Path, lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*small, f"run.dir={trained}", "resume=true", "train.max_steps=14"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "ORDER", "2")
+        done = lmkit(*words)
+        assert done.code == 2, done.err
+        assert "because this changed: order: 1 -> 2" in done.error
+    info = json.loads((trained / "run.json").read_bytes())
+    del info["digests"]["order"]  # as in the runs of a version that did not write it down yet
+    (trained / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    assert lmkit(*words).code == 0
+
+
 def test_row_67_a_key_that_only_says_how_is_accepted_and_journalled(
     small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path
 ) -> None:
@@ -93,6 +109,70 @@ def test_row_68_a_stored_key_of_a_newer_version_is_named(trained: Path, lmkit: L
     assert done.code == 4, done.err
     assert "model has unknown keys: hyper_gain" in done.error
     assert "newer lmkit" in done.error
+
+
+@pytest.mark.parametrize("section", ["train", "model", None])
+def test_row_68_a_run_of_a_newer_version_is_not_continued_without_its_settings(
+    small: list[str], trained: Path, lmkit: Lmkit, section: str | None
+) -> None:
+    newest = list_checkpoints(trained)[-1]
+    forge_config(newest, lambda config: (config if section is None else config[section]).update(hyper_gain=1.5))
+    done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=14")
+    assert done.code == 4, done.err
+    assert "hyper_gain" in done.error
+    assert "was made by lmkit " in done.error
+
+
+@pytest.mark.parametrize("change", ["data", "tokenizer"])
+def test_rows_69_71_other_data_is_refused_also_where_only_the_checkpoints_are_left(
+    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, change: str
+) -> None:
+    words = [*small, f"dataset.path={own_corpus}", f"run.dir={tmp_path}/run"]
+    assert lmkit(*words).code == 0
+    (tmp_path / "run" / "run.json").unlink()
+    text = (own_corpus / "03.txt").read_bytes()
+    if change == "data":
+        (own_corpus / "03.txt").write_bytes(text.replace(b"the", b"teh"))
+    other = [] if change == "data" else ["tokenizer=char"]
+    done = lmkit(*words, *other, "resume=true", "train.max_steps=14")
+    assert done.code == 2, done.err
+    assert "cannot be resumed because this changed: " in done.error
+    assert f"{change}: " in done.error
+    assert not (tmp_path / "run" / "run.json").exists()
+    (own_corpus / "03.txt").write_bytes(text)
+    done = lmkit(*words, "resume=true", "train.max_steps=14")
+    assert done.code == 0, done.err
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step-000000000014"
+
+
+def test_row_19_a_damaged_checkpoint_is_skipped_also_where_run_json_is_missing(
+    small: list[str], trained: Path, lmkit: Lmkit
+) -> None:
+    (trained / "run.json").unlink()
+    (list_checkpoints(trained)[-1] / "MANIFEST.json").unlink()
+    done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=14")
+    assert done.code == 0, done.err
+    assert "skipped a damaged checkpoint" in done.err
+
+
+@pytest.mark.parametrize("how", ["links", "gone"])
+def test_row_19_a_run_whose_checkpoints_are_links_or_gone_does_not_begin_anew(
+    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, how: str
+) -> None:
+    metrics = (trained / "metrics.jsonl").read_bytes()
+    for path in list_checkpoints(trained):
+        moved = path.rename(tmp_path / path.name)
+        if how == "links":
+            path.symlink_to(moved)
+    done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=14")
+    assert done.code == 4, done.err
+    assert ("is a symbolic link" if how == "links" else "was saved after step 12") in done.error
+    assert (trained / "metrics.jsonl").read_bytes() == metrics
+    for path in tmp_path.glob("step-*"):
+        (trained / "checkpoints" / path.name).unlink(missing_ok=True)
+        path.rename(trained / "checkpoints" / path.name)
+    done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=14")
+    assert done.code == 0, done.err
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ from lmkit.distributed import SINGLE, World, find_world
 from lmkit.errors import CheckpointError, ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.sharding import is_sharded
-from lmkit.store.checkpoint import Snapshot, latest_checkpoint, load_checkpoint
+from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
 from lmkit.train import Trainer
 
@@ -93,6 +93,11 @@ def stopped(root: Path, corpus: Path) -> PretrainConfig:
     return replace(base(root, corpus, "stopped"), model=LSTM)
 
 
+def undisturbed(root: Path, corpus: Path) -> PretrainConfig:
+    """The same, without a stop: these two end with the same bits."""
+    return replace(base(root, corpus, "undisturbed"), model=LSTM)
+
+
 def begun(root: Path, corpus: Path) -> PretrainConfig:
     """Begun, and stopped, by one process; its micro-batches leave one of two processes none at an epoch's end."""
     config = base(root, corpus, "begun", micro_batch_size=2, seq_len=24)
@@ -100,7 +105,7 @@ def begun(root: Path, corpus: Path) -> PretrainConfig:
 
 
 CASES: dict[str, Callable[[Path, Path], PretrainConfig]] = {
-    made.__name__: made for made in (averaged, carried, left_out, stopped, begun)
+    made.__name__: made for made in (averaged, carried, left_out, stopped, undisturbed, begun)
 }
 
 
@@ -145,7 +150,7 @@ def work(parallel: str, root: Path, corpus: Path, names: list[str]) -> None:
     training.build_trainer = build  # type: ignore[assignment]
     Trainer.run_micro_batch = poisoned(Trainer.run_micro_batch)  # type: ignore[method-assign]
     for name in names:
-        config = replace(CASES[name](root, corpus), parallel=SCHEMAS["parallel"][parallel](timeout_s=60.0))
+        config = replace(CASES[name](root, corpus), parallel=SCHEMAS["parallel"][parallel](timeout_s=250.0))
         config.resume = name == "begun"
         training.pays_to_read_late = lambda device, name=name: name == "left_out"  # type: ignore[misc,assignment]
         try:
@@ -188,6 +193,14 @@ def assert_close(first: Path, second: Path) -> None:
         assert right == pytest.approx(left, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
+def assert_same_bits(first: Path, second: Path) -> None:
+    one, two = newest(first), newest(second)
+    assert one.step == two.step
+    for left, right in ((one.model, two.model), (one.optimizer, two.optimizer)):
+        assert left.keys() == right.keys()
+        assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
 def check_cases(
     parallel: str, processes: int, tmp_path: Path, corpus: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +212,7 @@ def check_cases(
             with pytest.raises(StoppedError):
                 pretrain.run(CASES["begun"](several, corpus))
     words = torchrun(processes, __file__, parallel, str(several), str(corpus), *names)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(Trainer, "run_micro_batch", poisoned(Trainer.run_micro_batch))
     for name in names:
@@ -214,6 +227,7 @@ def check_cases(
     if "left_out" in names:
         assert newest(several / "left_out").state["skipped_steps"] == [4]
     if "stopped" in names:
+        assert_same_bits(several / "stopped", several / "undisturbed")
         assert {(several / f"stopped-code-{rank}").read_text(encoding="utf-8") for rank in range(processes)} == {"75"}
         assert read_metrics(several / "stopped")[-1]["step"] == STEPS
 
@@ -221,13 +235,13 @@ def check_cases(
 def test_rows_46_54_two_processes_compute_what_one_does_with_the_same_bits_in_both(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cases("ddp", 2, tmp_path, corpus, ["averaged", "carried", "left_out", "stopped"], monkeypatch)
+    check_cases("ddp", 2, tmp_path, corpus, ["averaged", "carried", "left_out", "stopped", "undisturbed"], monkeypatch)
 
 
 def test_two_processes_with_the_model_in_pieces_compute_what_one_does(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cases("fsdp", 2, tmp_path, corpus, ["averaged", "begun", "left_out"], monkeypatch)
+    check_cases("fsdp", 2, tmp_path, corpus, ["averaged", "begun", "left_out", "stopped", "undisturbed"], monkeypatch)
 
 
 @pytest.mark.slow
@@ -250,11 +264,14 @@ def test_rows_17_72_a_killed_process_ends_the_job_and_one_process_goes_on_from_i
     run = tmp_path / "killed"
     endless = [*words, f"run.dir={run}", "train.max_steps=1000000", f"parallel={parallel}"]
     with subprocess.Popen(torchrun(2, "-m", "lmkit", *endless), stderr=subprocess.PIPE, text=True) as job:
-        until = time.monotonic() + 120
-        while latest_checkpoint(run) is None and job.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        os.kill(process_of_rank(1 if latest_checkpoint(run) else 0, job.pid), signal.SIGKILL)
-        said = job.communicate(timeout=60)[1]
+        try:
+            until = time.monotonic() + 400
+            while not list_checkpoints(run) and job.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+            os.kill(process_of_rank(1 if list_checkpoints(run) else 0, job.pid), signal.SIGKILL)
+            said = job.communicate(timeout=120)[1]
+        finally:
+            job.terminate()  # or it would train for ever
     assert latest_checkpoint(run) is not None, said
     assert job.returncode == 1
     assert said.count("error: the processes lost each other") <= 1

@@ -19,6 +19,7 @@ from lmkit import cli
 from lmkit.commands import eval_ppl, finetune, pretrain
 from lmkit.commands import generate as generate_command
 from lmkit.commands.replay import replay as replay_step
+from lmkit.commands.training import check_resumable
 from lmkit.config.adapter import AdapterConfig, TuneConfig
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PretrainConfig, SamplingConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
@@ -155,6 +156,45 @@ def _resumes(base: Path, data: Path, folder: Path, monkeypatch: pytest.MonkeyPat
         for name in ("token_ppl", "word_ppl"):
             assert result["forgetting"]["after"][name] == whole["forgetting"]["after"][name]
             assert result["forgetting"]["before"][name] == whole["forgetting"]["before"][name]
+
+
+def test_a_run_without_a_name_for_its_start_goes_on_from_its_own_whatever_was_finished_since(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bases["transformer"], tmp_path / "base")
+
+    def config(max_steps: int, *, resume: bool) -> FinetuneConfig:
+        cfg = tuning(tmp_path / "base", numbers, tmp_path / "run", train={"max_steps": max_steps})
+        return replace(cfg, run=replace(cfg.run, path=None), resume=resume)
+
+    finetune.run(config(3, resume=False))
+    shutil.copytree(bases["transformer"], tmp_path / "later")  # the newest finished run is now the run itself
+    assert finetune.run(config(6, resume=True))["step"] == 6
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert load_checkpoint(newest, with_optimizer=False).config["base"].startswith(str(tmp_path / "base"))
+
+
+def test_a_run_that_started_from_a_copied_checkpoint_goes_on_from_it(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    newest = latest_checkpoint(bases["transformer"])
+    assert newest is not None
+    copy = Path(shutil.copytree(newest, tmp_path / newest.name))
+    cfg = tuning(copy, numbers, tmp_path / "run", train={"max_steps": 2})
+    finetune.run(cfg)
+    cfg = tuning(copy, numbers, tmp_path / "run", train={"max_steps": 3})
+    assert finetune.run(replace(cfg, run=replace(cfg.run, path=None), resume=True))["step"] == 3
+
+
+def test_a_run_of_pretrain_is_not_continued_by_finetune(bases: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["transformer"], base)
+    cfg = tuning(base, corpus, base, train={"batch_size": 8, "seq_len": 32, "max_steps": 60})
+    with pytest.raises(ConfigError, match="cannot be resumed"):
+        finetune.run(replace(cfg, resume=True))
+    with pytest.raises(ConfigError, match="command: pretrain -> finetune"):  # where the data is the same, too
+        check_resumable({"command": "pretrain"}, {"command": "finetune"})
 
 
 def test_a_step_of_a_run_with_an_adapter_is_replayed_bit_for_bit(

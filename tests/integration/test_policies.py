@@ -19,10 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkit import horizon, session
+from lmkit import horizon, products, session
 from lmkit.commands import finetune, pretrain
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.machine import Precision
 from lmkit.config.model import RecurrentConfig
 from lmkit.config.optimization import PlateauConfig
 from lmkit.config.training import EvalConfig, LogConfig, NonFinite, OnSaveError, OnUsr1, RunConfig, SaveConfig
@@ -32,8 +33,9 @@ from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from lmkit.session import Session
 from lmkit.signals import SAVING, STOPPING
 from lmkit.store import checkpoint_writer, saving, storage
+from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
-from lmkit.store.found import read_metrics
+from lmkit.store.found import read_metrics, read_result
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
 
@@ -152,8 +154,11 @@ def test_row_58_the_weights_after_a_bad_step_are_those_before_it(
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
 
 
-def test_row_62_the_logged_loss_of_a_bad_step_is_nan(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = replace(config(nonfinite=NonFinite.skip), log=LogConfig(every_steps=1))
+@pytest.mark.parametrize("policy", [NonFinite.skip, NonFinite.rollback])
+def test_row_62_the_logged_loss_of_a_bad_step_is_nan(
+    policy: NonFinite, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = replace(config(nonfinite=policy), log=LogConfig(every_steps=1))
     poison(monkeypatch, 5)
     pretrain.run(cfg)
     rows = {row["step"]: row for row in read_metrics(path_of(cfg)) if "loss" in row}
@@ -214,6 +219,41 @@ def test_row_60_a_rollback_goes_back_to_the_checkpoint_and_passes_the_batch_over
     rows = read_metrics(path_of(rolled))
     assert [row["step"] for row in rows if "valid_loss" in row] == [2, 4, 6, 8, 10, 12]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_row_59_a_validation_that_is_not_finite_ends_the_run_as_diverged_with_its_checkpoints_untouched(
+    loss: float, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    validate = LanguageModelling.validate
+
+    def broken(self: LanguageModelling, **options: Any) -> Any:
+        found = validate(self, **options)
+        return replace(found, loss=loss) if journal(cfg, "save") else found
+
+    monkeypatch.setattr(LanguageModelling, "validate", broken)
+    with pytest.raises(DivergedError, match="validation loss after step"):
+        pretrain.run(cfg)
+    assert [row["policy"] for row in journal(cfg, "nonfinite")] == ["stop"]
+    assert status_of(path_of(cfg)) is Status.diverged
+    newest = latest_checkpoint(path_of(cfg))
+    assert newest is not None
+    assert all(math.isfinite(value) for value in load_checkpoint(newest, with_optimizer=False).state["valid_losses"])
+
+
+def test_row_50_a_signal_after_the_last_step_ends_the_command_and_loses_nothing(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "plot", lambda self: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM after the last step, which is saved in"):
+            pretrain.run(cfg)
+    assert read_result(path_of(cfg)) is None
+    assert status_of(path_of(cfg)) is Status.stopped
+    assert pretrain.run(replace(cfg, resume=True))["step"] == 12
+    assert [row["step"] for row in read_metrics(path_of(cfg)) if "loss" in row][-1] == 12
 
 
 def test_row_60_a_run_that_fails_before_its_first_checkpoint_rolls_back_to_its_start(
@@ -742,3 +782,23 @@ def test_row_64_a_resume_with_other_threads_says_that_bits_may_differ(
     pretrain.run(replace(cfg, resume=True, device=replace(cfg.device, threads=2)))
     assert "not promised bit for bit: threads 1 -> 2" in capsys.readouterr().err
     assert journal(cfg, "environment")[0]["changed"] == ["threads 1 -> 2"]
+
+
+def test_row_64_a_resume_on_another_device_or_cpu_says_that_bits_may_differ(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config()
+    prefers_onednn = products.prefers_onednn()
+    monkeypatch.setattr(products, "prefers_onednn", lambda: prefers_onednn)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 5)
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        with pytest.raises(StoppedError):
+            pretrain.run(cfg)
+    capsys.readouterr()
+    other = replace(cfg.device, precision=Precision.bf16)
+    here = torch.backends.cpu.get_cpu_capability()
+    pretrain.run(replace(cfg, resume=True, device=other))
+    changed = [f"instructions another -> {here}", "device cpu fp32 -> cpu bf16"]
+    assert f"not promised bit for bit: {', '.join(changed)}" in capsys.readouterr().err
+    assert journal(cfg, "environment")[0]["changed"] == changed

@@ -337,7 +337,11 @@ def test_a_replayed_step_has_the_loss_of_the_run_example_by_example(bases: dict[
     task = RegressTaskConfig(data=str(numbers), target="n", numeric=["m"])
     finetune.run(replace(config_of(task, tmp_path / "numbers"), save=SaveConfig(every_steps=5)))
     logged = next(row for row in read_metrics(tmp_path / "numbers") if row["step"] == 7 and "loss" in row)
-    assert replay(tmp_path / "numbers", 7, Console())["loss"] == logged["loss"]
+    again = replay(tmp_path / "numbers", 7, Console())
+    assert again["loss"] == logged["loss"]
+    assert len(again["rows"]) == again["num_targets"]
+    assert all("nats_per_token" not in row for row in again["rows"])
+    assert cli.main(["runs", "replay", str(tmp_path / "numbers"), "step=7"]) == 0
 
 
 def test_the_best_checkpoint_and_patience_go_by_the_metric(bases: dict[str, Path], tmp_path: Path) -> None:

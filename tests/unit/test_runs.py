@@ -118,7 +118,10 @@ def test_a_second_user_of_the_run_is_refused_with_the_holder(tmp_path: Path) -> 
     create(tmp_path, tmp_path / "run", resume=True).close()
 
 
-def test_a_run_begins_although_somebody_looks_at_its_lock_just_then(tmp_path: Path) -> None:
+def test_a_run_begins_although_somebody_looks_at_its_lock_just_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LOOK_S", 60.0)
     create(tmp_path, tmp_path / "run").close()
     looking = runs.acquire(tmp_path / "run")
     after_a_moment = threading.Timer(0.1, looking.release)
@@ -127,6 +130,24 @@ def test_a_run_begins_although_somebody_looks_at_its_lock_just_then(tmp_path: Pa
         create(tmp_path, tmp_path / "run", resume=True).close()
     finally:
         after_a_moment.join()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_row_10_all_directories_that_a_run_makes_are_synced(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    sync_directory = storage.sync_directory
+
+    def noted(path: Path) -> None:
+        synced.append(path)
+        sync_directory(path)
+
+    monkeypatch.setattr(storage, "sync_directory", noted)
+    root = tmp_path / "a" / "b"
+    create(root, root / "run" if given else None).close()
+    for folder in (tmp_path, tmp_path / "a", root):
+        assert folder in synced
 
 
 HOLD = """
