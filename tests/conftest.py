@@ -11,9 +11,13 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # read when torch is imported, which is later
+
+settings.register_profile("lmkit", deadline=None)  # no test judges by the clock; a busy machine stalls
+settings.load_profile("lmkit")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
@@ -27,4 +31,12 @@ def _cheap_saves() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "CHEAP_S", 1e9)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is written into the user's cache, and nothing there is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

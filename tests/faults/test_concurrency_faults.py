@@ -17,6 +17,7 @@ import pytest
 from children import Child, environment
 from harness import Lmkit, Start, digests
 
+from lmkit import plots, session
 from lmkit.store import storage
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
@@ -34,7 +35,7 @@ def slow_down(seconds: float) -> None:
 
 
 def wait_for(text: str, child: Child) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while text not in child.text:
         assert child.process.is_alive(), child.text
         assert time.monotonic() < until, child.text
@@ -44,7 +45,7 @@ def wait_for(text: str, child: Child) -> None:
 def test_row_40_a_second_trainer_on_a_run_is_refused_with_its_holder_and_the_first_is_not_disturbed(
     small: list[str], trained: Path, start: Start, lmkit: Lmkit, tmp_path: Path
 ) -> None:
-    first = start(*small, f"run.dir={tmp_path}/run", setup=[partial(slow_down, 0.03)])
+    first = start(*small, f"run.dir={tmp_path}/run", setup=[partial(slow_down, 0.06)])
     wait_for("step 4 ", first)
     second = lmkit(*small, f"run.dir={tmp_path}/run", "resume=true")
     assert second.code == 5, second.err
@@ -101,12 +102,20 @@ def test_row_45_preparations_of_the_same_and_of_other_data_share_a_cache(start: 
 
 
 @posix_only
-@pytest.mark.parametrize("what", ["LOCK", "LOCK.info", "checkpoints", "run.json"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "LOCK", "LOCK.info", "checkpoints", "run.json", "metrics.jsonl", "metrics.jsonl.old", "journal.jsonl",
+        "loss.png",
+    ],
+)  # fmt: skip
 def test_row_47_a_link_in_place_of_a_runs_file_leaves_its_target_alone(
-    small: list[str], lmkit: Lmkit, trained: Path, tmp_path: Path, what: str
+    small: list[str], lmkit: Lmkit, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     victim = tmp_path / "victim"
-    victim.write_text("precious", encoding="utf-8")
+    victim.write_text("precious\n", encoding="utf-8")
+    with (trained / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'{"step": 99}\n')  # goes to metrics.jsonl.old
     path = trained / what
     if what == "checkpoints":
         path.rename(tmp_path / "elsewhere")
@@ -114,11 +123,15 @@ def test_row_47_a_link_in_place_of_a_runs_file_leaves_its_target_alone(
     else:
         path.unlink(missing_ok=True)
         path.symlink_to(victim)
+    if what == "loss.png":
+        monkeypatch.setattr(session, "plot_curves", plots.plot_curves)
     done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=14")
     assert done.code in (0, 4, 6), done.err
-    assert victim.read_text(encoding="utf-8") == "precious"
+    assert victim.read_text(encoding="utf-8") == "precious\n"
     if done.code:
         assert str(trained) in done.error
+    if what.startswith("metrics"):
+        assert f"cannot write {path}: is a symbolic link; remove the link" in done.error
 
 
 @posix_only

@@ -352,7 +352,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.mode == "hangs":
-            time.sleep(3)
+            time.sleep(300)
             return
         if self.mode == "cuts" and "/api/datasets/" in self.path and "/tree" not in self.path:
             self._answer(200, "application/json", b'{"id": "a/b", "sha": "' + b"0" * 40 + b'", "siblings": []}')
@@ -413,7 +413,7 @@ def test_row_105_a_hub_that_does_not_answer_rightly_is_a_fast_error_with_the_way
     assert done.code == 3, done.err
     for word in ("Salesforce/wikitext", "dataset.path=DIR", "LMKIT_DATA"):
         assert word in done.error
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120
 
 
 def test_row_105_a_hub_that_cuts_every_file_off_is_an_error_in_the_end(

@@ -40,8 +40,8 @@ class Kind:
 
     def __init__(self, name: str, small: list[str], start: Start, folder: Path) -> None:
         self.words = [*(word for word in small if not word.startswith("model")), *KINDS[name], *PACE]
-        began = time.monotonic()
         alone = start(*self.words, f"run.dir={folder / name}")
+        began = time.monotonic()
         assert alone.wait(120) == 0, alone.text
         self.whole_s = time.monotonic() - began
         """How long it takes."""

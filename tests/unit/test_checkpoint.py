@@ -117,7 +117,7 @@ def test_manifest_records_run_step_and_digests(run: Run) -> None:
     assert (manifest.run_id, manifest.step) == (run.run_id, 12)
     assert manifest.digests["tokenizer"] == ByteTokenizer.digest
     assert manifest.digests["data"] == "key"
-    assert set(manifest.environment) == {"lmkit", "python", "torch", "platform", "threads"}
+    assert set(manifest.environment) == {"lmkit", "python", "torch", "platform", "threads", "instructions"}
 
 
 def test_a_checkpoint_is_a_plain_safetensors_file_for_other_tools(run: Run) -> None:
@@ -170,7 +170,7 @@ def test_changing_tensors_and_state_after_submit_does_not_change_what_is_saved(
     write = checkpoint_writer.write_tensors
 
     def write_late(*args: Any) -> Any:
-        assert changed.wait(10)
+        assert changed.wait(120)
         return write(*args)
 
     monkeypatch.setattr(checkpoint_writer, "write_tensors", write_late)
@@ -361,7 +361,7 @@ def test_a_signal_while_a_save_is_handed_over_neither_fails_nor_hangs(
             writer.submit(snapshot(3))
     closing = threading.Thread(target=writer.close, daemon=True)
     closing.start()
-    closing.join(20)
+    closing.join(120)
     assert not closing.is_alive()
     assert [found.name for found in list_checkpoints(run.path)] == (["step-000000000003"] if handed else [])
 
@@ -372,7 +372,7 @@ def test_a_save_is_busy_until_it_is_done_and_leaves_no_thread(run: Run, monkeypa
 
     def slow(*args: Any) -> Any:
         begin.set()
-        assert go_on.wait(20)
+        assert go_on.wait(120)
         return write(*args)
 
     monkeypatch.setattr(checkpoint_writer, "write_tensors", slow)
@@ -380,7 +380,7 @@ def test_a_save_is_busy_until_it_is_done_and_leaves_no_thread(run: Run, monkeypa
     with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
         assert not writer.busy
         writer.submit(snapshot(1))
-        assert begin.wait(20)
+        assert begin.wait(120)
         assert writer.busy
         go_on.set()
         writer.wait()

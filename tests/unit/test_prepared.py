@@ -178,6 +178,7 @@ def test_a_file_changed_without_a_change_of_size_or_date_is_noticed(
 def test_the_stamp_of_a_file_that_was_just_written_is_not_trusted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(textfiles, "_SETTLED_NS", 3_600_000_000_000)
     prepared(folder)
     reads = count_reads(monkeypatch)
     prepared(folder)

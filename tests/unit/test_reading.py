@@ -143,17 +143,19 @@ def test_without_more_threads_the_disk_is_read_through_the_emptied_cache(
     forget(tmp_path / "f")
     start, read_at = threading.Thread.start, reading._read_at
     started: list[threading.Thread] = []
+    refused = threading.Event()
     dropped: list[Any] = []
     seen: list[bytes] = []
 
     def limited(thread: threading.Thread) -> None:
         if len(started) == num_threads:
+            refused.set()
             raise RuntimeError("can't start new thread")
         started.append(thread)
         start(thread)
 
     def slow(*args: Any) -> memoryview:
-        time.sleep(0.05)  # so that none is idle when the next is wanted
+        refused.wait(60)  # so that none is idle when the next is wanted
         return read_at(*args)
 
     def use(piece: memoryview) -> None:

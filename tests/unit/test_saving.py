@@ -65,7 +65,7 @@ def saved(run: Run) -> list[int]:
 
 def wait_for(saves: Saves) -> None:
     """Poll until the save in flight is over, also if that is another try."""
-    for _ in range(1000):
+    for _ in range(12_000):
         saves.poll()
         if saves.last_s or saves.retry_due:
             break
