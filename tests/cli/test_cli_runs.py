@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lmkit.commands import runs_resume
 from lmkit.completion import candidates
 from lmkit.config.runs import ACTIONS
 from lmkit.keys import keys_of
@@ -95,6 +96,15 @@ def test_verify_resume_takes_the_words_of_pretrain_as_they_are() -> None:
     config = parse_runs(["verify-resume", "model=tiny", "--steps", "20", "--optimizer.lr", "0.1", "run=x"])
     assert config.words == ["model=tiny", "--optimizer.lr", "0.1", "run=x"]
     assert config.steps == 20
+
+
+def test_verify_resume_of_finetune_writes_no_predictions(lmkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(runs_resume, "run", lambda cfg, words, steps: given.extend(words))
+    task = ["task=classify", "task.data=x.jsonl", "predict=new.jsonl", "output=here.jsonl"]
+    assert lmkit("runs", "verify-resume", "finetune", *task) == 0, lmkit.err
+    assert given[0] == "finetune"
+    assert {"predict=null", "output=null", "task=classify", "task.data=x.jsonl"} <= set(given)
 
 
 @pytest.mark.usefixtures("two_runs")

@@ -801,18 +801,24 @@ def test_damaged_checkpoints_do_not_count_for_retention_and_stay(damaged: Path) 
     assert len(warnings) == 1
 
 
-@needs_fork
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_row_91_links_pipes_and_folders_in_place_of_files_are_refused(damaged: Path, file: str, kind: str) -> None:
-    path = newest(damaged) / file
-    good = path.rename(damaged / "elsewhere")
+def put_in_place(path: Path, kind: str, aside: Path) -> Path:
+    """Move a file aside, and put a link to it, a pipe or a folder where it was; returns where it is."""
+    good = path.rename(aside)
     if kind == "link":
         path.symlink_to(good)
     elif kind == "pipe":
         os.mkfifo(path)
     else:
         path.mkdir()
+    return good
+
+
+@needs_fork
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_row_91_links_pipes_and_folders_in_place_of_files_are_refused(damaged: Path, file: str, kind: str) -> None:
+    path = newest(damaged) / file
+    put_in_place(path, kind, damaged / "elsewhere")
     assert_refused(damaged, path.name)
 
 
@@ -830,13 +836,7 @@ def test_row_91_links_pipes_and_folders_in_place_of_logs_are_not_read_and_hang_n
     trained: Path, small: list[str], lmkit: Lmkit, name: str, kind: str
 ) -> None:
     path = trained / name
-    good = path.rename(trained / "elsewhere")
-    if kind == "link":
-        path.symlink_to(good)
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
+    good = put_in_place(path, kind, trained / "elsewhere")
     before = good.read_bytes()
     codes = {"metrics.jsonl": (0, 4, 6), "journal.jsonl": (0, 0, 0)}[name]
     resume = [*small, f"run.dir={trained}", "resume=true", "train.max_steps=14"]

@@ -18,6 +18,7 @@ import torch
 
 from lmkit import cli
 from lmkit.commands import finetune
+from lmkit.commands import replay as replay_command
 from lmkit.commands.replay import replay
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
@@ -323,7 +324,9 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(bases: dict[str, P
         assert other == pytest.approx(norms[0], rel=1e-3)
 
 
-def test_a_replayed_step_has_the_loss_of_the_run_example_by_example(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_replayed_step_has_the_loss_of_the_run_example_by_example(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = config_of(tasks_of(tmp_path)["classify"], tmp_path / "run", bases["lstm"])
     finetune.run(replace(cfg, save=SaveConfig(every_steps=5)))
     logged = next(row for row in read_metrics(tmp_path / "run") if row["step"] == 7 and "loss" in row)
@@ -342,6 +345,9 @@ def test_a_replayed_step_has_the_loss_of_the_run_example_by_example(bases: dict[
     assert len(again["rows"]) == again["num_targets"]
     assert all("nats_per_token" not in row for row in again["rows"])
     assert cli.main(["runs", "replay", str(tmp_path / "numbers"), "step=7"]) == 0
+    monkeypatch.setattr(replay_command, "ORDER", "2")
+    with pytest.raises(DataError, match="in another order of its data"):
+        replay(tmp_path / "numbers", 7, Console())
 
 
 def test_the_best_checkpoint_and_patience_go_by_the_metric(bases: dict[str, Path], tmp_path: Path) -> None:
