@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from lmkit.commands import finetune, pretrain
-from lmkit.commands.training import build_trainer, config_of
+from lmkit.commands.resuming import config_of
+from lmkit.commands.training import build_trainer
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain

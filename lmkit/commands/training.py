@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +16,21 @@ from torch import nn
 
 from lmkit.averaging import average_begins, build_average, check_schedule_free
 from lmkit.commands.forgetting import Forgetting
-from lmkit.commands.runs_text import columns, format_value
+from lmkit.commands.resuming import (
+    LENGTH,
+    check_known,
+    check_new,
+    check_origin,
+    check_resumable,
+    say_environment,
+    show_changes,
+)
 from lmkit.config.adapter import TuneConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.optimization import ScheduleFreeConfig, SgdConfig
 from lmkit.config.parallel import FsdpConfig
-from lmkit.config.plain import from_plain, kind_of, with_defaults
+from lmkit.config.plain import kind_of, with_defaults
 from lmkit.config.training import NonFinite, OnUsr1, TrainConfig
 from lmkit.console import Console, format_count, format_duration
 from lmkit.data.batches import ORDER
@@ -38,28 +46,15 @@ from lmkit.optim import build_optimizer
 from lmkit.session import Session, state_of
 from lmkit.sharding import shard
 from lmkit.signals import StopRequests, find_deadline
-from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
-from lmkit.store.environment import environment
 from lmkit.store.found import RUN_INFO, read_result
 from lmkit.store.listing import refuse_links
-from lmkit.store.manifest import read_manifest
-from lmkit.store.runs import Change, Run, SharedRun
+from lmkit.store.runs import Run, SharedRun
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer, TrainState, pays_to_read_late, restore_trainer
 from lmkit.tuning import lr_factors, unfreezing
-
-IMMUTABLE = (
-    "command", "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
-    "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective", "base_sha256",
-    "task.kind", "task.class_weights", "task.dropout", "task.metric", "task.network", "task.pooling",
-    "task.beta", "task.label_smoothing", "task.sft_weight",
-)  # fmt: skip
-"""Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
-LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience")
-"""Keys with another value of which a finished run goes on."""
 
 
 @dataclass
@@ -202,7 +197,9 @@ def execute(job: Job) -> dict[str, Any]:
     if job.world.is_first and not (job.run.path / RUN_INFO).is_file():
         for path in list_checkpoints(job.run.path):
             with contextlib.suppress(CheckpointError):  # damaged; load_latest says so
-                _check_origin(job, path)  # before it is written that the run was of this data
+                check_origin(
+                    job.run, job.digests, path, job.console
+                )  # before it is written that the run was of this data
     job.run.begin(
         seed=job.cfg.seed,
         command=command_line(job.world),
@@ -212,10 +209,10 @@ def execute(job: Job) -> dict[str, Any]:
     found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)
     _check_shared(job, -1 if found is None else found[1].step)
     if found is None:
-        _check_new(job.run)
+        check_new(job.run)
     else:
-        _check_origin(job, found[0])
-        _check_known(*found)
+        check_origin(job.run, job.digests, found[0], job.console)
+        check_known(*found)
     changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, job.console)
     if changes:
         job.run.journal("changed", {"keys": changes})
@@ -226,7 +223,7 @@ def execute(job: Job) -> dict[str, Any]:
     if job.model_config.trains_by_counting:
         return _count(job)
     if found is not None:
-        _say_environment(job, found[0])
+        say_environment(job.run, found[0], job.console)
     return _train(job, found[1] if found is not None else None)
 
 
@@ -239,41 +236,6 @@ def _check_shared(job: Job, step: int) -> None:
             f"not all processes find the checkpoint of step {first:.0f} in {job.run.path}",
             "put run.dir on a file system that all machines share",
         )
-
-
-def _check_known(path: Path, snapshot: Snapshot) -> None:
-    """Raise CheckpointError if a checkpoint's configuration has keys that this version does not know."""
-    try:
-        config_of(snapshot.config)
-    except ConfigError as error:
-        made = read_manifest(path).environment.get("lmkit")
-        raise CheckpointError(f"{path}/config.json was made by lmkit {made}: {error}") from None
-
-
-def _check_new(run: Run) -> None:
-    """Raise CheckpointError if there was a checkpoint, so that no run begins anew without a word."""
-    saved = [event.get("step") for event in read_journal(run.path) if event.get("event") == "save"]
-    if saved:
-        raise CheckpointError(
-            f"{run.path} has no checkpoint any more, but was saved after step {saved[-1]}",
-            "bring its checkpoints back, or begin a new run with another run.dir",
-        )
-
-
-def _check_origin(job: Job, path: Path) -> None:
-    """Raise ConfigError if a checkpoint was trained on other data or with another tokenizer, whatever run.json says."""
-    told = read_manifest(path).digests
-    before = {name: told[name] for name in job.digests if name in told}
-    job.run.refuse_changes(before, job.digests, functools.partial(show_changes, job.console))
-
-
-def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
-    """The configuration that a run has stored. Raises ConfigError for keys that this version does not know."""
-    beside = {"command", "vocab_size", "run", "resume"}
-    if stored.get("command") != "finetune":
-        return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
-    beside |= {"model", "base", "base_sha256", "corpus", "fitted"}
-    return from_plain(FinetuneConfig, {key: value for key, value in stored.items() if key not in beside})
 
 
 def command_line(world: World) -> list[str]:
@@ -378,46 +340,6 @@ def _say_plan(job: Job, session: Session) -> None:
         f"model: {format_count(job.num_parameters)} parameters; train: {format_count(job.task.num_targets)}"
         f" {job.task.unit}s, {session.batches.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
     )
-
-
-def _say_environment(job: Job, checkpoint: Path) -> None:
-    """Say and note it if the last bits of the results may differ because the software or the machine did change."""
-    before, now = read_manifest(checkpoint).environment, environment() | job.run.place
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-    if changed:
-        job.run.journal("environment", {"changed": changed})
-        job.console.say(f"the order is the same, but not promised bit for bit: {', '.join(changed)}")
-
-
-def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console | None = None) -> list[str]:
-    """Differences between a stored and a new configuration that are allowed, as text.
-
-    Raises ConfigError naming every key that must not change; the console is shown their values in two columns.
-    """
-    before, after = dict(_flat(old)), dict(_flat(new))
-    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    told = [key for key in changed if key.partition(".")[0] in old]  # other sections are newer than the run
-    fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
-    if fatal:
-        pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
-        if console is not None:
-            show_changes(console, [(key, before.get(key), after.get(key)) for key in fatal])
-        raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
-
-
-def show_changes(console: Console, changes: Sequence[Change]) -> None:
-    """What the run has and what there is now, side by side."""
-    rows = [[key, format_value(before), format_value(now)] for key, before, now in changes]
-    console.say("\n".join(columns([["key", "the run", "now"], *rows], indent=2)))
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _count(job: Job) -> dict[str, Any]:

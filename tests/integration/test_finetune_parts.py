@@ -19,7 +19,7 @@ from lmkit import cli
 from lmkit.commands import eval_ppl, finetune, pretrain
 from lmkit.commands import generate as generate_command
 from lmkit.commands.replay import replay as replay_step
-from lmkit.commands.training import check_resumable
+from lmkit.commands.resuming import check_resumable
 from lmkit.config.adapter import AdapterConfig, TuneConfig
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PretrainConfig, SamplingConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lmkit.commands.pretrain import with_head
-from lmkit.commands.training import check_resumable
+from lmkit.commands.resuming import check_resumable
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, PydocsConfig
 from lmkit.config.model import ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lmkit import signals
-from lmkit.commands.training import check_resumable
+from lmkit.commands.resuming import check_resumable
 from lmkit.config.training import TrainConfig
 from lmkit.console import Console
 from lmkit.data.batches import Ahead, Batch, Lanes, Windows

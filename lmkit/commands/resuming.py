@@ -1,0 +1,104 @@
+"""Whether a run can go on with a configuration and its data, and what is said and noted about what changed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmkit.commands.runs_text import columns, format_value
+from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.plain import from_plain
+from lmkit.console import Console
+from lmkit.errors import CheckpointError, ConfigError
+from lmkit.store.browse import read_journal
+from lmkit.store.checkpoint import Snapshot
+from lmkit.store.environment import environment
+from lmkit.store.manifest import read_manifest
+from lmkit.store.runs import Change, Run
+
+IMMUTABLE = (
+    "command", "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
+    "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective", "base_sha256",
+    "task.kind", "task.class_weights", "task.dropout", "task.metric", "task.network", "task.pooling",
+    "task.beta", "task.label_smoothing", "task.sft_weight",
+)  # fmt: skip
+"""Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
+LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience")
+"""Keys with another value of which a finished run goes on."""
+
+
+def check_known(path: Path, snapshot: Snapshot) -> None:
+    """Raise CheckpointError if a checkpoint's configuration has keys that this version does not know."""
+    try:
+        config_of(snapshot.config)
+    except ConfigError as error:
+        made = read_manifest(path).environment.get("lmkit")
+        raise CheckpointError(f"{path}/config.json was made by lmkit {made}: {error}") from None
+
+
+def check_new(run: Run) -> None:
+    """Raise CheckpointError if there was a checkpoint, so that no run begins anew without a word."""
+    saved = [event.get("step") for event in read_journal(run.path) if event.get("event") == "save"]
+    if saved:
+        raise CheckpointError(
+            f"{run.path} has no checkpoint any more, but was saved after step {saved[-1]}",
+            "bring its checkpoints back, or begin a new run with another run.dir",
+        )
+
+
+def check_origin(run: Run, digests: Mapping[str, str], path: Path, console: Console) -> None:
+    """Raise ConfigError if a checkpoint was trained on other data or with another tokenizer, whatever run.json says."""
+    told = read_manifest(path).digests
+    before = {name: told[name] for name in digests if name in told}
+    run.refuse_changes(before, digests, functools.partial(show_changes, console))
+
+
+def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    """The configuration that a run has stored. Raises ConfigError for keys that this version does not know."""
+    beside = {"command", "vocab_size", "run", "resume"}
+    if stored.get("command") != "finetune":
+        return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
+    beside |= {"model", "base", "base_sha256", "corpus", "fitted"}
+    return from_plain(FinetuneConfig, {key: value for key, value in stored.items() if key not in beside})
+
+
+def say_environment(run: Run, checkpoint: Path, console: Console) -> None:
+    """Say and note it if the last bits of the results may differ because the software or the machine did change."""
+    before, now = read_manifest(checkpoint).environment, environment() | run.place
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+    if changed:
+        run.journal("environment", {"changed": changed})
+        console.say(f"the order is the same, but not promised bit for bit: {', '.join(changed)}")
+
+
+def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console | None = None) -> list[str]:
+    """Differences between a stored and a new configuration that are allowed, as text.
+
+    Raises ConfigError naming every key that must not change; the console is shown their values in two columns.
+    """
+    before, after = dict(_flat(old)), dict(_flat(new))
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    told = [key for key in changed if key.partition(".")[0] in old]  # other sections are newer than the run
+    fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
+    if fatal:
+        pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
+        if console is not None:
+            show_changes(console, [(key, before.get(key), after.get(key)) for key in fatal])
+        raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def show_changes(console: Console, changes: Sequence[Change]) -> None:
+    """What the run has and what there is now, side by side."""
+    rows = [[key, format_value(before), format_value(now)] for key, before, now in changes]
+    console.say("\n".join(columns([["key", "the run", "now"], *rows], indent=2)))
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
