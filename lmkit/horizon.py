@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmkit.config.training import TrainConfig
+from lmkit.config.training import Average, TrainConfig
 
 NUM_EVALS = 10
 """Evaluations over a run where eval.every_steps is null."""
+MIN_STEPS_BETWEEN_EVALS = 20
+"""Short runs evaluate less often than that."""
 EVAL_SHARE = 0.03
 """Under a time budget, validation before the final one may take this share of the time."""
 EVAL_RESERVE = 1.25
@@ -44,7 +47,10 @@ class Horizon:
 
 @dataclass
 class Budget:
-    """A run's time, and what it still allows. The time of a step is the mean of this session's, all else included."""
+    """A run's time, and what it still allows.
+
+    The time of a step is the mean of this session's, all else included, from the last of ``changes_at`` on.
+    """
 
     seconds: float
     """Wall-clock time of the whole run, preparation and final evaluation included."""
@@ -54,20 +60,30 @@ class Budget:
     """How long an evaluation takes, as far as is known."""
     save_s: float = 0.0
     """How long the saves at the end take, as far as is known."""
+    reserve_s: float = 0.0
+    """What else is kept back for the end."""
+    changes_at: Sequence[float] = ()
+    """Shares of the run from which on a step takes another time."""
     _first: tuple[int, float] | None = None
-    """Step and time when the first update was done."""
+    """Step and time when the time of a step began to be measured."""
+    _progress: float = 0.0
+    """The share of the run that was done when it was last fitted."""
+    _step_s: float = 0.0
+    """The time of a step as it was last known."""
 
     def refit(self, horizon: Horizon, step: int, elapsed_s: float, now: float) -> Horizon:
         """The horizon that ends with the time, after ``step`` steps and ``elapsed_s`` of it.
 
         now: time.monotonic().
         """
-        if self._first is None:
+        progress = horizon.progress(step)
+        if self._first is None or any(self._progress < at <= progress for at in self.changes_at):
             self._first = (step, now)
+        self._progress = progress
         first_step, first_now = self._first
-        step_s = (now - first_now) / max(step - first_step, 1)
-        left_s = self.seconds - elapsed_s - EVAL_RESERVE * self.eval_s - self.save_s - EXIT_RESERVE_S
-        steps_left = left_s / max(step_s, 1e-6)
+        if step > first_step:
+            self._step_s = (now - first_now) / (step - first_step)
+        steps_left = self.left_s(elapsed_s) / max(self._step_s, 1e-6)
         if self.max_steps is not None:
             steps_left = min(steps_left, self.max_steps - step)
         if steps_left < 1.0:
@@ -75,6 +91,18 @@ class Budget:
         if step >= first_step + SETTLING_STEPS:
             horizon.refit(step, steps_left)
         return horizon
+
+    def left_s(self, elapsed_s: float) -> float:
+        """Seconds left for training after ``elapsed_s`` of the run."""
+        return self.seconds - elapsed_s - EVAL_RESERVE * self.eval_s - self.save_s - self.reserve_s - EXIT_RESERVE_S
+
+    def prolonged(self, step: int, elapsed_s: float) -> Horizon:
+        """The horizon of a run that had come to its end and has got more time: what was done is that share of it.
+
+        It stays at its end if there is no time left.
+        """
+        share = elapsed_s / self.seconds
+        return Horizon(1e-9, step, share) if self.left_s(elapsed_s) > 0 else Horizon(0.0, step, 1.0)
 
     def allows_eval(self, progress: float, num_evals: int, eval_s: float, elapsed_s: float) -> bool:
         """Whether to evaluate now, after ``num_evals`` evaluations, which took ``eval_s`` of ``elapsed_s``."""
@@ -85,6 +113,15 @@ class Budget:
     def restart(self) -> None:
         """Measure the time of a step anew, since the run has gone back to an earlier one."""
         self._first = None
+
+
+def steps_between_evals(train: TrainConfig, max_steps: int | None, steps_per_epoch: int) -> int:
+    """Where eval.every_steps is null and there is no time budget: ten evaluations a run; at least one an epoch for
+    NT-ASGD, whose trigger looks back a number of evaluations."""
+    every = math.ceil((max_steps or 1) / NUM_EVALS)
+    if train.average is Average.nt_asgd:
+        every = min(every, steps_per_epoch)
+    return max(MIN_STEPS_BETWEEN_EVALS, every)
 
 
 def last_step(train: TrainConfig, steps_per_epoch: int) -> int | None:

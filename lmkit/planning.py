@@ -36,7 +36,7 @@ from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
 from lmkit.console import format_count, format_duration
 from lmkit.device import Device
 from lmkit.heads import SoftmaxHead, rows_per_chunk
-from lmkit.horizon import NUM_EVALS, last_step
+from lmkit.horizon import EVAL_SHARE, NUM_EVALS, Budget, last_step, steps_between_evals
 from lmkit.models.base import LanguageModel
 from lmkit.train import Trainer
 
@@ -174,11 +174,8 @@ def plan(trainer: Trainer, train: TrainConfig, evaluation: EvalConfig, save: Sav
         step_s = time_steps(trainer)
         validation_s = trainer.task.validation_s(device=trainer.device, micro_batch_size=trainer.micro_batch_size)
     steps_per_epoch = trainer.task.batches.steps_per_epoch
-    steps = last_step(train, steps_per_epoch)
-    if train.budget_s is not None and step_s is not None:
-        by_clock = max(1, int(train.budget_s / step_s))
-        steps = by_clock if steps is None else min(steps, by_clock)
-    every = evaluation.every_steps
+    times = None if step_s is None or validation_s is None else (step_s, validation_s)
+    steps, num_validations = _length(train, evaluation, steps_per_epoch, times)
     return Plan(
         num_parameters=sum(p.numel() for p in trainer.parameters),
         memory=memory,
@@ -194,8 +191,29 @@ def plan(trainer: Trainer, train: TrainConfig, evaluation: EvalConfig, save: Sav
         num_checkpoints=save.keep + 2,  # the best one, and one that is being written
         step_s=step_s,
         validation_s=validation_s,
-        num_validations=NUM_EVALS if every is None or steps is None else max(1, steps // every),
+        num_validations=num_validations,
     )
+
+
+def _length(
+    train: TrainConfig, evaluation: EvalConfig, steps_per_epoch: int, times: tuple[float, float] | None
+) -> tuple[int | None, int]:
+    """Steps and validations of a run; times: seconds of a step and of a validation, by which a time budget goes."""
+    steps, every = last_step(train, steps_per_epoch), evaluation.every_steps
+    if train.budget_s is None:
+        every = every or steps_between_evals(train, steps, steps_per_epoch)
+        return steps, NUM_EVALS if steps is None else -(-steps // every)
+    if times is None:
+        return steps, NUM_EVALS
+    step_s, validation_s = times
+    left_s = Budget(train.budget_s, None, eval_s=validation_s).left_s(0.0)
+    if every is None:
+        num_early = min(NUM_EVALS - 1, int(EVAL_SHARE * train.budget_s / max(validation_s, 1e-6)))
+        by_clock = max(1, int((left_s - num_early * validation_s) / step_s))
+    else:
+        by_clock = max(1, int(left_s / (step_s + validation_s / every)))
+        num_early = by_clock // every
+    return by_clock if steps is None else min(steps, by_clock), num_early + 1
 
 
 def estimate_memory(trainer: Trainer) -> Memory:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from lmkit.store import storage
+from lmkit.store.found import read_metrics
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """xs, ys."""
+
+
+def plot_run(run_dir: Path, warn: Callable[[str], None]) -> None:
+    """Draw the curves of a run's metrics.jsonl into its loss.png; a failure is only a warning."""
+    rows = read_metrics(run_dir)
+    curves = {
+        name: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
+        for name, key in (("train loss", "loss"), ("valid loss", "valid_loss"), ("learning rate", "lr"))
+    }
+    try:
+        plot_curves(run_dir / "loss.png", curves, title=run_dir.name)
+    except (OSError, ValueError) as error:
+        warn(f"no plot: {error}")
 
 
 def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_label: str = "step") -> None:

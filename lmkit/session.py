@@ -15,55 +15,25 @@ from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, 
 from lmkit.console import Console, Progress, format_duration, format_number
 from lmkit.data.batches import Ahead
 from lmkit.device import give_back_freed_memory
+from lmkit.due import ANOTHER, Due
 from lmkit.errors import DivergedError, StoppedError, is_out_of_memory
-from lmkit.horizon import NUM_EVALS, Budget, Horizon, last_step
-from lmkit.plots import plot_curves
+from lmkit.horizon import Budget, Horizon, last_step, steps_between_evals
 from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
-from lmkit.store.found import read_metrics
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
 from lmkit.store.runs import Run
 from lmkit.store.saving import NoSaves, Saves
 from lmkit.tasks import Task, Validation
-from lmkit.train import (
-    StepReport,
-    Trainer,
-    TrainState,
-    fit,
-    restore_trainer,
-    trainer_tensors,
-)
+from lmkit.train import StepReport, Trainer, TrainState, fit, restore_trainer, trainer_tensors
+from lmkit.window import Window
 
 OFFER_EVERY_S = 600.0
 """Where save.every_steps is null: a state is offered to be saved after an evaluation, and after so long without one."""
-MIN_STEPS_BETWEEN_EVALS = 20
-"""Short runs evaluate less often than that."""
-ANOTHER = "a request to another process"
-"""Who asked to stop or save, where it was not this process that was asked."""
 
 
 class _Interrupted(Exception):
     """Validation was broken off because the run is to stop."""
-
-
-@dataclass(frozen=True)
-class Due:
-    """What is to be done after a step."""
-
-    done: bool
-    log: bool
-    evaluate: bool
-    save: bool
-    offer: bool
-    stop: str | None
-    """What asked to stop."""
-    asked: str | None
-    """The signal that asked to save."""
-
-    @property
-    def anything(self) -> bool:
-        return self.log or self.evaluate or self.save or self.offer or self.stop is not None or self.asked is not None
 
 
 @dataclass
@@ -87,11 +57,11 @@ class Session:
     command: Sequence[str]
     """The command line, for the advice on how to go on."""
     started: float
-    _window: list[StepReport] = field(default_factory=list)
-    """Reports since the last line of metrics."""
-    _num_read: int = 0
-    """How many of them were looked at."""
-    _window_start: float = 0.0
+    longer: bool = False
+    """Whether the run goes on with another length than it had, so that its end may not be the end any more."""
+    reserve_s: float = 0.0
+    """What a time budget keeps back for the end, beside what validation and saving take."""
+    _window: Window = field(default_factory=Window)
     _last_step_s: float = 0.0
     _last: Validation | None = None
     _last_save_s: float = field(default_factory=time.monotonic)
@@ -104,15 +74,21 @@ class Session:
         self.elapsed_before_s, self._first_step = self.state.elapsed_s, self.state.step
         self.batches = Ahead(self.task.batches, self.train.workers)
         self.max_steps, budget_s = last_step(self.train, self.batches.steps_per_epoch), self.train.budget_s
-        self.budget = None if budget_s is None else Budget(budget_s, self.max_steps)
+        self.budget = None
+        if budget_s is not None:
+            changes_at = {*self.task.pace_changes_at, *self.trainer.frozen_until.values()}
+            self.budget = Budget(budget_s, self.max_steps, reserve_s=self.reserve_s, changes_at=sorted(changes_at))
         self._set_horizon()
 
     def _set_horizon(self) -> None:
-        """A run by the clock keeps the horizon of its state; another one ends with its last step."""
+        """A run by the clock keeps the horizon of its state, unless that was at its end and the run has got longer;
+        another one ends with its last step."""
         if self.budget is None:
             self.state.horizon = Horizon(1.0 / (self.max_steps or 1))
         elif self.state.step == 0:
             self.state.horizon = Horizon(1e-9)
+        elif self.longer and self.state.horizon.progress(self.state.step) >= 1.0:
+            self.state.horizon = self.budget.prolonged(self.state.step, self.state.elapsed_s)
 
     def execute(self) -> Validation:
         """Train to the end, saving on the way; returns the last validation.
@@ -121,7 +97,7 @@ class Session:
         checkpoint untouched; ResourceError if memory ran out or the last state could not be saved.
         """
         give_back_freed_memory()
-        self._window_start = time.monotonic()
+        self._window.started = time.monotonic()
         if self.budget is not None:
             with unsharded(self.trainer.model):
                 self.budget.eval_s = self.task.validation_s(
@@ -135,7 +111,7 @@ class Session:
             if over or self._out_of_patience():
                 return self._last_validation()
             for report in fit(self.trainer, self.batches):
-                self._window.append(report)
+                self._window.reports.append(report)
                 self._follow_clock()
                 saves.poll()
                 due = self._due(saves)
@@ -148,7 +124,7 @@ class Session:
     def _finish_step(self, due: Due, saves: Saves, bar: Progress) -> bool:
         """Log, evaluate, save, stop, as it is due; True if the run has come to its end."""
         done, state = due.done, self.state
-        if due.log and self._window:
+        if due.log and self._window.reports:
             self._log(bar)
         if due.evaluate:
             state.eval_pending = True
@@ -188,21 +164,9 @@ class Session:
         if self.budget is not None:
             self.budget.save_s = two_saves_s
         log, asked = done or step % self.log.every_steps == 0, self.stop.take_save_request()
-        return self._agreed(Due(done, log, evaluate, save, offer, self.stop.requested, asked))
-
-    def _agreed(self, due: Due) -> Due:
-        """What the first process finds due, and the end of the run as it sees it; a request may come to any of them."""
-        if self.world.size == 1:
-            return due
-        line = self.state.horizon
-        found = [due.done, due.log, due.evaluate, due.save, due.offer, line.per_step, line.fit_step, line.fit_progress]
-        found, requests = self.world.agree(found, [due.stop is not None, due.asked is not None])
-        self.state.horizon = Horizon(found[5], int(found[6]), found[7])
-        done, log, evaluate, save, offer = map(bool, found[:5])
-        stop, asked = (
-            own or ANOTHER if made else None for own, made in zip((due.stop, due.asked), requests, strict=True)
-        )
-        return Due(done, log, evaluate, save, offer, stop, asked)
+        due = Due(done, log, evaluate, save, offer, self.stop.requested, asked)
+        due, self.state.horizon = due.agreed(self.world, self.state.horizon)
+        return due
 
     def _stop_requested(self) -> str | None:
         """What asks any of the processes to stop."""
@@ -222,7 +186,7 @@ class Session:
         if self.eval.every_steps is not None:
             return step % self.eval.every_steps == 0
         if self.budget is None:
-            return step % max(MIN_STEPS_BETWEEN_EVALS, math.ceil((self.max_steps or 1) / NUM_EVALS)) == 0
+            return step % steps_between_evals(self.train, self.max_steps, self.batches.steps_per_epoch) == 0
         state = self.state
         return self.budget.allows_eval(
             state.horizon.progress(step), len(state.valid_losses), state.eval_s, state.elapsed_s
@@ -251,35 +215,22 @@ class Session:
 
     def _log(self, bar: Progress) -> None:
         """Write the means of the steps since the last line to metrics.jsonl and show them."""
-        window, self._window, self._num_read = self._window, [], 0
-        now = time.monotonic()
-        num_targets = sum(r.num_targets for r in window)
-        nats = sum(r.loss * r.num_targets for r in window if r.num_targets)
-        loss = nats / num_targets if num_targets else math.nan  # of batches that were passed over there is none
-        tokens_per_s = num_targets / max(now - self._window_start, 1e-9)
-        self._window_start = now
-        state, last = self.state, window[-1]
-        memory = self.trainer.device.peak_bytes()
-        row = {
-            "step": last.step,
-            "epoch": last.step / self.batches.steps_per_epoch,
-            "loss": loss,
-            "lr": last.lr,
-            "grad_norm": last.grad_norm,
+        state, memory = self.state, self.trainer.device.peak_bytes()
+        row = self._window.close(time.monotonic())
+        row |= {
+            "epoch": row["step"] / self.batches.steps_per_epoch,
             "num_targets": state.num_targets,
-            "tokens_per_s": tokens_per_s,
             "elapsed_s": state.elapsed_s,
-            "progress": last.progress,
             "skipped": len(state.skipped_steps),
             "memory_bytes": memory,
         }
         self.run.log_metrics(row)
         fields = {
-            "step": str(last.step),
-            "loss": f"{loss:.3f}",
-            **dict([self.task.shown(loss)]),
-            f"{self.task.unit}s/s": format_number(tokens_per_s),
-            "lr": f"{last.lr:.2g}",
+            "step": str(row["step"]),
+            "loss": f"{row['loss']:.3f}",
+            **dict([self.task.shown(row["loss"])]),
+            f"{self.task.unit}s/s": format_number(row["tokens_per_s"]),
+            "lr": f"{row['lr']:.2g}",
             "mem": f"{memory / 2**20:.0f}M",
         }
         if state.skipped_steps:
@@ -333,7 +284,7 @@ class Session:
             row["sample"] = sample
         self.run.log_metrics({**row, "elapsed_s": state.elapsed_s})
         self.console.say(f"step {state.step}  {found.text}  ({format_duration(took_s)})")
-        self._window_start += took_s
+        self._window.started += took_s
         self._last = found
         return found
 
@@ -395,9 +346,7 @@ class Session:
 
     def _all_good(self, saves: Saves, bar: Progress) -> bool:
         """Look at the reports that were not read yet; False if the run has gone back to a checkpoint."""
-        while self._num_read < len(self._window):
-            report = self._window[self._num_read]
-            self._num_read += 1
+        for report in self._window.unread():
             if report.left_out and not self._leave_out(report, saves, bar):
                 return False
         return True
@@ -415,7 +364,7 @@ class Session:
             f" {report.grad_norm:.4g}, learning rate {report.lr:.3g}); its batch is in {file}"
         )
         if policy is NonFinite.stop or len(state.skipped_steps) > self.train.max_skips:
-            self._window = self._window[: self._num_read]
+            self._window.drop_unread()
             self._log(bar)
             if policy is not NonFinite.stop:
                 what += f"; more than train.max_skips={self.train.max_skips} batches were left out"
@@ -456,7 +405,8 @@ class Session:
         restore_trainer(self.trainer, found[1].model, found[1].optimizer)
         self.run.cut_metrics(self.state.step)
         self.run.journal("rollback", {"step": self.state.step, "skipped": self.state.skipped_steps})
-        self._window, self._num_read, saves.step = [], 0, None
+        self._window.clear()
+        saves.step = None
         if self.budget is not None:
             self.budget.restart()
 
@@ -480,19 +430,6 @@ class Session:
             shape = (self.train.batch_size, trainer.micro_batch_size, self.train.seq_len)
             path, saved = self.run.path, self._first_step if saves.step is None else saves.step
             raise out_of_memory(error, self.command, path, where=where, shape=shape, saved=saved) from error
-
-    def plot(self) -> None:
-        """Draw the curves of metrics.jsonl into loss.png; a failure is only a warning."""
-        rows = read_metrics(self.run.path)
-        curves = {
-            name: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
-            for name, key in (("train loss", "loss"), ("valid loss", "valid_loss"), ("learning rate", "lr"))
-        }
-        try:
-            plot_curves(self.run.path / "loss.png", curves, title=self.run.path.name)
-        except (OSError, ValueError) as error:
-            self.console.warn(f"no plot: {error}")
-
 
 def state_of(snapshot: Snapshot) -> dict[str, Any]:
     """What TrainState.from_json reads."""

@@ -33,7 +33,7 @@ LAYERS = [
         *("store", "data", "tokenizers", "hf"),
         *("console", "plots", "device", "distributed", "signals", "reporting", "loggers"),
     },
-    {"train", "evaluation", "generate", "loading", "session", "horizon", "planning", "tasks"},
+    {"train", "evaluation", "generate", "loading", "session", "due", "window", "horizon", "planning", "tasks"},
     {"commands", "lm_eval"},
     {
         *("cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "launch", "explain"),

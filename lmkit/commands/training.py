@@ -31,7 +31,7 @@ from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.optimization import ScheduleFreeConfig, SgdConfig
 from lmkit.config.parallel import FsdpConfig
 from lmkit.config.plain import kind_of, with_defaults
-from lmkit.config.training import NonFinite, OnUsr1, TrainConfig
+from lmkit.config.training import Average, NonFinite, OnUsr1, TrainConfig
 from lmkit.console import Console, format_count, format_duration
 from lmkit.data.batches import ORDER
 from lmkit.data.prepared import PreparedData
@@ -43,6 +43,7 @@ from lmkit.evaluation.scoring import perplexity
 from lmkit.loggers import attach_logger, require_logger
 from lmkit.models.base import LanguageModel
 from lmkit.optim import build_optimizer
+from lmkit.plots import plot_run
 from lmkit.session import Session, state_of
 from lmkit.sharding import shard
 from lmkit.signals import StopRequests, find_deadline
@@ -217,14 +218,15 @@ def execute(job: Job) -> dict[str, Any]:
     if changes:
         job.run.journal("changed", {"keys": changes})
     before = read_result(job.run.path)
-    if before is not None and found is not None and not [c for c in changes if c.startswith(LENGTH)]:
+    longer = any(change.startswith(LENGTH) for change in changes)
+    if before is not None and found is not None and not longer:
         job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
         return before
     if job.model_config.trains_by_counting:
         return _count(job)
     if found is not None:
         say_environment(job.run, found[0], job.console)
-    return _train(job, found[1] if found is not None else None)
+    return _train(job, found[1] if found is not None else None, longer=longer)
 
 
 def _check_shared(job: Job, step: int) -> None:
@@ -286,11 +288,10 @@ def build_trainer(
     return trainer
 
 
-def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
+def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, Any]:
     cfg, forgetting = job.cfg, job.forgetting
     if forgetting is not None:
         forgetting.measure_before(job.task)
-    reserved_s = 0.0 if forgetting is None or cfg.train.budget_s is None else forgetting.seconds
     trainer = build_trainer(cfg, job.task, job.model, job.device, snapshot, job.world)
     job.run.cut_metrics(0 if snapshot is None else snapshot.step)
     if job.world.is_first:
@@ -308,16 +309,23 @@ def _train(job: Job, snapshot: Snapshot | None) -> dict[str, Any]:
         console=job.console,
         stop=job.stop,
         command=command_line(job.world),
-        started=job.started - reserved_s,
+        started=job.started,
+        longer=longer,
+        reserve_s=0.0 if forgetting is None else forgetting.seconds,
     )
     _say_plan(job, session)
     validation = session.execute()
     job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
     job.stop.deferring = False
     state = trainer.state
+    if cfg.train.average is Average.nt_asgd and state.averaged_since is None:
+        job.console.warn(
+            f"train.average=nt_asgd never began in {len(state.valid_losses)} validations: the weights are those of the"
+            " last step (eval.every_steps and train.asgd_patience decide when it begins)"
+        )
     try:
         if job.world.is_first:
-            session.plot()
+            plot_run(job.run.path, job.console.warn)
         with session.judged():
             if forgetting is not None:
                 validation = forgetting.added_to(validation)

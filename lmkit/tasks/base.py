@@ -49,6 +49,8 @@ class Task(ABC):
     """What is counted as a target."""
     num_targets: int
     """Targets per epoch."""
+    pace_changes_at: tuple[float, ...] = ()
+    """Shares of the run (0 to 1) from which on a step does other work than before, and so takes another time."""
 
     def begin(self) -> None:
         """Set the model's initial parameters from the data; called once, before the first step of a new run."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from lmkit import cli
 from lmkit.commands import eval_ppl, finetune, pretrain
 from lmkit.commands import generate as generate_command
+from lmkit.commands.forgetting import Forgetting
 from lmkit.commands.replay import replay as replay_step
 from lmkit.commands.resuming import check_resumable
 from lmkit.config.adapter import AdapterConfig, TuneConfig
@@ -34,6 +35,7 @@ from lmkit.errors import CheckpointError, ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
+from lmkit.tasks import Task
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {
@@ -446,3 +448,29 @@ def test_from_the_command_line(
     assert "holds no adapter_config.json; name a folder that does" in capsys.readouterr().err
     assert cli.main(["finetune", *words, *data, "adapter=lora", "adapter.targets=q_proj", *shape[:3]]) == 2
     assert "adapter.targets=q_proj matches no linear layer of the model; it has blocks.*" in capsys.readouterr().err
+
+
+def test_the_time_of_the_scoring_after_a_finetuning_is_kept_back_once(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[float] = []
+    measure = Forgetting.measure_before
+
+    def measured(self: Forgetting, task: Task) -> None:
+        measure(self, task)
+        self.seconds = 1000.0
+
+    def follow(self: Session) -> None:
+        assert self.budget is not None
+        kept.append(self.budget.reserve_s)
+        original(self)
+
+    original = Session._follow_clock
+    monkeypatch.setattr(Forgetting, "measure_before", measured)
+    monkeypatch.setattr(Session, "_follow_clock", follow)
+    train = {"max_steps": 2, "budget": "2h"}
+    done = finetune.run(tuning(bases["transformer"], numbers, tmp_path / "run", train=train))
+    longer = tuning(bases["transformer"], numbers, tmp_path / "run", train={**train, "max_steps": 4}, resume=True)
+    assert done["elapsed_s"] < 1000.0  # it is not counted as time that has passed
+    assert finetune.run(longer)["elapsed_s"] < 1000.0
+    assert kept == [1000.0] * 4

@@ -192,6 +192,26 @@ def test_a_plan_counts_parameters_steps_epochs_and_disk() -> None:
     assert rows["fits"] == "yes; train.micro_batch_size up to 4 would"
 
 
+@pytest.mark.parametrize("every_steps", [None, 50])
+def test_a_plan_by_the_clock_fits_into_it_with_its_validations(
+    every_steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer: 0.5)
+    monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 6.0)
+    train = TrainConfig(batch_size=4, seq_len=16, budget="10m")
+    made = plan(trainer, train, EvalConfig(every_steps=every_steps), SaveConfig())
+    assert made.total_s is not None
+    assert 570 < made.total_s <= 600
+    assert made.num_validations == (4 if every_steps is None else 19)  # 3 % of 600 s are three, before the last one
+
+
+def test_a_plan_counts_the_validations_of_a_number_of_steps() -> None:
+    trainer = make_trainer()
+    assert make_plan(trainer).num_validations == 5  # at least 20 steps apart
+    assert make_plan(trainer, max_steps=2000).num_validations == 10
+
+
 def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(batch_size=4, micro_batch_size=4, seq_len=32)
     memory = estimate_memory(trainer)

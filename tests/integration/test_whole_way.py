@@ -26,7 +26,7 @@ from lmkit.config.optimization import (
     SampledSoftmaxConfig,
     SgdConfig,
 )
-from lmkit.config.training import EvalConfig, RunConfig, SaveConfig, TrainConfig
+from lmkit.config.training import Average, EvalConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import TrainingBatch
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store import checkpoint_writer
@@ -164,6 +164,32 @@ def test_a_time_budget_is_kept_and_the_rate_is_annealed(
     rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row]
     assert rows[-1]["progress"] > 0.99
     assert rows[-1]["lr"] < 0.01 * max(row["lr"] for row in rows)
+
+
+def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    for module in (session, training):
+        monkeypatch.setattr(module, "time", clock)
+    free = checkpoint_writer.Cost(copy_s=0.0, cpu_s=0.0, wall_s=0.0)
+    monkeypatch.setattr(checkpoint_writer, "Cost", lambda *_: free)
+    first = pretrain.run(config(max_steps=None, budget="20s"))
+    same = pretrain.run(config(max_steps=None, budget="20s", resume=True))
+    assert same["step"] == first["step"]
+    longer = pretrain.run(config(max_steps=None, budget="40s", resume=True))
+    assert longer["step"] > 1.3 * first["step"]
+    assert 25 < longer["elapsed_s"] < 40
+    rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row and row["step"] > first["step"]]
+    assert rows[0]["progress"] < 0.6
+    assert rows[-1]["progress"] > 0.99
+
+
+def test_an_average_that_never_began_is_told(
+    config: MakeConfig, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pretrain.run(config(average=Average.nt_asgd))
+    assert "train.average=nt_asgd never began" in capfd.readouterr().err
 
 
 def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_than_the_one_before(

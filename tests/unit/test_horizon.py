@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from lmkit.horizon import EVAL_RESERVE, EXIT_RESERVE_S, SETTLING_STEPS, Budget, Horizon
+from lmkit.config.training import Average, TrainConfig
+from lmkit.horizon import (
+    EVAL_RESERVE,
+    EXIT_RESERVE_S,
+    MIN_STEPS_BETWEEN_EVALS,
+    SETTLING_STEPS,
+    Budget,
+    Horizon,
+    steps_between_evals,
+)
 
 EVAL_S = 8.0
 
@@ -38,6 +47,38 @@ def test_a_run_ends_annealed_with_just_the_time_that_is_kept_back(
     assert 300.0 - kept_back_s - 4.0 <= elapsed_s <= 300.0 - kept_back_s + 0.5
     assert progress == sorted(progress)
     assert max(b - a for a, b in itertools.pairwise(progress)) < 0.05  # never jumps, not to the end either
+
+
+def test_a_run_whose_last_part_is_slower_is_annealed_to_its_end() -> None:
+    """As with softmax.exact_from; by the mean of the whole run it would come to its end with 3 % left to anneal."""
+    budget, horizon, now, progress = Budget(300.0, None, changes_at=[0.9]), Horizon(1e-9), 0.0, [0.0]
+    while progress[-1] < 1.0:
+        now += 0.5 if progress[-1] < 0.9 else 3.0
+        horizon = budget.refit(horizon, len(progress), now, now)
+        progress.append(horizon.progress(len(progress)))
+    assert now <= 300.0
+    assert progress[-2] > 0.98
+    last = [b - a for a, b in itertools.pairwise(progress) if a > 0.95]
+    assert max(last) < 1.5 * min(last)
+
+
+def test_what_is_kept_back_for_the_end_is_not_trained_away() -> None:
+    _, elapsed_s = train_to_the_end(Budget(300.0, None, reserve_s=40.0), lambda step: 0.5)
+    assert 300.0 - 40.0 - EXIT_RESERVE_S - 2.0 <= elapsed_s <= 300.0 - 40.0 - EXIT_RESERVE_S
+
+
+def test_a_run_that_gets_more_time_goes_on_from_its_share_of_it_or_stays_at_its_end() -> None:
+    assert Budget(1200.0, None).prolonged(70, 590.0).progress(70) == pytest.approx(590 / 1200)
+    assert Budget(500.0, None).prolonged(70, 590.0).progress(70) == 1.0
+    assert Budget(600.0, None, reserve_s=20.0).prolonged(70, 590.0).progress(70) == 1.0
+
+
+def test_nt_asgd_is_looked_after_each_epoch() -> None:
+    plain, asgd = TrainConfig(), TrainConfig(average=Average.nt_asgd)
+    assert steps_between_evals(plain, 332_000, 664) == 33_200
+    assert steps_between_evals(asgd, 332_000, 664) == 664
+    assert steps_between_evals(asgd, 1_000, 664) == 100
+    assert steps_between_evals(asgd, 1_000, 5) == MIN_STEPS_BETWEEN_EVALS
 
 
 def test_a_number_of_steps_ends_a_run_that_has_time_left() -> None:
