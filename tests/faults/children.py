@@ -24,7 +24,7 @@ NOT_HERE = 77
 
 
 class Child:
-    """A running ``lmkit``; what it prints goes to a file."""
+    """A running ``lmkit``; what it prints goes to a file. Without words it does what ``setup`` says, and ends."""
 
     def __init__(
         self, words: Sequence[str | Path], output: Path, setup: Sequence[Setup] = (), after: Sequence[Setup] = ()
@@ -80,7 +80,7 @@ def _main(words: list[str], output: Path, setup: list[Setup], after: list[Setup]
     saving.CHEAP_S = 1e9  # as in tests/conftest.py, which does not reach this process
     for prepare in setup:
         prepare()
-    code = cli.main(words)
+    code = cli.main(words) if words else 0
     for action in after:
         action()
     sys.exit(code)

@@ -1,9 +1,12 @@
-"""Words that the fault tests share: how a command ended, forged checkpoints, and what a run holds."""
+"""Words that the fault tests share: how a command ended, forged checkpoints, what a run holds, and how to die in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 from children import Child
 
-from lmkit.store import manifest
+from lmkit.store import manifest, storage
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
 
 
@@ -77,3 +80,51 @@ def forge_config(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> 
     config = json.loads((checkpoint / manifest.CONFIG).read_bytes())
     change(config)
     forge(checkpoint, manifest.CONFIG, manifest.canonical_json(config))
+
+
+class FailPoint:
+    """Counts the storage primitives that a piece of code uses, and at the chosen one does something else first."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, at: int | None, action: Callable[[str, tuple[Any, ...]], None]
+    ) -> None:
+        self.calls: list[str] = []
+        for name in storage.PRIMITIVES:
+            patch.setattr(storage, name, self._wrap(name, getattr(storage, name), at, action))
+
+    def _wrap(self, name: str, real: Any, at: int | None, action: Callable[[str, tuple[Any, ...]], None]) -> Any:
+        def call(*args: Any) -> Any:
+            if len(self.calls) == at:
+                action(name, args)
+            self.calls.append(name)
+            return real(*args)
+
+        return call
+
+
+def kill(name: str, args: tuple[Any, ...]) -> None:
+    """What a FailPoint does to die before the operation."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_then_kill(name: str, args: tuple[Any, ...]) -> None:
+    """The same, but a write is half done."""
+    if name == "write_all":
+        data = memoryview(args[1]).cast("B")
+        os.write(args[0], data[: len(data) // 2])
+    kill(name, args)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Exit code of ``work`` in a forked process (negative: killed by that signal)."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Lmkit
+from harness import FailPoint, Lmkit, half_then_kill, in_child, kill
 
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.store import checkpoint_writer, manifest, reading, staging, storage
@@ -105,50 +105,6 @@ def newest(run_dir: Path) -> Path:
 
 
 # Killed during the protocol
-
-
-class FailPoint:
-    """Counts the storage primitives that a piece of code uses, and at the chosen one does something else first."""
-
-    def __init__(
-        self, patch: pytest.MonkeyPatch, at: int | None, action: Callable[[str, tuple[Any, ...]], None]
-    ) -> None:
-        self.calls: list[str] = []
-        for name in storage.PRIMITIVES:
-            patch.setattr(storage, name, self._wrap(name, getattr(storage, name), at, action))
-
-    def _wrap(self, name: str, real: Any, at: int | None, action: Callable[[str, tuple[Any, ...]], None]) -> Any:
-        def call(*args: Any) -> Any:
-            if len(self.calls) == at:
-                action(name, args)
-            self.calls.append(name)
-            return real(*args)
-
-        return call
-
-
-def kill(name: str, args: tuple[Any, ...]) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def half_then_kill(name: str, args: tuple[Any, ...]) -> None:
-    if name == "write_all":
-        data = memoryview(args[1]).cast("B")
-        os.write(args[0], data[: len(data) // 2])
-    kill(name, args)
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Exit code of ``work`` in a forked process (negative: killed by that signal)."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def primitives_of_third_save(run_dir: Path) -> list[str]:
