@@ -32,6 +32,7 @@ PRIMITIVES = (
     "sync_file",
     "sync_directory",
     "rename",
+    "replace",
     "remove_file",
     "remove_directory",
 )
@@ -99,6 +100,11 @@ def rename(source: Path, target: Path) -> None:
     os.rename(source, target)
 
 
+def replace(source: Path, target: Path) -> None:
+    """Give a file a new name, which another file may have had until now. Atomic."""
+    os.replace(source, target)
+
+
 def remove_file(path: Path) -> None:
     """Remove a file or a link."""
     os.unlink(path)
@@ -129,7 +135,7 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(scratch_name(TMP_PREFIX, path.name))
     try:
         write_file(temporary, data)
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

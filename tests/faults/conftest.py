@@ -12,8 +12,10 @@ import children
 import pytest
 import torch
 from harness import Lmkit, Outcome, Start
+from snapshots import open_run
 
 from lmkit import cli, session
+from lmkit.store.runs import Run
 
 
 @pytest.fixture(scope="session")
@@ -109,3 +111,11 @@ def ended(start: Start) -> Lmkit:
         return Outcome(child.wait(), child.text, child.text)
 
     return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A run that has just begun, to save ``snapshots`` in."""
+    with open_run(tmp_path / "run") as made:
+        made.begin(seed=1, command=["pretrain"], digests={})
+        yield made

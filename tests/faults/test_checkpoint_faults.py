@@ -1,4 +1,4 @@
-"""Checkpoints under kills, power cuts, damage and full disks: the old one or the new one, whole, or a clear refusal.
+"""Checkpoints under kills, damage and full disks: the old one or the new one, whole, or a clear refusal.
 
 Numbers in names (row_19 ...) are the rows of the project's fault table.
 """
@@ -13,18 +13,18 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import FailPoint, Lmkit, half_then_kill, in_child, kill
+from snapshots import ByteTokenizer, assert_is_snapshot, open_run, save, snapshot
 
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.store import checkpoint_writer, manifest, reading, staging, storage
 from lmkit.store.checkpoint import (
-    Snapshot,
     best_checkpoint,
     latest_checkpoint,
     list_checkpoints,
@@ -39,48 +39,6 @@ needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 FILES = [
     "MANIFEST.json", "model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer/tokenizer.json",
 ]  # fmt: skip
-
-
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"kind": "byte", "padding": "0123456789"}', encoding="utf-8")
-
-
-def snapshot(step: int, loss: float | None = None) -> Snapshot:
-    weights = torch.arange(400, dtype=torch.float32).reshape(20, 20) + step
-    return Snapshot(
-        step=step,
-        model={"weight": weights, "bias": weights[0] * 0.1},
-        optimizer={"weight/momentum": weights * 2},
-        state={"valid_nats_per_token": loss, "tokens": step * 1000},
-        config={"model": {"kind": "tiny"}},
-    )
-
-
-def open_run(path: Path, *, resume: bool = False, warn: Callable[[str], None] = pytest.fail) -> Run:
-    return Run.create(path, root=path.parent, dataset="d", model="m", resume=resume, warn=warn)
-
-
-def save(run: Run, step: int, loss: float | None = None, *, keep: int = 2) -> Path:
-    return save_checkpoint(run, snapshot(step, loss), ByteTokenizer(), keep=keep)
-
-
-def assert_is_snapshot(path: Path) -> None:
-    """Everything in the checkpoint is what ``snapshot`` of its step gives."""
-    loaded = load_checkpoint(path, with_optimizer=True)
-    expected = snapshot(loaded.step)
-    assert all(torch.equal(loaded.model[name], tensor) for name, tensor in expected.model.items())
-    assert all(torch.equal(loaded.optimizer[name], tensor) for name, tensor in expected.optimizer.items())
-    assert loaded.state["tokens"] == loaded.step * 1000
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    with open_run(tmp_path / "run") as made:
-        made.begin(seed=1, command=["pretrain"], digests={})
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -200,148 +158,6 @@ def test_row_9_killed_while_the_only_checkpoint_is_replaced_one_of_the_two_is_th
         shutil.rmtree(run_dir)
         at += 1
     assert at > 21
-    assert losses == {None, 3.0}
-
-
-class PowerCut:
-    """Records what a save does to the disk, and builds states that a power cut may leave behind.
-
-    Without fsync a file may have any part of its bytes, or zeros; without an fsync of its directory a new, renamed or
-    removed entry may be there or not. What was synced holds.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch, root: Path) -> None:
-        self.log: list[tuple[str, tuple[Any, ...]]] = []
-        self._root = root
-        self._paths: dict[int, str] = {}
-        for name in storage.PRIMITIVES:
-            patch.setattr(storage, name, self._wrap(name, getattr(storage, name)))
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix()
-
-    def _wrap(self, name: str, real: Any) -> Any:
-        def call(*args: Any) -> Any:
-            result = real(*args)
-            if name == "create_file":
-                self._paths[result] = self._relative(args[0])
-                self.log.append((name, (self._paths[result],)))
-            elif name == "write_all":
-                self.log.append((name, (self._paths[args[0]], bytes(args[1]))))
-            elif name == "sync_file":
-                self.log.append((name, (self._paths[args[0]],)))
-            else:
-                self.log.append((name, tuple(self._relative(path) for path in args)))
-            return result
-
-        return call
-
-    def state(
-        self, at: int, rng: random.Random, before: dict[str, dict[str, Any]] | None = None
-    ) -> dict[str, dict[str, Any]]:
-        """Directory tree (nested dicts, bytes for files) after a cut behind the first ``at`` operations.
-
-        before: the tree at the start, as far as it is renamed.
-        """
-        log = self.log[:at]
-        contents: dict[str, bytes] = {}
-        synced: dict[str, int] = {}
-        entries: dict[str, list[int]] = {}
-        for index, (name, args) in enumerate(log):
-            if name == "write_all":
-                contents[args[0]] = contents.get(args[0], b"") + args[1]
-            elif name == "sync_file":
-                synced[args[0]] = len(contents[args[0]])
-            elif name == "sync_directory":
-                entries[args[0]] = [*entries.get(args[0], []), index]
-
-        def durable(path: str, index: int) -> bool:
-            parent = path.rpartition("/")[0] or "."
-            return any(done > index for done in entries.get(parent, []))
-
-        tree: dict[str, Any] = dict(before or {})
-        nodes: dict[str, Any] = {"": tree, **tree}  # name -> node; a renamed directory keeps its node
-        for index, (name, args) in enumerate(log):
-            if name in ("create_file", "make_directory"):
-                node: Any = {} if name == "make_directory" else self._torn(args[0], contents, synced, rng)
-                nodes[args[0]] = node
-                parent, _, leaf = args[0].rpartition("/")
-                if durable(args[0], index) or rng.random() < 0.7:
-                    nodes[parent][leaf] = node
-            elif name == "rename" and (durable(args[1], index) or rng.random() < 0.5):
-                nodes[args[1]] = nodes[args[0]]
-                tree.pop(args[0], None)
-                tree[args[1]] = nodes[args[0]]
-        return tree
-
-    @staticmethod
-    def _torn(path: str, contents: dict[str, bytes], synced: dict[str, int], rng: random.Random) -> bytes:
-        data = contents.get(path, b"")
-        if synced.get(path) == len(data):
-            return data
-        cut = rng.randrange(len(data) + 1) // 64 * 64
-        return rng.choice([b"", data[:cut], bytes(len(data)), data[:cut] + bytes(len(data) - cut), data])
-
-
-def read_tree(folder: Path) -> dict[str, Any]:
-    return {path.name: read_tree(path) if path.is_dir() else path.read_bytes() for path in folder.iterdir()}
-
-
-def build(tree: dict[str, Any], folder: Path) -> None:
-    for name, node in tree.items():
-        if isinstance(node, dict):
-            (folder / name).mkdir()
-            build(node, folder / name)
-        else:
-            (folder / name).write_bytes(node)
-
-
-def test_row_11_a_power_cut_anywhere_leaves_the_old_or_the_new_checkpoint(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = save(run, 1)
-    with monkeypatch.context() as patch:
-        cut = PowerCut(patch, run.path / "checkpoints")
-        save(run, 2, keep=2)
-    committed = max(i for i, (name, args) in enumerate(cut.log) if (name, args) == ("sync_directory", (".",)))
-    assert [args[0] for name, args in cut.log if name == "create_file"][-1].endswith("/MANIFEST.json")
-    rng = random.Random(11)
-    seen = set()
-    for case in range(8 * len(cut.log)):
-        at = case % (len(cut.log) + 1)
-        folder = tmp_path / f"cut{case}" / "checkpoints"
-        shutil.copytree(old, folder / old.name)
-        build(cut.state(at, rng), folder)
-        path = latest_checkpoint(folder.parent, warn=lambda text: pytest.fail(f"committed but damaged: {text}"))
-        assert path is not None
-        assert_is_snapshot(path)
-        if at > committed:
-            assert path.name == "step-000000000002"
-        seen.add(path.name)
-        shutil.rmtree(folder.parent)
-    assert seen == {"step-000000000001", "step-000000000002"}
-
-
-def test_row_11_a_power_cut_while_the_only_checkpoint_is_replaced_leaves_one_of_the_two(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = {save(run, 2).name: read_tree(save(run, 2))}
-    with monkeypatch.context() as patch:
-        cut = PowerCut(patch, run.path / "checkpoints")
-        save(run, 2, 3.0)
-    cut.log = [(name, args) for name, args in cut.log if not name.startswith("remove")]
-    rng = random.Random(12)
-    losses = set()
-    for case in range(8 * len(cut.log)):
-        folder = tmp_path / f"cut{case}" / "checkpoints"
-        folder.mkdir(parents=True)
-        build(cut.state(case % (len(cut.log) + 1), rng, before), folder)
-        storage.sweep(folder)
-        path = latest_checkpoint(folder.parent, warn=lambda text: pytest.fail(f"committed but damaged: {text}"))
-        assert path is not None
-        assert_is_snapshot(path)
-        losses.add(load_checkpoint(path, with_optimizer=False).state["valid_nats_per_token"])
-        shutil.rmtree(folder.parent)
     assert losses == {None, 3.0}
 
 
