@@ -22,6 +22,7 @@ from lmkit.errors import ResourceError
 TMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 OLD_PREFIX = ".old-"
+_LEFT_BEHIND = (TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)
 PIECE_BYTES = 4 << 20
 """Size of the pieces in which large files are written and hashed on the way."""
 
@@ -183,18 +184,22 @@ def replace_directory(source: Path, target: Path) -> None:
 def sweep(directory: Path) -> list[str]:
     """Remove what killed processes left in ``directory`` and return the names; the caller holds the run's lock.
 
-    A directory that was to be replaced gets its name back if the new one has not taken it.
+    A directory that was to be replaced gets its name back if the new one has not taken it. Raises OSError if the
+    directory cannot be read or synced.
     """
+    left = sorted(p for p in directory.iterdir() if p.name.startswith(_LEFT_BEHIND)) if directory.is_dir() else []
+    if left:
+        # a kill right after a rename: if that came undone by a power cut, the old name would stand for what is removed
+        sync_directory(directory)
     swept = []
-    if directory.is_dir():
-        for entry in sorted(directory.iterdir()):
-            with contextlib.suppress(OSError):  # e.g. open in another process on Windows: the next start tries again
-                if entry.name.startswith(OLD_PREFIX) and not (target := _target_of(entry)).exists():
-                    rename(entry, target)
-                    sync_directory(directory)
-                elif entry.name.startswith((TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)):
-                    remove_tree(entry)
-                    swept.append(entry.name)
+    for entry in left:
+        with contextlib.suppress(OSError):  # e.g. open in another process on Windows: the next start tries again
+            if entry.name.startswith(OLD_PREFIX) and not (target := _target_of(entry)).exists():
+                rename(entry, target)
+                sync_directory(directory)
+            else:
+                remove_tree(entry)
+                swept.append(entry.name)
     return swept
 
 

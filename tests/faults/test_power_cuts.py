@@ -1,4 +1,4 @@
-"""Power cuts at every operation: in a save, while one is replaced or retired, and in a small file.
+"""Power cuts at every operation: in a save, while one is replaced or retired, in a small file, and soon after a kill.
 
 Numbers in names (row_11 ...) are the rows of the project's fault table. What a cut may leave is in power_cut.py.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+from harness import FailPoint
 from power_cut import PowerCut, Tree, build, read_tree
 from snapshots import ByteTokenizer, assert_is_snapshot, save, snapshot
 
@@ -132,3 +135,64 @@ def test_row_11_a_power_cut_leaves_a_small_file_as_it_was_or_as_it_was_to_be_and
         assert all(name.startswith(storage.TMP_PREFIX) for name in tree)
         seen.add(content)
     assert seen == {old, first, second}
+
+
+# Killed, started again, and then the power fails
+
+
+class Killed(BaseException):
+    """Ends what is done as a kill does: whoever would clean up cannot."""
+
+
+def stop(name: str, args: tuple[Any, ...]) -> None:
+    raise Killed
+
+
+OLD, NEW = ({"a": bytes([number]) * 100, "b": bytes([number]) * 100} for number in (1, 2))
+STEP, TEMPORARY = step_directory(1), f".tmp-{step_directory(1)}-1-ab"
+
+
+def replaced(folder: Path) -> None:
+    storage.replace_directory(folder / TEMPORARY, folder / STEP)
+
+
+def discarded(folder: Path) -> None:
+    storage.discard(folder / STEP)
+
+
+@pytest.mark.parametrize(
+    ("work", "ends"),
+    [(replaced, [{STEP: OLD}, {STEP: NEW}]), (discarded, [{STEP: OLD}, {}])],
+    ids=["replaced", "discarded"],
+)
+def test_rows_9_11_a_power_cut_soon_after_a_kill_leaves_a_directory_whole_or_none(
+    work: Callable[[Path], None], ends: list[Tree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep of the start after the kill must not trust that what it sees is on the disk."""
+    rng = random.Random(14)
+    seen = []
+    for killed_at in count():
+        folder = tmp_path / str(killed_at)
+        folder.mkdir()
+        killed = True
+        build({STEP: OLD, TEMPORARY: NEW}, folder)
+        with monkeypatch.context() as patch:
+            cut = PowerCut(patch, folder)
+            with monkeypatch.context() as kills, contextlib.suppress(Killed):
+                FailPoint(kills, killed_at, stop)
+                work(folder)
+                killed = False
+            started = len(cut.log)
+            storage.sweep(folder)
+        for _, tree in cut.states(rng, begin=started):
+            after = tmp_path / "after"
+            after.mkdir()
+            build(tree, after)
+            storage.sweep(after)
+            left = read_tree(after)
+            assert left in ends, (killed_at, cut.log)
+            seen.append(left)
+            shutil.rmtree(after)
+        if not killed:
+            break
+    assert all(end in seen for end in ends)
