@@ -46,6 +46,7 @@ from lmkit.distributed import SINGLE, World, find_world
 from lmkit.errors import CheckpointError, ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.sharding import is_sharded
+from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
 from lmkit.train import Trainer
@@ -54,6 +55,8 @@ TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=3
 LSTM = RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=0.2, dropout_embed=0.1)
 STEPS = 10
 STOP_STEP = 5
+POISON = {7: {(3, 5)}, 8: {(4, 5), (7, 2)}}
+"""Seed of a run -> what is not finite in it: (steps done before, micro-batch), which one of the processes has."""
 COMPARED = ("step", "loss", "valid_loss", "grad_norm", "lr", "num_targets", "skipped", "progress", "epoch")
 
 
@@ -83,9 +86,20 @@ def carried(root: Path, corpus: Path) -> PretrainConfig:
 
 
 def left_out(root: Path, corpus: Path) -> PretrainConfig:
-    """One micro-batch of a step, which one process has, is not finite (see ``poisoned``); several processes read that
-    late, as on cards."""
-    return base(root, corpus, "left_out", nonfinite=NonFinite.skip, max_skips=STEPS)
+    """One micro-batch of a step is not finite (see POISON); several processes read that late, as on cards."""
+    return replace(base(root, corpus, "left_out", nonfinite=NonFinite.skip, max_skips=STEPS), seed=7)
+
+
+def rolled_back(root: Path, corpus: Path) -> PretrainConfig:
+    """Two steps are not finite, each in another process: the run goes back to the save before, and on without them."""
+    config = base(root, corpus, "rolled_back", nonfinite=NonFinite.rollback)
+    return replace(config, model=LSTM, save=SaveConfig(every_steps=3), seed=8)
+
+
+def rolled_again(root: Path, corpus: Path) -> PretrainConfig:
+    """The same once more: these two end with the same bits."""
+    again = rolled_back(root, corpus)
+    return replace(again, run=NewRunConfig(dir=str(root / "rolled_again"), root=str(root)))
 
 
 def stopped(root: Path, corpus: Path) -> PretrainConfig:
@@ -105,16 +119,19 @@ def begun(root: Path, corpus: Path) -> PretrainConfig:
 
 
 CASES: dict[str, Callable[[Path, Path], PretrainConfig]] = {
-    made.__name__: made for made in (averaged, carried, left_out, stopped, undisturbed, begun)
+    made.__name__: made
+    for made in (averaged, carried, left_out, rolled_back, rolled_again, stopped, undisturbed, begun)
 }
+TWINS = {"undisturbed": "stopped", "rolled_again": "rolled_back"}
+"""Cases that end with the same bits as others."""
 
 
 def poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Trainer.run_micro_batch`` that gives NaN for the sixth micro-batch of the fourth step of ``left_out``."""
+    """``Trainer.run_micro_batch`` that gives NaN where POISON says so."""
 
     def run_micro_batch(self: Trainer, batch: Any, micro: int, progress: float) -> Any:
         loss, state = original(self, batch, micro, progress)
-        bad = self.max_skips == STEPS and (self.state.step, micro) == (3, 5)
+        bad = (self.state.step, micro) in POISON.get(self.seed, ())
         return loss * math.nan if bad else loss, state
 
     return run_micro_batch
@@ -136,7 +153,7 @@ def stopping(name: str) -> Callable[[Session], None]:
 
 
 def work(parallel: str, root: Path, corpus: Path, names: list[str]) -> None:
-    """Train the cases; write down the digest of the whole weights that this process ends with."""
+    """Train the cases; write down the digest of the whole weights that this process ends with, and what it left out."""
     rank = int(os.environ["RANK"])
     trainers: list[Trainer] = []
     original_build = training.build_trainer
@@ -162,7 +179,8 @@ def work(parallel: str, root: Path, corpus: Path, names: list[str]) -> None:
         digest = hashlib.sha256()
         for tensor in trainers[-1].model.state_dict().values():
             digest.update(b"" if is_sharded(tensor) else tensor.numpy().tobytes())
-        (root / f"{name}-weights-{rank}").write_text(digest.hexdigest(), encoding="utf-8")
+        end = f"{digest.hexdigest()} {trainers[-1].state.step} {trainers[-1].state.skipped_steps}"
+        (root / f"{name}-end-{rank}").write_text(end, encoding="utf-8")
 
 
 # What is true of it
@@ -216,32 +234,41 @@ def check_cases(
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(Trainer, "run_micro_batch", poisoned(Trainer.run_micro_batch))
     for name in names:
-        pretrain.run(CASES[name](alone, corpus))
-        assert_close(alone / name, several / name)
-        digests = {(several / f"{name}-weights-{rank}").read_text(encoding="utf-8") for rank in range(processes)}
-        assert len(digests) == 1, f"{name}: the weights of the processes are not the same bits"
+        if name in TWINS:
+            assert_same_bits(several / TWINS[name], several / name)
+        else:
+            pretrain.run(CASES[name](alone, corpus))
+            assert_close(alone / name, several / name)
+        ends = {(several / f"{name}-end-{rank}").read_text(encoding="utf-8") for rank in range(processes)}
+        assert len(ends) == 1, f"{name}: the weights of the processes are not the same bits, or what they left out"
         result = read_result(several / name)
         assert result is not None
         assert result["step"] == STEPS
         assert done.stderr.count(f"run: {several / name}\n") == (2 if name == "stopped" else 1)  # one console
     if "left_out" in names:
         assert newest(several / "left_out").state["skipped_steps"] == [4]
+    if "rolled_back" in names:
+        for run in (alone / "rolled_back", several / "rolled_back"):
+            events = [event for event in read_journal(run) if event["event"] == "rollback"]
+            assert [(event["step"], event["skipped"]) for event in events] == [(3, [5]), (6, [5, 8])]
+            assert newest(run).state["skipped_steps"] == [5, 8]
     if "stopped" in names:
-        assert_same_bits(several / "stopped", several / "undisturbed")
         assert {(several / f"stopped-code-{rank}").read_text(encoding="utf-8") for rank in range(processes)} == {"75"}
         assert read_metrics(several / "stopped")[-1]["step"] == STEPS
 
 
-def test_rows_46_54_two_processes_compute_what_one_does_with_the_same_bits_in_both(
+def test_rows_46_54_60_two_processes_compute_what_one_does_with_the_same_bits_in_both(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cases("ddp", 2, tmp_path, corpus, ["averaged", "carried", "left_out", "stopped", "undisturbed"], monkeypatch)
+    names = ["averaged", "carried", "left_out", "rolled_back", "rolled_again", "stopped", "undisturbed"]
+    check_cases("ddp", 2, tmp_path, corpus, names, monkeypatch)
 
 
 def test_two_processes_with_the_model_in_pieces_compute_what_one_does(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cases("fsdp", 2, tmp_path, corpus, ["averaged", "begun", "left_out", "stopped", "undisturbed"], monkeypatch)
+    names = ["averaged", "begun", "left_out", "rolled_back", "stopped", "undisturbed"]
+    check_cases("fsdp", 2, tmp_path, corpus, names, monkeypatch)
 
 
 @pytest.mark.slow
