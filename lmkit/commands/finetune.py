@@ -29,7 +29,7 @@ from lmkit.loading import LoadedRun, load_hf, load_run
 from lmkit.lora import adapter_tensors
 from lmkit.store import storage
 from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
-from lmkit.store.found import absolute
+from lmkit.store.found import absolute, read_info
 from lmkit.store.listing import list_checkpoints, read_json_entry
 from lmkit.store.manifest import CONFIG
 from lmkit.store.runs import Run
@@ -172,11 +172,14 @@ def _start_of(cfg: FinetuneConfig) -> ExistingRunConfig:
     """The checkpoint to start from: a run that goes on without run= keeps its own, whatever was finished since."""
     if not cfg.resume or cfg.run.dir is None or cfg.run.path is not None:
         return cfg.run
+    run_dir = absolute(cfg.run.dir)
     with contextlib.suppress(CheckpointError):
-        for path in reversed(list_checkpoints(absolute(cfg.run.dir))):
+        for path in reversed(list_checkpoints(run_dir)):
             with contextlib.suppress(CheckpointError):
                 base = read_json_entry(path, CONFIG).get("base")
                 return replace(cfg.run, path=base) if isinstance(base, str) else cfg.run
+        base = (read_info(run_dir) or {}).get("base")  # it was killed before its first checkpoint
+        return replace(cfg.run, path=base) if isinstance(base, str) else cfg.run
     return cfg.run
 
 

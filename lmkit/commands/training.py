@@ -85,6 +85,12 @@ class Job:
         return {"data": self.task.data_digest, "order": ORDER, "tokenizer": self.task.tokenizer.digest}
 
     @property
+    def base(self) -> tuple[str, str] | None:
+        """Path and SHA-256 of the checkpoint that it starts from, if it starts from one."""
+        path, sha256 = (self.stored_config.get(key) for key in ("base", "base_sha256"))
+        return None if path is None else (str(path), str(sha256))
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters, tied ones counted once; n-grams of a model that counts."""
         if isinstance(self.model, LanguageModel):
@@ -205,6 +211,7 @@ def execute(job: Job) -> dict[str, Any]:
         seed=job.cfg.seed,
         command=command_line(job.world),
         digests=job.digests,
+        base=job.base,
         show=functools.partial(show_changes, job.console),
     )
     found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)

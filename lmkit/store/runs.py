@@ -131,14 +131,17 @@ class Run:
         seed: int,
         command: Sequence[str],
         digests: Mapping[str, str],
+        base: tuple[str, str] | None = None,
         show: Callable[[list[Change]], None] = lambda changes: None,
     ) -> None:
-        """Write run.json, or if the run goes on, check that seed and digests are still the same.
+        """Write run.json, or if the run goes on, check that seed, digests and base are still the same.
 
-        ``digests``: name -> SHA-256 or key of what must not change, e.g. data and tokenizer. Raises ConfigError with
-        both values of what differs, which are first given to ``show``.
+        ``digests``: name -> SHA-256 or key of what must not change, e.g. data and tokenizer. ``base``: path and SHA-256
+        of the checkpoint that the run starts from, which a run that was killed before its own first one finds here.
+        Raises ConfigError with both values of what differs, which are first given to ``show``.
         """
         digests = dict(digests)
+        base_path, base_sha256 = base or (None, None)
         info = read_object(self.path / RUN_INFO)
         if info is None:
             info = {
@@ -147,12 +150,17 @@ class Run:
                 "seed": seed,
                 "command": list(command),
                 "digests": digests,
+                "base": base_path,
+                "base_sha256": base_sha256,
             }
             self._replace(RUN_INFO, info)
             self.journal("start", {"command": list(command)})
         else:
             old = {"seed": info.get("seed"), **(info.get("digests") or {})}
-            self.refuse_changes(old, {"seed": seed, **digests}, show)
+            new = {"seed": seed, **digests}
+            if "base_sha256" in info:  # older versions did not write it down
+                old["base_sha256"], new["base_sha256"] = info["base_sha256"], base_sha256
+            self.refuse_changes(old, new, show)
             self.journal("resume", {"command": list(command)})
         self.digests = digests
 

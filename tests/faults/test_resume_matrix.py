@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import Start, digests, names
+from harness import Lmkit, Start, digests, names
 
 from lmkit.models.ngram import KneserNey
 from lmkit.store import saving
-from lmkit.store.found import read_metrics, read_result
+from lmkit.store.found import read_info, read_metrics, read_result
+from lmkit.store.listing import list_checkpoints
 from lmkit.store.manifest import step_of
 from lmkit.store.runs import Run
 from lmkit.train import Trainer
@@ -197,6 +199,31 @@ def test_row_34_a_finetuned_run_that_is_killed_twice_ends_with_the_bytes_of_one_
         words += ["dataset=text", f"dataset.path={corpus}"]
     words += ["train.batch_size=4", "train.max_steps=12", "log.every_steps=1", "device=cpu", "device.threads=1"]
     check_killed_twice(words, start, tmp_path)
+
+
+def test_row_34_a_finetuned_run_that_is_killed_before_its_first_checkpoint_keeps_the_base_that_it_began_with(
+    trained: Path, corpus: Path, start: Start, lmkit: Lmkit, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "tuned"
+    words = ["finetune", "task=lm", "dataset=text", f"dataset.path={corpus}", "train.batch_size=4", "train.seq_len=16"]
+    words += ["train.max_steps=4", "device=cpu", "device.threads=1", f"run.root={tmp_path}", f"run.dir={run_dir}"]
+    child = start(*words, setup=[partial(die_after_step, 2)])
+    assert child.wait() == -signal.SIGKILL, child.text
+    assert names(run_dir) == []
+    newer = Path(shutil.copytree(trained, tmp_path / "newer"))
+    result = json.loads((newer / "result.json").read_bytes())
+    (newer / "result.json").write_text(json.dumps({**result, "ended": "9999"}), encoding="utf-8")
+    base = Path((read_info(run_dir) or {})["base"])
+    assert base.parent == trained / "checkpoints"
+    other = next(path for path in list_checkpoints(trained) if path != base)
+    refused = lmkit(*words, "resume=true", f"run={other}")
+    assert refused.code == 2, refused.err
+    assert "cannot be resumed because this changed: base_sha256: " in refused.error
+    done = lmkit(*words, "resume=true")
+    assert done.code == 0, done.err
+    assert f"run: {trained}, checkpoint {base.name}\n" in done.err
+    (newest,) = list_checkpoints(run_dir)
+    assert json.loads((newest / "config.json").read_bytes())["base"] == str(base)
 
 
 def die_counting() -> None:

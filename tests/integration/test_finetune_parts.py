@@ -228,8 +228,12 @@ def test_a_run_cannot_be_resumed_from_another_base(bases: dict[str, Path], numbe
     moved = replace(cfg, run=replace(cfg.run, path=str(tmp_path / "moved")), resume=True)
     finetune.run(moved)
     finetune.run(tuning(bases["transformer"], numbers, tmp_path / "other", train={"max_steps": 1}))
+    other = replace(cfg, run=replace(cfg.run, path=str(tmp_path / "other")), resume=True)
+    with pytest.raises(ConfigError, match=r"cannot be resumed because this changed: base_sha256: "):
+        finetune.run(other)
+    (tmp_path / "run" / "run.json").unlink()  # the checkpoints know it as well
     with pytest.raises(ConfigError, match=r"cannot be resumed with other values \(base_sha256: "):
-        finetune.run(replace(cfg, run=replace(cfg.run, path=str(tmp_path / "other")), resume=True))
+        finetune.run(other)
 
 
 def test_an_adapter_trains_beside_a_base_that_keeps_every_bit_and_is_reported(
