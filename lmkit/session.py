@@ -431,6 +431,7 @@ class Session:
             path, saved = self.run.path, self._first_step if saves.step is None else saves.step
             raise out_of_memory(error, self.command, path, where=where, shape=shape, saved=saved) from error
 
+
 def state_of(snapshot: Snapshot) -> dict[str, Any]:
     """What TrainState.from_json reads."""
     return {key: value for key, value in snapshot.state.items() if key != VALID_LOSS}

@@ -276,7 +276,8 @@ def test_two_processes_with_the_model_in_pieces_compute_what_one_does(
 def test_four_processes_compute_what_one_does(
     parallel: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_cases(parallel, 4, tmp_path, corpus, list(CASES), monkeypatch)
+    names = [name for name in CASES if not name.startswith("rolled")]  # what two do is enough there
+    check_cases(parallel, 4, tmp_path, corpus, names, monkeypatch)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
