@@ -16,9 +16,10 @@ from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConf
 from lmkit.config.check import Problems
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.model import ModelConfig
+from lmkit.config.optimization import ADDED_TO_LOSS
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, TaskConfig
-from lmkit.config.training import ExistingRunConfig
+from lmkit.config.training import STREAM_KEYS, ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.data.survey import digest_of
@@ -64,6 +65,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
 
 def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
     world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
+    _check_order(cfg)
     begin = world.first_alone(lambda: set_up(cfg, device, console))
     corpus = None if begin.base is None else corpus_of(begin.base)
     dataset = cfg.dataset  # what eval-ppl takes by default
@@ -137,9 +139,18 @@ def _check_softmax(cfg: FinetuneConfig) -> None:
     instructs = isinstance(cfg.task, InstructTaskConfig)
     with Problems() as check:
         check(kind == "exact" or (instructs and kind == "adaptive"), "softmax", kind, rule)
-        for name in ("label_smoothing", "ar_alpha", "tar_beta"):
-            value = getattr(cfg.softmax, name)
-            check(value == 0 or instructs, f"softmax.{name}", value, rule)
+        if not instructs:
+            check.unused("softmax", cfg.softmax, ADDED_TO_LOSS, rule)
+
+
+def _check_order(cfg: FinetuneConfig) -> None:
+    """ConfigError for what ``train`` says of a stream of tokens, where the task reads rows and it would do nothing.
+
+    Asked of what is to be trained now only: a step of an older run that was given such keys can still be replayed.
+    """
+    if not isinstance(cfg.task, LmTaskConfig):
+        with Problems() as check:
+            check.unused("train", cfg.train, STREAM_KEYS, f"has no use with task={kind_of(cfg.task)}: leave it out")
 
 
 def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 from lmkit.commands.training import Job, Place, build_trainer, check_data, deal, execute, here, open_run
+from lmkit.config.check import Problems
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.model import HeadConfig, ModelConfig
 from lmkit.config.objectives import GanObjectiveConfig, VaeObjectiveConfig
-from lmkit.config.optimization import AdaptiveSoftmaxConfig, SoftmaxConfig
+from lmkit.config.optimization import ADDED_TO_LOSS, AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.plain import kind_of, to_plain
+from lmkit.config.training import STREAM_KEYS
 from lmkit.console import Console
 from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import Device
@@ -34,6 +36,7 @@ def run(cfg: PretrainConfig) -> dict[str, Any]:
 
 def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
     world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
+    _check_use(cfg)
     prepared, imported = world.first_alone(lambda: prepare_data(cfg, console))
     vocab_size = prepared.tokenizer.vocab_size
     if imported is not None:
@@ -50,6 +53,20 @@ def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
         task = build_task(cfg, model, prepared)
         job = Job(cfg, this_run, task, model, cfg.model, stored, device, console, stop, started, world)
         return execute(job)
+
+
+def _check_use(cfg: PretrainConfig) -> None:
+    """Raise ConfigError for keys that would do nothing with what is trained; called before any work."""
+    counts = cfg.model.trains_by_counting
+    learner = "a model that counts" if counts else f"objective={cfg.objective.name}"
+    rule = f"has no use with {learner}: leave it out"
+    with Problems() as check:
+        if counts or cfg.objective.name != "lm":
+            check.unused("train", cfg.train, STREAM_KEYS, rule)
+        if counts:
+            check.unused("train", cfg.train, ("average", "ema_decay"), rule)
+            check(kind_of(cfg.softmax) == "exact", "softmax", kind_of(cfg.softmax), rule)
+            check.unused("softmax", cfg.softmax, ADDED_TO_LOSS, rule)
 
 
 def _plan(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Enum
 from types import TracebackType
+from typing import Any
 
 from lmkit.errors import ConfigError
 
@@ -22,6 +26,14 @@ class Problems:
         if not ok:
             shown = str(value).lower() if isinstance(value, bool) else value
             self.found.append(f"{key}={shown} {rule}")
+
+    def unused(self, section: str, config: Any, names: Sequence[str], rule: str) -> None:
+        """Note each of these keys of a section that is not at its default, since it would do nothing."""
+        defaults = {field.name: field.default for field in fields(config)}
+        for name in names:
+            value = getattr(config, name)
+            shown = value.name if isinstance(value, Enum) else value
+            self(value == defaults[name], f"{section}.{name}", shown, rule)
 
     def __enter__(self) -> Problems:
         return self

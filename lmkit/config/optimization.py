@@ -301,6 +301,10 @@ class PlateauConfig(ScheduleConfig):
         check(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "must be between 0 and 1")
 
 
+ADDED_TO_LOSS = ("label_smoothing", "ar_alpha", "tar_beta")
+"""Keys of ``softmax`` that add to the loss over the vocabulary."""
+
+
 @dataclass(kw_only=True)
 class SoftmaxConfig:
     """The loss in training: cross-entropy over the whole vocabulary. Also the base of the ``softmax`` group.

@@ -49,6 +49,8 @@ class Average(Enum):
 
 
 DEFAULT_MAX_EPOCHS = 3.0
+STREAM_KEYS = ("order", "shuffle", "seq_len_jitter")
+"""Keys of ``train`` that say how a stream of tokens is cut and ordered: where none is read they would do nothing."""
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""What is counted is where the device is before it is scored; a Kneser-Ney model has no trainer that would move it."""
+"""What is counted is where the device is before it is scored, and takes no keys that say how gradients are followed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmkit import cli
 from lmkit.commands import pretrain
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
@@ -18,6 +19,7 @@ from lmkit.models.ngram import KneserNey
 
 
 def test_a_counted_model_moves_to_the_device(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Kneser-Ney model has no trainer that would move it."""
     moved: list[object] = []
     monkeypatch.setattr(KneserNey, "to", lambda self, *args: moved.append(args))
     config = PretrainConfig(
@@ -32,3 +34,21 @@ def test_a_counted_model_moves_to_the_device(tmp_path: Path, corpus: Path, monke
     )
     pretrain.run(config)
     assert moved == [(torch.device("cpu"),)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.shuffle=blocks", "train.seq_len_jitter=true", "train.order=windows"],
+        ["softmax.ar_alpha=2.0", "softmax.tar_beta=1.0", "softmax.label_smoothing=0.1", "train.average=swa"],
+        ["softmax=sampled", "train.ema_decay=0.9"],
+    ],
+)
+def test_keys_that_a_counted_model_would_ignore_are_refused_by_name_before_any_work(
+    words: list[str], tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["dataset=text", f"dataset.path={corpus}", "tokenizer=byte", "device=cpu", f"run.dir={tmp_path / 'run'}"]
+    assert cli.main(["pretrain", "model=kn5", *place, *words]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"{word} has no use with a model that counts" in found for word in words)
+    assert not (tmp_path / "run").exists()

@@ -82,8 +82,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in shapes}
 
 
-@pytest.mark.parametrize("words", [["softmax=sampled"], ["softmax.label_smoothing=0.1", "softmax.ar_alpha=1"]])
-def test_what_softmax_adds_to_a_loss_over_words_is_refused_where_it_would_do_nothing(
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["softmax=sampled"],
+        ["softmax.label_smoothing=0.1", "softmax.ar_alpha=1"],
+        ["train.order=windows", "train.shuffle=documents", "train.seq_len_jitter=true"],
+    ],
+)
+def test_what_is_for_a_loss_over_words_or_for_a_stream_of_tokens_is_refused_where_it_would_do_nothing(
     words: list[str], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = reviews(tmp_path / "rows.jsonl", 20, seed=1)

@@ -228,6 +228,24 @@ def test_objective_and_model_must_fit(words: str, capsys: pytest.CaptureFixture[
     assert "does not train this model, which needs objective=" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("vae", ["recipe=ptb_vae"]),
+        ("gan", ["objective=gan", "model=relgan", "dataset=ptb"]),
+    ],
+)
+def test_how_a_stream_of_tokens_is_cut_is_refused_where_sentences_are_read(
+    objective: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the corpus is looked for, which is not there."""
+    keys = ["train.order=lanes", "train.shuffle=blocks", "train.seq_len_jitter=true"]
+    place = [f"dataset.path={tmp_path / 'none'}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
+    assert cli.main(["pretrain", *words, *place, *keys]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"{key} has no use with objective={objective}" in found for key in keys)
+
+
 def test_what_needs_the_probability_of_single_words_is_refused_by_name(trained: str, tmp_path: Path) -> None:
     base = EvalPplConfig(run=ExistingRunConfig(path=trained), split="valid", device=CPU, latent_samples=2)
     with pytest.raises(ConfigError, match=r"temperature, mix, word_probs, protocol cannot be used"):
