@@ -199,8 +199,8 @@ def compose(line: Line, *, partial: bool = False) -> DictConfig:
         for key, value in line.values.items()
         if key.partition(".")[0] not in bad_groups and (problem := _set(config, line, good, key, value)) is not None
     ]
-    if not partial and not problems:
-        problems = _missing(config)
+    if not partial:
+        problems = problems or [*_missing(config), *_beside_weights(config, line)]
     if problems:
         raise ConfigError("; ".join(problems))
     return config
@@ -333,6 +333,28 @@ def _converted(key: str, text: str, hint: Any) -> Any:
 
 def _brief(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
+
+
+def _beside_weights(config: DictConfig, line: Line) -> Iterator[str]:
+    """Keys of the model that do nothing, since ``init.weights`` brings a model: all that set none of its regularisers.
+
+    Here and not in the command, which cannot tell what was given from what a preset says.
+    """
+    from omegaconf import OmegaConf
+
+    from lmkit.config.model import REGULARISERS, TransformerConfig
+
+    weights = line.values.get("init.weights", "null")
+    if line.command != "pretrain" or weights in ("null", "None"):
+        return
+    for key, value in line.values.items():
+        group, _, name = key.partition(".")
+        plain = name not in REGULARISERS or OmegaConf.select(config, key) == getattr(TransformerConfig, name)
+        if group == "model" and plain:
+            yield (
+                f"{key}={_brief(value)} has no use with init.weights={_brief(weights)}, whose model it is, but for"
+                f" {', '.join(REGULARISERS)} that are not at their defaults"
+            )
 
 
 def _missing(config: DictConfig) -> list[str]:

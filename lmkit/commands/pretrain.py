@@ -8,7 +8,7 @@ from typing import Any, cast
 from lmkit.commands.training import Job, Place, build_trainer, check_data, deal, execute, here, open_run
 from lmkit.config.check import Problems
 from lmkit.config.commands import PretrainConfig
-from lmkit.config.model import HeadConfig, ModelConfig
+from lmkit.config.model import HeadConfig, ModelConfig, TransformerConfig, with_regularisers
 from lmkit.config.objectives import GanObjectiveConfig, VaeObjectiveConfig
 from lmkit.config.optimization import ADDED_TO_LOSS, AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.plain import kind_of, to_plain
@@ -56,7 +56,7 @@ def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
 
 
 def _check_use(cfg: PretrainConfig) -> None:
-    """Raise ConfigError for keys that would do nothing with what is trained; called before any work."""
+    """Raise ConfigError for keys that would do nothing with what is trained or what it starts from, before any work."""
     counts = cfg.model.trains_by_counting
     learner = "a model that counts" if counts else f"objective={cfg.objective.name}"
     rule = f"has no use with {learner}: leave it out"
@@ -67,6 +67,11 @@ def _check_use(cfg: PretrainConfig) -> None:
             check.unused("train", cfg.train, ("average", "ema_decay"), rule)
             check(kind_of(cfg.softmax) == "exact", "softmax", kind_of(cfg.softmax), rule)
             check.unused("softmax", cfg.softmax, ADDED_TO_LOSS, rule)
+        if cfg.init.weights is not None:
+            beside = f"has no use with init.weights={cfg.init.weights}"
+            transformer = isinstance(cfg.model, TransformerConfig)
+            check(transformer, "model", kind_of(cfg.model), f"{beside}, which is a Transformer: leave it out")
+            check.unused("init", cfg.init, ("embeddings", "output_bias"), f"{beside}: leave it out")
 
 
 def _plan(
@@ -83,11 +88,15 @@ def _plan(
 
 
 def prepare_data(cfg: PretrainConfig, console: Console) -> tuple[PreparedData, ImportedModel | None]:
-    """The data, and the model of ``init.weights``, whose tokenizer they are prepared with, if there is one."""
+    """The data, and the model of ``init.weights``, whose tokenizer they are prepared with, if there is one.
+
+    It is that of its folder, but for the regularisers that ``model`` sets.
+    """
     if cfg.init.hf_name is None:
         return prepare(cfg.dataset, cfg.tokenizer, console), None
     imported = import_hf(resolve_hf(cfg.init.hf_name))
     console.say(f"model and tokenizer: {cfg.init.hf_name}, {imported.family}")
+    imported = replace(imported, model_config=with_regularisers(imported.model_config, cfg.model))
     return prepare(cfg.dataset, imported.tokenizer, console), imported
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,10 @@ class HeadConfig(ModelConfig):
         if self.cutoffs:
             check(self.num_softmaxes == 1, "model.num_softmaxes", self.num_softmaxes, "must be 1 with softmax=adaptive")
             check(not tied, "model.tie_embeddings", tied, "must be false with softmax=adaptive")
+
+
+REGULARISERS = ("dropout", "attention_dropout", "dropout_embed", "dropout_locked", "drop_path")
+"""Keys of a Transformer that change its training and none of its parameters: any weights go with any values of them."""
 
 
 @dataclass(kw_only=True)
@@ -200,6 +204,14 @@ class TransformerConfig(HeadConfig):
         if self.memory_tokens > 0:
             return MemoryTransformer(self, vocab_size, seed=seed)
         return Transformer(self, vocab_size, seed=seed)
+
+
+def with_regularisers(model: TransformerConfig, asked: ModelConfig) -> TransformerConfig:
+    """A model that comes from elsewhere with the regularisers that are asked for: those not at their defaults."""
+    if not isinstance(asked, TransformerConfig):
+        return model
+    values = {name: getattr(asked, name) for name in REGULARISERS}
+    return replace(model, **{name: v for name, v in values.items() if v != getattr(TransformerConfig, name)})
 
 
 class Cell(Enum):

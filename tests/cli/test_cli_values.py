@@ -109,6 +109,16 @@ def test_a_flag_needs_no_value(lmkit: Any) -> None:
     assert lmkit.config("prepare", "--force").force is True
 
 
+def test_beside_a_folder_that_brings_its_model_only_regularisers_of_the_model_can_be_set(lmkit: Any) -> None:
+    start = ["pretrain", "init=hf:x"]
+    message = lmkit.refused(*start, "model.d_model=64", "model.drop_path=0.1", "model.dropout=0")
+    assert "model.d_model=64 has no use with init.weights=hf:x" in message
+    assert "model.dropout=0 has no use with init.weights=hf:x" in message  # the folder's cannot be told from it
+    assert "model.drop_path=0.1" not in message
+    assert lmkit.config(*start, "model.dropout=0.2", "model=gpt2").model.dropout == 0.2
+    assert lmkit.config("pretrain", "init=null", "model.d_model=64").model.d_model == 64
+
+
 def test_null_and_lists(lmkit: Any) -> None:
     assert lmkit.config("pretrain", "optimizer.clip_norm=null").optimizer.clip_norm is None
     assert lmkit.config("generate", "stop=a,b c").stop == ["a", "b c"]

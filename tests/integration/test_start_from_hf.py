@@ -13,10 +13,12 @@ import torch
 from lmkit.commands import export, finetune, pretrain, replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.export import ExportConfig
-from lmkit.config.optimization import AdamwConfig, ConstantConfig, InitConfig, StartConfig
+from lmkit.config.model import RecurrentConfig, TransformerConfig
+from lmkit.config.optimization import AdamwConfig, BiasInit, ConstantConfig, EmbeddingInit, InitConfig, StartConfig
 from lmkit.config.training import ExistingRunConfig, LogConfig, RunConfig, SaveConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError
+from lmkit.models.dropout import DropPath
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -61,6 +63,39 @@ def test_pretraining_starts_from_the_weights_of_the_folder_and_takes_its_model_a
     stored = load_checkpoint(list_checkpoints(Path(str(cfg.run.dir)))[-1], with_optimizer=False).config
     assert stored["model"]["num_layers"] == 2
     assert stored["init"]["weights"] == f"hf:{folder}"
+
+
+def test_the_regularisers_that_are_asked_for_go_with_the_model_of_the_folder(
+    first: PretrainConfig, folder: Path, tmp_path: Path
+) -> None:
+    asked = {"dropout": 0.3, "attention_dropout": 0.05, "dropout_embed": 0.1, "dropout_locked": True, "drop_path": 0.2}
+    cfg = replace(
+        first,
+        model=TransformerConfig(num_layers=1, d_model=16, num_heads=1, **asked),  # type: ignore[arg-type]
+        init=InitConfig(weights=f"hf:{folder}"),
+        run=RunConfig(root=first.run.root, dir=str(tmp_path / "second")),
+    )
+    imported = pretrain.prepare_data(cfg, Console())[1]
+    assert imported is not None
+    assert any(isinstance(module, DropPath) for module in imported.build().modules())
+    pretrain.run(cfg)
+    stored = load_checkpoint(list_checkpoints(Path(str(cfg.run.dir)))[-1], with_optimizer=False).config["model"]
+    assert {name: stored[name] for name in asked} == asked
+    assert stored["num_layers"] == 2
+    pretrain.run(replace(cfg, resume=True))
+    with pytest.raises(ConfigError, match=r"model\.dropout: 0\.3 -> 0\.4"):
+        pretrain.run(replace(cfg, resume=True, model=replace(cfg.model, dropout=0.4)))  # type: ignore[call-arg]
+
+
+def test_what_is_set_beside_the_weights_of_a_folder_and_would_do_nothing_is_refused_before_it_is_read(
+    first: PretrainConfig,
+) -> None:
+    init = InitConfig(weights="hf:x/y", embeddings=EmbeddingInit.cooccurrence, output_bias=BiasInit.zero)
+    both = r"init\.embeddings=cooccurrence has no use with init\.weights=hf:x/y.*init\.output_bias=zero has no use"
+    with pytest.raises(ConfigError, match=both):
+        pretrain.run(replace(first, init=init, resume=True))
+    with pytest.raises(ConfigError, match=r"model=recurrent has no use with .*which is a Transformer"):
+        pretrain.run(replace(first, init=InitConfig(weights="hf:x/y"), model=RecurrentConfig(), resume=True))
 
 
 def test_a_run_that_started_from_a_folder_is_resumed_and_replayed(
