@@ -66,7 +66,8 @@ class TrainConfig:
     order: Order = Order.auto
     """lanes: contiguous text with carried state; windows: random order; auto: lanes for recurrent models."""
     shuffle: Shuffle = Shuffle.none
-    """Lanes: each epoch in the order of the text (none), or in one of its own of blocks of 16 seq_len, or documents."""
+    """Lanes: each epoch in the order of the text (none), or in one of its own of blocks of 16 seq_len, or of documents
+    (lines where the tokenizer is word, whose end token ends each line)."""
     seq_len_jitter: bool = False
     """Lanes: draw the length of each batch around seq_len and scale its learning rate along (Merity et al. 2018)."""
     max_steps: int | None = None

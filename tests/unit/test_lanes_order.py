@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from lmkit.config.training import Shuffle, TrainConfig
 from lmkit.data.batches import Lanes, Pieces, jittered_edges
 from lmkit.errors import ConfigError
+from lmkit.explain import explain
 from lmkit.models.base import IGNORE
+from lmkit.tokenizers.basic import WordTokenizer
 
 EOS = 0
 
@@ -82,6 +84,14 @@ def test_documents_stay_whole() -> None:
     before, after = ([tuple(d) for d in np.split(t, np.flatnonzero(t == EOS) + 1)] for t in (tokens, read))
     assert before != after
     assert sorted(before) == sorted(after)
+
+
+def test_documents_are_lines_where_the_tokenizer_is_word_and_the_key_says_so() -> None:
+    tokenizer = WordTokenizer(["one", "two", "three", "four"])
+    tokens = np.concatenate([tokenizer.encode("one two\nthree\n"), tokenizer.encode("four two\n")])
+    pieces = Pieces.documents(tokens, tokenizer.eos_id, seed=1).of_epoch(0)
+    assert sorted(pieces.starts_P.tolist()) == [0, 3, 5]
+    assert "lines where the tokenizer is word" in " ".join(explain("train.shuffle", "pretrain").split())
 
 
 def test_lengths_are_spread_around_seq_len_with_some_of_half_of_it() -> None:
