@@ -21,6 +21,10 @@ NUM_CONTEXTS = 2500
 OFFSETS = (-2, -1, 1, 2)
 MAX_TOKENS = 20_000_000
 """Of a longer text only the first tokens are counted."""
+TABLE_BYTES = 2_000_000_000
+"""Most that the table of tokens and their neighbours at all offsets takes, in fp32: 50,000 tokens with 2,500 each."""
+CHUNK_ELEMENTS = 25_000_000
+"""Entries of the table that are counted at a time; the int64 counts of so many take 200 MB."""
 
 
 def token_counts(tokens: NDArray[np.integer[Any]], vocab_size: int) -> Tensor:
@@ -58,15 +62,20 @@ def cooccurrence_embeddings(tokens: NDArray[np.integer[Any]], counts_V: Tensor, 
     Levy & Goldberg 2014 (PPMI, smoothed by the power 3/4, and the square root of the singular values); the singular
     vectors by randomised subspace iteration (Halko et al. 2011), turned by a random rotation so that no coordinate is
     special. Deterministic for a seed. Columns beyond the rank are zero before the rotation.
+
+    The table of tokens and neighbours is dense. With more than 50,000 tokens fewer neighbours are counted, so that it
+    stays within 2 GB: 466 of the most frequent at the 267,735 types of WikiText-103.
     """
     vocab_size = len(counts_V)
-    num_contexts = min(NUM_CONTEXTS, vocab_size)
+    affordable = TABLE_BYTES // (4 * len(OFFSETS) * vocab_size)
+    num_contexts = min(NUM_CONTEXTS, vocab_size, max(1, affordable))
     frequent_K = counts_V.argsort(descending=True, stable=True)[:num_contexts]
     column_V = torch.full((vocab_size,), -1, dtype=torch.int64)
     column_V[frequent_K] = torch.arange(num_contexts)
     text_N = torch.from_numpy(np.asarray(tokens[:MAX_TOKENS]).astype(np.int64))
-    blocks = [_ppmi(text_N, column_V, offset, num_contexts) for offset in OFFSETS]
-    ppmi = torch.cat(blocks, 1)
+    ppmi = torch.empty(vocab_size, len(OFFSETS) * num_contexts)
+    for block_VK, offset in zip(torch.split(ppmi, num_contexts, 1), OFFSETS, strict=True):
+        _put_ppmi(block_VK, text_N, column_V, offset)
     generator = seeded_generator(seed, "cooccurrence")
     basis = torch.randn(ppmi.shape[1], min(width + 20, vocab_size, ppmi.shape[1]), generator=generator)
     for _ in range(2):
@@ -79,18 +88,26 @@ def cooccurrence_embeddings(tokens: NDArray[np.integer[Any]], counts_V: Tensor, 
     return vectors_VD @ rotation_DD
 
 
-def _ppmi(text_N: Tensor, column_V: Tensor, offset: int, num_contexts: int) -> Tensor:
-    """(V, K): max(0, log P(context | token) / P(context)) for the context ``offset`` places from the token."""
+def _put_ppmi(block_VK: Tensor, text_N: Tensor, column_V: Tensor, offset: int) -> None:
+    """Fill in max(0, log P(context | token) / P(context)) for the context ``offset`` places from the token.
+
+    Some rows at a time: the counts of all would take as much again, three times over.
+    """
     here, there = (text_N[:-offset], text_N[offset:]) if offset > 0 else (text_N[-offset:], text_N[:offset])
     columns = column_V[there]
     kept = columns >= 0
-    vocab_size = len(column_V)
-    flat = here[kept] * num_contexts + columns[kept]
-    counts_VK = torch.bincount(flat, minlength=vocab_size * num_contexts).view(vocab_size, num_contexts).float()
-    given_token = counts_VK / counts_VK.sum(1, keepdim=True).clamp(min=1.0)
-    context_K = counts_VK.sum(0).pow(0.75)
+    columns, num_contexts = columns[kept], block_VK.shape[1]
+    flat = here[kept] * num_contexts + columns
+    context_K = torch.bincount(columns, minlength=num_contexts).float().pow(0.75)
     context_K = (context_K / context_K.sum().clamp(min=1.0)).clamp(min=1e-9)
-    return (given_token / context_K).clamp(min=1.0).log()
+    first = 0
+    for rows_RK in torch.split(block_VK, max(1, CHUNK_ELEMENTS // num_contexts)):
+        after = first + rows_RK.numel()
+        inside = flat[(flat >= first) & (flat < after)] - first
+        counts_RK = torch.bincount(inside, minlength=rows_RK.numel()).view(rows_RK.shape).float()
+        counts_RK /= counts_RK.sum(1, keepdim=True).clamp(min=1.0)
+        rows_RK.copy_(counts_RK.div_(context_K).clamp_(min=1.0).log_())
+        first = after
 
 
 __all__ = ["cooccurrence_embeddings", "initialise_from_text", "token_counts"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lmkit import initialise
 from lmkit.config.model import RecurrentConfig
 from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.heads import Candidates, SoftmaxHead
@@ -91,6 +96,58 @@ def test_tokens_with_the_same_neighbours_get_similar_embeddings() -> None:
     similarity = nn.functional.cosine_similarity(table[:, None], table[None], dim=-1)
     assert float(similarity[:5, :5].min()) > 0.5 > float(similarity[:5, 5:].max())
     torch.testing.assert_close(table, cooccurrence_embeddings(tokens, token_counts(tokens, 10), 6, seed=1))
+
+
+@pytest.mark.parametrize("elements", [1, 700, 25_000_000])
+def test_counting_some_rows_at_a_time_gives_the_table_of_all_at_once(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initialise, "CHUNK_ELEMENTS", elements)
+    text_N = torch.from_numpy(np.random.default_rng(0).zipf(1.3, 5000) % 60)
+    column_V = torch.where(torch.arange(60) % 3 > 0, torch.arange(60) - torch.arange(60) // 3 - 1, -1)
+    table = torch.full((60, 3 * 40), torch.nan)
+    initialise._put_ppmi(table[:, 40:80], text_N, column_V, -2)
+    columns = column_V[text_N[:-2]]
+    counts_VK = torch.zeros(60, 40)
+    counts_VK.index_put_((text_N[2:][columns >= 0], columns[columns >= 0]), torch.ones(()), accumulate=True)
+    context_K = counts_VK.sum(0).pow(0.75)
+    context_K = (context_K / context_K.sum()).clamp(min=1e-9)
+    given_token = counts_VK / counts_VK.sum(1, keepdim=True).clamp(min=1.0)
+    whole_VK = (given_token / context_K).clamp(min=1.0).log()
+    torch.testing.assert_close(table[:, 40:80], whole_VK, rtol=1e-6, atol=0.0)  # a library may end a row otherwise
+    assert bool(table[:, :40].isnan().all() and table[:, 80:].isnan().all())
+    assert bool(table[:, 40:80].any())
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor of each type that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for part in tree_leaves(made):
+            if isinstance(part, torch.Tensor):
+                self.bytes[part.dtype] = max(self.bytes.get(part.dtype, 0), part.untyped_storage().nbytes())
+        return made
+
+
+def test_a_large_vocabulary_has_fewer_neighbours_so_that_the_table_and_its_counts_stay_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """3,000 tokens at 4 offsets with 20 neighbours each, in place of 2,500, counted 150 rows at a time."""
+    monkeypatch.setattr(initialise, "TABLE_BYTES", 3000 * 4 * 20 * 4 + 100)
+    monkeypatch.setattr(initialise, "CHUNK_ELEMENTS", 3000)
+    tokens = np.random.default_rng(0).integers(0, 3000, 2000)
+    counts_V = token_counts(tokens, 3000)
+    with Largest() as largest:
+        table = cooccurrence_embeddings(tokens, counts_V, 8, seed=1)
+    assert largest.bytes[torch.float32] == 3000 * 4 * 20 * 4
+    assert largest.bytes[torch.int64] <= 3000 * 8
+    assert table.shape == (3000, 8)
+    assert bool(table.isfinite().all() and table.any())
 
 
 @pytest.mark.parametrize("start", list(EmbeddingInit))
