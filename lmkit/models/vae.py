@@ -51,6 +51,7 @@ class VaeState(State):
     latent_BZ: Tensor
     hidden_BD: Tensor
     cell_BD: Tensor
+    undropped_BTD: Tensor | None = None
 
     def detach(self) -> VaeState:
         return VaeState(self.latent_BZ.detach(), self.hidden_BD.detach(), self.cell_BD.detach())
@@ -150,9 +151,9 @@ class VaeLstm(LanguageModel):
         y_TBD, (hidden_1BD, cell_1BD) = self.decoder(x_TBI, (state.hidden_BD[None], state.cell_BD[None]))
         if self.skip is not None:
             y_TBD = y_TBD + self.skip(latent_BZ)
-        if self.training:
-            y_TBD = locked_dropout(y_TBD, config.dropout_output)
-        return y_TBD.transpose(0, 1), VaeState(latent_BZ, hidden_1BD[0], cell_1BD[0])
+        dropped_TBD = locked_dropout(y_TBD, config.dropout_output if self.training else 0.0)
+        undropped_BTD = y_TBD.transpose(0, 1) if self.training else None
+        return dropped_TBD.transpose(0, 1), VaeState(latent_BZ, hidden_1BD[0], cell_1BD[0], undropped_BTD)
 
     def _without_words(self, x_TBD: Tensor) -> Tensor:
         """Word dropout: single inputs become zero, the others stay as they are (Bowman et al. 2016, section 3.1)."""

@@ -237,6 +237,20 @@ def test_word_dropout_hides_single_words_from_the_decoder_and_only_in_training()
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 
 
+def test_in_training_the_output_before_its_dropout_comes_along_for_tar() -> None:
+    model = tiny(dropout_input=0.0, dropout_output=0.5).train()
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 3, 1, 4, 2, 6], [0, 5, 5, 2, 1, 3]])
+    dropped_BTD, state = model(tokens, model.start(torch.ones(2, 2)))
+    assert state.undropped_BTD is not None
+    kept = dropped_BTD != 0
+    assert torch.allclose(dropped_BTD[kept], 2.0 * state.undropped_BTD[kept])
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert bool((state.undropped_BTD != 0).all())
+    assert state.detach().undropped_BTD is None
+    assert model.eval()(tokens)[1].undropped_BTD is None
+
+
 def test_the_weight_of_the_kl_grows_as_configured() -> None:
     linear = VaeObjectiveConfig(beta=2.0, anneal_share=0.5)
     assert [linear.weight(p) for p in (0.0, 0.25, 0.5, 1.0)] == [0.0, 1.0, 2.0, 2.0]
