@@ -1,7 +1,8 @@
 """Batches as a function of the step: ``batches[step]`` for any step, in O(1), from (tokens, sizes, seed) alone.
 
 Targets are the tokens of the stream and inputs the tokens before them, eos before the first; over one epoch every token
-is a target exactly once. Nothing is dropped: what does not fill a batch is padded with IGNORE targets.
+is a target exactly once. Nothing is dropped: what does not fill a batch is padded with IGNORE targets. An order of
+pieces and drawn lengths, where they are asked for, are made once for each epoch.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ class Lanes:
         """jitter: the seed of the lengths; None: all are ``seq_len``, but for the last."""
         self._stream = _Stream(tokens, eos_id)
         self._batch_size, self._seq_len, self._pieces, self._jitter = batch_size, seq_len, pieces, jitter
+        self._edges: dict[int, Indices] = {}
         self.num_tokens = len(tokens)
         """Targets per epoch."""
         self._lane_len = -(-self.num_tokens // batch_size)
@@ -143,10 +145,18 @@ class Lanes:
         ends_B = np.minimum(starts_B + self._lane_len, self.num_tokens)
         first, length = k * self._seq_len, self._seq_len
         if self._jitter is not None:
-            edges = jittered_edges(self._lane_len, self.steps_per_epoch, self._seq_len, self._jitter, epoch)
+            edges = self._edges_of(epoch, self._jitter)
             first, length = int(edges[k]), int(edges[k + 1] - edges[k])
         order = None if self._pieces is None else self._pieces.of_epoch(epoch)
         return self._stream.batch(starts_B + first, ends_B, length, starts_text=k == 0, order=order)
+
+    def _edges_of(self, epoch: int, seed: int) -> Indices:
+        """The edges of an epoch's batches; those of the last epoch asked for are kept."""
+        edges = self._edges.get(epoch)
+        if edges is None:
+            edges = jittered_edges(self._lane_len, self.steps_per_epoch, self._seq_len, seed, epoch)
+            self._edges = {epoch: edges}
+        return edges
 
 
 class Pieces:
@@ -175,23 +185,25 @@ class Pieces:
         if order is None:
             number = len(self._starts_P)
             chosen_P = Permutation(number, derive_key(self._seed, "pieces", epoch))(np.arange(number, dtype=np.int64))
-            order = PieceOrder(self._starts_P[chosen_P], np.cumsum(self._lengths_P[chosen_P]))
+            lengths_P = self._lengths_P[chosen_P]
+            ends_P = np.cumsum(lengths_P)
+            order = PieceOrder(self._starts_P[chosen_P], ends_P - lengths_P, ends_P)
             self._epochs = {epoch: order}
         return order
 
 
 @dataclass(frozen=True)
 class PieceOrder:
-    """Where the pieces begin in the text, in the order in which they are read, and where each ends in that order."""
+    """Where the pieces begin in the text, in the order in which they are read, and where each is in that order."""
 
     starts_P: Indices
+    begins_P: Indices
     ends_P: Indices
 
     def __call__(self, positions: Indices) -> Indices:
         """Positions in the text, from positions in the order of reading."""
         piece = np.searchsorted(self.ends_P, positions, side="right")
-        begins_P = np.concatenate([[0], self.ends_P[:-1]])
-        places: Indices = self.starts_P[piece] + positions - begins_P[piece]
+        places: Indices = self.starts_P[piece] + positions - self.begins_P[piece]
         return places
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmkit.config.training import Shuffle, TrainConfig
+from lmkit.data import batches
 from lmkit.data.batches import Lanes, Pieces, jittered_edges
 from lmkit.errors import ConfigError
 from lmkit.explain import explain
@@ -75,6 +79,26 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_with_nothing_else(kin
     assert torch.equal(stream[0].targets_BT, first)  # in any order
     for step in (2 * steps, 0, steps + 1):
         assert torch.equal(stream[step].targets_BT, same[step].targets_BT)
+
+
+def test_what_an_epoch_needs_is_made_once_for_all_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **keywords: Any) -> Any:
+            made.append(name)
+            return original(*args, **keywords)
+
+        return make
+
+    monkeypatch.setattr(batches, "jittered_edges", counted("edges", batches.jittered_edges))
+    monkeypatch.setattr(batches, "PieceOrder", counted("order", batches.PieceOrder))
+    stream = lanes(text(300), 3, 10, "documents+jitter", 1)
+    seen = [stream[step].targets_BT for step in range(stream.steps_per_epoch)]
+    assert sorted(made) == ["edges", "order"]
+    monkeypatch.setattr(np, "concatenate", None)  # of all pieces, for one batch
+    assert torch.equal(stream[3].targets_BT, seen[3])
+    assert sorted(made) == ["edges", "order"]
 
 
 def test_documents_stay_whole() -> None:
