@@ -22,7 +22,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Summed loss (nats, scalar, differentiable) over the targets that are not IGNORE."""
+        """Summed loss (nats, scalar) over the targets that are not IGNORE; what training follows is its gradient."""
 
     def at(self, progress: float) -> Objective:
         """The objective to use where this share of the run is done (0 to 1)."""
@@ -70,7 +70,10 @@ class Objective(ABC):
 
 
 class ExactSoftmax(Objective):
-    """The negative log-likelihood itself, or that of smoothed targets (Szegedy et al. 2016, section 7)."""
+    """The negative log-likelihood, whose gradient may be that of smoothed targets (Szegedy et al. 2016, section 7).
+
+    Smoothing, like ``penalty``, is no part of the value, so that losses can be compared with and without it.
+    """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
@@ -81,7 +84,8 @@ class ExactSoftmax(Objective):
             return nats
         if not isinstance(head, SoftmaxHead):
             raise TypeError(f"softmax.label_smoothing cannot train a {type(head).__name__}")
-        return nats + self.label_smoothing * head.lead(hidden_ND, targets_N)
+        smoothing = self.label_smoothing * head.lead(hidden_ND, targets_N)
+        return nats + (smoothing - smoothing.detach())
 
 
 class SampledSoftmax(Objective):

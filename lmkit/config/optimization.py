@@ -313,7 +313,8 @@ class SoftmaxConfig:
     """
 
     label_smoothing: float = 0.0
-    """Share of each target that is spread over the whole vocabulary (0 <= e < 1; Szegedy et al. 2016)."""
+    """Share of each target that is spread over the whole vocabulary (0 <= e < 1; Szegedy et al. 2016); the loss that is
+    shown and logged is without it."""
     ar_alpha: float = 0.0
     """Activation regularisation: weight (>= 0) of the mean square of the hidden vectors (Merity et al. 2017)."""
     tar_beta: float = 0.0

@@ -250,9 +250,9 @@ def test_what_softmax_adds_to_the_loss_is_learnt_from_on_answers_too(
     for case, softmax in cases.items():
         finetune.run(replace(tuning(task, bases[name], tmp_path / case, max_steps=2), softmax=softmax))
         losses[case] = [row["loss"] for row in read_metrics(tmp_path / case) if "loss" in row]
-    assert losses["smooth"][0] > losses["plain"][0] + 0.01
-    assert losses["penalty"][0] == losses["plain"][0]  # it is no part of the loss that is shown
-    assert losses["penalty"][1] != losses["plain"][1]
+    for case in ("smooth", "penalty"):
+        assert losses[case][0] == losses["plain"][0]  # neither is a part of the loss that is shown
+        assert losses[case][1] != losses["plain"][1]
 
 
 # Talking

@@ -92,7 +92,7 @@ def test_stochastic_depth_grows_linearly_to_the_last_block() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_label_smoothing_is_that_of_cross_entropy_in_value_and_gradient(bias: bool) -> None:
+def test_label_smoothing_is_that_of_cross_entropy_in_gradient_and_leaves_the_shown_loss(bias: bool) -> None:
     torch.manual_seed(0)
     head = SoftmaxHead(nn.Parameter(torch.randn(VOCAB, 8)), bias=bias)
     hidden_ND = torch.randn(20, 8, requires_grad=True)
@@ -102,7 +102,7 @@ def test_label_smoothing_is_that_of_cross_entropy_in_value_and_gradient(bias: bo
     ours = build_objective(SoftmaxConfig(label_smoothing=0.2), COUNTS)(head, hidden_ND, targets_N)
     logits = F.linear(hidden_ND, head.weight, head.bias)
     theirs = F.cross_entropy(logits, targets_N, reduction="sum", ignore_index=IGNORE, label_smoothing=0.2)
-    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours, build_objective(SoftmaxConfig(), COUNTS)(head, hidden_ND, targets_N))
     for a, b in zip(torch.autograd.grad(ours, parts), torch.autograd.grad(theirs, parts), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
