@@ -131,12 +131,12 @@ class SampledSoftmax(Objective):
         return head.sampled_loss(hidden_ND, candidates, positions_N)
 
 
-def check_head(config: SoftmaxConfig, head: Head) -> None:
-    """Raise ConfigError unless the loss can train the model's output layer."""
-    if isinstance(config, AdaptiveSoftmaxConfig) and not isinstance(head, AdaptiveHead):
+def check_head(config: SoftmaxConfig, head: type[Head]) -> None:
+    """Raise ConfigError unless the loss can train an output layer of this kind."""
+    if isinstance(config, AdaptiveSoftmaxConfig) and not issubclass(head, AdaptiveHead):
         raise ConfigError("softmax=adaptive cannot train a model that began with another softmax", "use softmax=exact")
     plain = isinstance(config, SampledSoftmaxConfig) or config.label_smoothing > 0
-    if plain and not isinstance(head, SoftmaxHead):
+    if plain and not issubclass(head, SoftmaxHead):
         raise ConfigError(
             "softmax=sampled and softmax.label_smoothing cannot train a mixture of softmaxes or an adaptive softmax",
             "use softmax=exact without label_smoothing",

@@ -17,10 +17,13 @@ from lmkit.console import Console
 from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import Device
 from lmkit.errors import ConfigError
+from lmkit.heads import SoftmaxHead
 from lmkit.hf import ImportedModel, import_hf, resolve_hf
-from lmkit.models.base import LanguageModel
+from lmkit.models.base import Head, LanguageModel
 from lmkit.models.gan import Relgan
+from lmkit.models.output import head_of
 from lmkit.models.vae import VaeLstm
+from lmkit.objectives import check_head
 from lmkit.planning import plan
 from lmkit.tasks import Task
 from lmkit.tasks.gan import AdversarialSentences
@@ -37,6 +40,7 @@ def run(cfg: PretrainConfig) -> dict[str, Any]:
 def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
     world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
     _check_use(cfg)
+    _check_softmax(cfg)
     prepared, imported = world.first_alone(lambda: prepare_data(cfg, console))
     vocab_size = prepared.tokenizer.vocab_size
     if imported is not None:
@@ -72,6 +76,15 @@ def _check_use(cfg: PretrainConfig) -> None:
             transformer = isinstance(cfg.model, TransformerConfig)
             check(transformer, "model", kind_of(cfg.model), f"{beside}, which is a Transformer: leave it out")
             check.unused("init", cfg.init, ("embeddings", "output_bias"), f"{beside}: leave it out")
+
+
+def _check_softmax(cfg: PretrainConfig) -> None:
+    """Raise ConfigError if the loss cannot train the model's output layer, as far as that is known before any work."""
+    if cfg.init.weights is not None:
+        head: type[Head] = SoftmaxHead  # that of whatever can be imported
+    else:
+        head = head_of(with_head(cfg.model, cfg.softmax, 100))  # of any size: which cutoffs there are does not matter
+    check_head(cfg.softmax, head)
 
 
 def _plan(

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lmkit.config.model import HeadConfig
+from lmkit.config.model import HeadConfig, ModelConfig
 from lmkit.heads import SoftmaxHead
 from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import Head
 from lmkit.models.mixture import MixtureHead
+
+
+def head_of(config: ModelConfig) -> type[Head]:
+    """The kind of head of a neural model of this configuration, without building it."""
+    if isinstance(config, HeadConfig) and config.cutoffs:
+        return AdaptiveHead
+    if isinstance(config, HeadConfig) and config.num_softmaxes > 1:
+        return MixtureHead
+    return SoftmaxHead
 
 
 def build_head(config: HeadConfig, embedding: nn.Embedding, *, tied: bool, bias: bool) -> Head:
@@ -23,4 +32,4 @@ def build_head(config: HeadConfig, embedding: nn.Embedding, *, tied: bool, bias:
     return SoftmaxHead(weight_VD, bias=bias)
 
 
-__all__ = ["build_head"]
+__all__ = ["build_head", "head_of"]

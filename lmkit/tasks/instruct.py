@@ -157,7 +157,7 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
 
     Raises ConfigError or DataError for what does not fit together.
     """
-    check_head(cfg.softmax, base.model.head)
+    check_head(cfg.softmax, type(base.model.head))
     seq_len = cfg.train.seq_len
     check_length(base, seq_len)
     cfg.task = config = with_template(config, base)

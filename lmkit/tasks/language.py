@@ -81,7 +81,7 @@ class LanguageModelling(NextToken):
     ) -> None:
         """init: what ``begin`` takes from the text; None: the parameters stay as they are."""
         self.counts_V = token_counts(prepared.splits["train"].tokens, prepared.tokenizer.vocab_size)
-        check_head(softmax, model.head)
+        check_head(softmax, type(model.head))
         batches = build_batches(prepared, train, seed, carries_state=carries_state)
         super().__init__(model, batches, build_objective(softmax, self.counts_V))
         self.prepared, self.train, self.init, self.seed = prepared, train, init, seed

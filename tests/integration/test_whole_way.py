@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit import session
+from lmkit import cli, session
 from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain, training
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
@@ -113,6 +113,26 @@ def test_finetuning_with_rate_zero_like_steps_starts_from_the_weights_of_the_run
 def test_training_learns_more_than_the_word_frequencies(config: MakeConfig) -> None:
     result = pretrain.run(replace(config(max_steps=150), optimizer=AdamwConfig(lr=1e-2)))
     assert result["bits_per_byte"] < 3.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["softmax=adaptive"], "model.tie_embeddings=true must be false with softmax=adaptive"),
+        (["softmax=adaptive", "objective=vae", "model=vae_lstm"], "softmax=adaptive cannot train model=vae_lstm"),
+        (["softmax=adaptive", "init=hf:no/folder"], "cannot train a model that began with another softmax"),
+        (["softmax=sampled", "model.num_softmaxes=2"], "cannot train a mixture of softmaxes"),
+        (["softmax.label_smoothing=0.1", "model.num_softmaxes=2"], "cannot train a mixture of softmaxes"),
+        (["softmax=sampled", "model.tie_embeddings=false", "model.cutoffs=20,60"], "or an adaptive softmax"),
+    ],
+)
+def test_a_softmax_that_cannot_train_the_model_is_refused_before_the_corpus_is_looked_for(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["dataset=ptb", f"dataset.path={tmp_path / 'none'}", "device=cpu", f"run.dir={tmp_path / 'run'}"]
+    assert cli.main(["pretrain", *place, *words]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_sampled_softmax_and_cooccurrence_start_learn_too(config: MakeConfig) -> None:
