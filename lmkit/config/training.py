@@ -205,7 +205,7 @@ class EvalConfig:
 
     every_steps: int | None = None
     """Evaluate every so many steps (>= 1); null: ten times over the run (with train.average=nt_asgd at least once an
-    epoch), at least 20 steps apart, and at its end; by the clock (budget) as often as it takes at most 3 % of the time."""
+    epoch), at least 20 steps apart, and at its end; with train.budget as often as it takes at most 3 % of it."""
     sample_tokens: int = 0
     """After each validation, draw a text of this many tokens for ``lmkit runs report`` (>= 0; 0: none)."""
 
