@@ -26,6 +26,10 @@ class Work:
     run: Callable[[], int]
     """Does the work once and returns how many tokens it made or trained on."""
     num_parameters: int
+    digest: Callable[[], str] = str
+    """Of what the last round made, asked for when the clock stands; "" where only the numbers of tokens can agree."""
+    memory: Callable[[], int] = field(default_factory=lambda: peak_bytes)
+    """Peak memory so far, bytes."""
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Peer:
     process: subprocess.Popen[str]
     num_parameters: int = 0
     num_tokens: int = 0
+    digest: str = ""
     peak_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
 
@@ -56,15 +61,19 @@ class Peer:
         self.process.stdin.flush()
         answer = self._read()
         self.seconds.append(answer["seconds"])
-        self.num_tokens, self.peak_bytes = answer["num_tokens"], answer["peak_bytes"]
+        self.num_tokens, self.digest, self.peak_bytes = (answer[key] for key in ("num_tokens", "digest", "peak_bytes"))
 
     def close(self) -> None:
         """Let the child end."""
         self.process.communicate()
 
+    def median_s(self) -> float:
+        """Seconds of a round; the first one, which warms up, does not count."""
+        return statistics.median(self.seconds[1:])
+
     def tokens_per_s(self) -> float:
-        """Median over the rounds; the first one, which warms up, does not count."""
-        return self.num_tokens / statistics.median(self.seconds[1:])
+        """Median over the rounds."""
+        return self.num_tokens / self.median_s()
 
     def ratio_to(self, other: Peer) -> float:
         """How many times as fast as ``other``: the median of the ratios within each round."""
@@ -120,10 +129,13 @@ def refuse_unlike_parameters(peers: Sequence[Peer]) -> None:
 
 
 def refuse_unlike_tokens(peers: Sequence[Peer]) -> None:
-    """SystemExit if the numbers of tokens differ."""
+    """SystemExit if the numbers of tokens differ, or the tokens themselves where the ways tell their digest."""
     counts = {peer.name: peer.num_tokens for peer in peers}
     if len(set(counts.values())) > 1:
         raise SystemExit(f"the ways did not make the same number of tokens: {counts}")
+    digests = {peer.name: peer.digest for peer in peers}
+    if len(set(digests.values())) > 1:
+        raise SystemExit(f"the ways made as many tokens, but not the same ones: {digests}")
 
 
 def serve(work: Work) -> None:
@@ -132,8 +144,8 @@ def serve(work: Work) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         num_tokens = work.run()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "num_tokens": num_tokens, "peak_bytes": peak_bytes()}), flush=True)
+        answer = {"seconds": time.perf_counter() - start, "num_tokens": num_tokens, "peak_bytes": work.memory()}
+        print(json.dumps(answer | {"digest": work.digest()}), flush=True)
 
 
 def peak_bytes() -> int:
@@ -160,12 +172,14 @@ def is_installed(name: str) -> bool:
     return found
 
 
-def table(peers: Sequence[Peer], title: str) -> None:
-    """Print tokens/s, the ratio to the last way, and the peak of memory."""
+def table(peers: Sequence[Peer], title: str, num_bytes: int = 0) -> None:
+    """Print tokens/s, MB/s where a round deals with bytes of text, the ratio to the last way, and the peak of memory."""
     print(title)
+    width = max(14, *(len(peer.name) for peer in peers))
     for peer in peers:
+        rate = f"  {num_bytes / 1e6 / peer.median_s():7.1f} MB/s" if num_bytes else ""
         print(
-            f"  {peer.name:<14} {peer.tokens_per_s():10,.0f} tokens/s  {peer.ratio_to(peers[-1]):6.2f} x"
+            f"  {peer.name:<{width}} {peer.tokens_per_s():10,.0f} tokens/s{rate}  {peer.ratio_to(peers[-1]):6.2f} x"
             f" {peers[-1].name}  peak {peer.peak_bytes / 1e9:.2f} GB"
         )
 

@@ -19,10 +19,11 @@ from peers import Work, serve
 parser = argparse.ArgumentParser()
 parser.add_argument("--serve")
 parser.add_argument("--extra", type=int)
+parser.add_argument("--made", default="")
 args = parser.parse_args()
 print("something that a library says")
 other = args.serve == "other"
-serve(Work(lambda: 100 + other * args.extra, 1000))
+serve(Work(lambda: 100 + other * args.extra, 1000, digest=lambda: args.made * other, memory=lambda: 2_000_000))
 """
 
 
@@ -50,12 +51,21 @@ def test_every_way_is_measured_in_every_round_and_the_rows_hold_speed_and_memory
     peers.write_rows(tmp_path / "rows.json", [peer.row(batch=1) for peer in found])
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert [(row["name"], row["num_tokens"], row["batch"]) for row in rows] == [("one", 100, 1), ("other", 100, 1)]
-    assert all(row["tokens_per_s"] > 0 and row["peak_bytes"] > 1e6 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and row["peak_bytes"] == 2_000_000 for row in rows)
+
+
+def test_the_memory_of_a_way_is_the_peak_of_its_process_unless_it_says_otherwise(peers: ModuleType) -> None:
+    assert peers.Work(int, 1000).memory() > 1e6
 
 
 def test_ways_that_make_different_numbers_of_tokens_are_refused(peers: ModuleType, script: str) -> None:
     with pytest.raises(SystemExit, match="'one': 100, 'other': 101"):
         peers.measure_in_turns(["one", "other"], script, ["--extra", "1"], 1)
+
+
+def test_ways_that_make_as_many_tokens_but_others_are_refused(peers: ModuleType, script: str) -> None:
+    with pytest.raises(SystemExit, match="not the same ones: {'one': '', 'other': 'else'}"):
+        peers.measure_in_turns(["one", "other"], script, ["--extra", "0", "--made", "else"], 1)
 
 
 def test_models_whose_sizes_are_more_than_one_percent_apart_are_refused(peers: ModuleType) -> None:
