@@ -1,49 +1,92 @@
-"""How fast ``prepare`` is, end to end, and how much memory it takes.
+"""How fast ``prepare`` is, end to end, and how much memory it takes, beside the sentencepiece library.
 
-    python scripts/bench_prepare.py [--text FILE] [--copies N] [--vocab-size N] [--gigabyte] [--repeat N]
+    python scripts/bench_prepare.py [--text FILE] [--copies N] [--tokenizers KIND ...] [--rounds 3] [--json FILE]
+    python scripts/bench_prepare.py --gigabyte [KIND ...] [--json FILE]
 
 Without --text it takes WikiText-2 from LMKIT_DATA, or pydocs repeated; --copies makes it longer, since only long texts
-are encoded on all cores. Rates are MB of text (1e6 UTF-8 bytes) a second
-of wall time, the best of --repeat. ``sentencepiece alone`` encodes the same lines with the library itself and writes
-the ids, without counting, digests or checks. --gigabyte prepares a generated 1 GB text file in a process of its own
-and reports its largest resident memory, without and with the processes that encode for it.
+are encoded on all cores. Each way runs in a process of its own; rounds are interleaved, the first one warms up, and
+medians are printed. MB are 1e6 UTF-8 bytes of text. All of the text is the train split.
+
+- lmkit, trained: reading, counting, training a tokenizer, encoding, digests, checks, writing
+- lmkit, cached: finding the result of an earlier preparation
+- lmkit: the same as the first with a tokenizer that is there already
+- sentencepiece, N threads: the library with the same model and the same lines, which it has in memory, and their ids
+  written to a file, without counting, digests or checks
+
+Ways with the same tokenizer have to write the same ids, byte for byte, and are refused otherwise: a text with U+2581,
+which the library takes for a blank, is one. Peaks of memory hold the processes that encode for a way. --gigabyte
+prepares a generated 1 GB text file in a process of its own; there the peak of that process alone is given, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import itertools
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import psutil
+from peers import Work, measure_in_turns, peak_bytes, serve, table, write_rows
 
-from lmkit.config.data import (
-    ByteTokenizerConfig,
-    CharTokenizerConfig,
-    SentencePieceTokenizerConfig,
-    TextConfig,
-    TokenizerConfig,
-    WordTokenizerConfig,
-)
-from lmkit.data.prepared import PreparedData, prepare
-
+KINDS = ["word", "char", "byte", "sentencepiece"]
+LMKIT = ["lmkit, trained", "lmkit, cached", "lmkit"]
+LIBRARY = {"sentencepiece, 1 thread": 1, "sentencepiece, 2 threads": 2}
 GIGABYTE = 1_000_000_000
 
 CHILD = """
 import sys
-from lmkit.config.data import TextConfig, WordTokenizerConfig, ByteTokenizerConfig, SentencePieceTokenizerConfig
+from lmkit.config.data import TextConfig, CharTokenizerConfig, WordTokenizerConfig, ByteTokenizerConfig
+from lmkit.config.data import SentencePieceTokenizerConfig
 from lmkit.data.prepared import prepare
-tokenizer = {"word": WordTokenizerConfig, "byte": ByteTokenizerConfig, "sentencepiece": SentencePieceTokenizerConfig}
+tokenizer = {"word": WordTokenizerConfig, "byte": ByteTokenizerConfig, "sentencepiece": SentencePieceTokenizerConfig,
+             "char": CharTokenizerConfig}
 data = prepare(TextConfig(path=sys.argv[1]), tokenizer[sys.argv[2]]())
 print(sum(split.num_tokens for split in data.splits.values()))
 """
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="text file to measure on, as it is")
+    parser.add_argument("--copies", type=int, default=8, help="copies of the default text, one after the other")
+    parser.add_argument("--tokenizers", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="default: all")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the sentencepiece model")
+    parser.add_argument("--rounds", "--repeat", type=int, default=3, help="measured rounds")
+    parser.add_argument(
+        "--gigabyte",
+        nargs="*",
+        choices=KINDS,
+        metavar="KIND",
+        help="only measure memory on 1 GB, for these tokenizers (default: word)",
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(build(args.serve, args.tokenizers[0], args.text, args.vocab_size))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LMKIT_CACHE"] = str(Path(folder) / "cache")  # all ways find there what the first one has trained
+        if args.gigabyte is not None:
+            text = write_words(Path(folder) / "gigabyte.txt", GIGABYTE)
+            rows = [measure_memory(text, kind) for kind in args.gigabyte or ["word"]]
+        else:
+            text = args.text
+            if text is None:
+                text = Path(folder) / "sample.txt"
+                text.write_text(sample_text() * args.copies, encoding="utf-8", newline="\n")
+            for kind in args.tokenizers:
+                rows += compare(text, kind, args.vocab_size, args.rounds)
+    write_rows(args.json, rows)
 
 
 def sample_text() -> str:
@@ -56,116 +99,137 @@ def sample_text() -> str:
     return "\n".join(topics.values()) * 25
 
 
-def best_of(repeat: int, action: Callable[[], object]) -> float:
-    """Seconds of the fastest of ``repeat`` calls."""
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def compare(text: Path, kind: str, vocab_size: int, rounds: int) -> list[dict[str, Any]]:
+    names = [*LMKIT, *(LIBRARY if kind == "sentencepiece" else [])]
+    arguments = ["--text", str(text), "--tokenizers", kind, "--vocab-size", str(vocab_size)]
+    peers = measure_in_turns(names, __file__, arguments, rounds)
+    num_bytes = text.stat().st_size
+    table(peers, f"{kind}, {num_bytes / 1e6:.1f} MB, {rounds} rounds", num_bytes)
+    return [
+        peer.row(tokenizer=kind, num_bytes=num_bytes, mb_per_s=num_bytes / 1e6 / peer.median_s()) for peer in peers
+    ]
 
 
-def show(name: str, num_bytes: int, seconds: float, note: str = "") -> None:
-    print(f"{name:<34} {num_bytes / 1e6 / seconds:7.1f} MB/s  {seconds:7.2f} s  {note}", flush=True)
+def build(way: str, kind: str, text: Path, vocab_size: int) -> Work:
+    """The work of a way. The first way to be built trains the tokenizer that all share, which no clock sees."""
+    from lmkit.config import data as configs
+    from lmkit.data.prepared import prepare
 
-
-def bench_rates(path: Path, vocab_size: int, repeat: int) -> None:
-    num_bytes = path.stat().st_size
-    config = TextConfig(path=str(path))
-    prepared: dict[str, PreparedData] = {}
-    kinds: dict[str, TokenizerConfig] = {
-        "word": WordTokenizerConfig(),
-        "char": CharTokenizerConfig(),
-        "byte": ByteTokenizerConfig(),
-        "sentencepiece": SentencePieceTokenizerConfig(vocab_size=vocab_size),
+    untrained: dict[str, configs.TokenizerConfig] = {
+        "word": configs.WordTokenizerConfig(),
+        "char": configs.CharTokenizerConfig(),
+        "byte": configs.ByteTokenizerConfig(),
+        "sentencepiece": configs.SentencePieceTokenizerConfig(vocab_size=vocab_size),
     }
-    for name, tokenizer in kinds.items():
+    config = configs.TextConfig(path=str(text), valid_fraction=0.0, test_fraction=0.0)
+    prepared = prepare(config, untrained[kind])
+    if way in LIBRARY:
+        return library_work(prepared, text, LIBRARY[way])
+    tokenizer = prepared.tokenizer if way == "lmkit" else untrained[kind]
+    written = Path()
 
-        def trained(name: str = name, tokenizer: TokenizerConfig = tokenizer) -> None:
-            prepared[name] = prepare(config, tokenizer, force=True)
+    def run() -> int:
+        nonlocal written
+        data = prepare(config, tokenizer, force=way != "lmkit, cached")
+        written = data.path / "train.tokens"
+        return data.splits["train"].num_tokens
 
-        def known(name: str = name) -> None:
-            prepare(config, prepared[name].tokenizer, force=True)
+    watch = Watch(os.getpid())
+    return Work(run, 0, lambda: digest(written), lambda: max(peak_bytes(), watch.together))
 
-        show(f"{name}: train and encode", num_bytes, best_of(1 if name == "sentencepiece" else repeat, trained))
-        show(f"{name}: encode", num_bytes, best_of(repeat, known))
-    show("found in the cache", num_bytes, best_of(repeat, lambda: prepare(config, kinds["word"])))
 
+def library_work(prepared: Any, text: Path, threads: int) -> Work:
+    """The sentencepiece library. It leaves out the ends of the lines and of the text, so they are put in here."""
+    import numpy as np
     import sentencepiece
 
-    model = prepared["sentencepiece"].path / "tokenizer" / "sentencepiece.model"
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for threads in (1, 2):
+    dtype = prepared.splits["train"].tokens.dtype
+    processor = sentencepiece.SentencePieceProcessor(model_proto=prepared.tokenizer.content())
+    end_of_line, end_of_text = processor.piece_to_id("\n"), processor.eos_id()
+    lines = text.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    written = prepared.path.parent / f"{threads}.tokens"
 
-        def alone(threads: int = threads) -> None:
-            with tempfile.TemporaryFile() as file:
-                for start in range(0, len(lines), 10_000):
-                    for ids in processor.encode(lines[start : start + 10_000], num_threads=threads):
-                        file.write(np.array(ids, np.uint16).tobytes())
+    def run() -> int:
+        with written.open("wb") as file:
+            for start in range(0, len(lines), 10_000):
+                for ids in processor.encode(lines[start : start + 10_000], num_threads=threads):
+                    ids.append(end_of_line)
+                    file.write(np.array(ids, dtype).tobytes())
+            file.write(np.array([end_of_text], dtype).tobytes())
+            return file.tell() // dtype.itemsize
 
-        show(f"sentencepiece alone, {threads} thread{'s' * (threads > 1)}", num_bytes, best_of(repeat, alone))
+    return Work(run, 0, lambda: digest(written))
 
 
-def bench_memory(folder: Path, kinds: list[str]) -> None:
-    path = folder / "gigabyte.txt"
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_words(path: Path, num_bytes: int) -> Path:
+    """Write at least so much text of made-up words, some more frequent than others, and return the path."""
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyzäö", k=draw.randint(1, 12))) for _ in range(200_000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
+    sums = list(itertools.accumulate(1 / (rank + 3) for rank in range(len(words))))
+    num_lines = min(40_000, num_bytes // 100)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        paragraph = [" ".join(draw.choices(words, weights, k=draw.randint(1, 60))) for _ in range(40_000)]
-        while file.tell() < GIGABYTE:
+        paragraph = [" ".join(draw.choices(words, cum_weights=sums, k=draw.randint(1, 60))) for _ in range(num_lines)]
+        while file.tell() < num_bytes:
             draw.shuffle(paragraph)
             file.write("\n".join(paragraph) + "\n")
-    for kind in kinds:
-        start = time.perf_counter()
-        with subprocess.Popen([sys.executable, "-c", CHILD, str(path), kind], stdout=subprocess.PIPE) as process:
-            peak = peak_bytes(psutil.Process(process.pid))
-            assert process.stdout is not None
-            tokens = int(process.stdout.read())
-        seconds = time.perf_counter() - start
-        note = f"peak {peak[0] / 1e6:,.0f} MB, with its children {peak[1] / 1e6:,.0f} MB, {tokens:,} tokens"
-        show(f"1 GB, {kind}", path.stat().st_size, seconds, note)
+    return path
 
 
-def peak_bytes(process: psutil.Process) -> tuple[int, int]:
-    """Largest resident memory of a process until it ends, without and with its children; looks 10 times a second."""
-    alone = together = 0
-    while True:
-        try:
-            rss = [one.memory_info().rss for one in (process, *process.children(recursive=True))]
-        except psutil.NoSuchProcess:
-            rss = [0]
-        alone, together = max(alone, rss[0]), max(together, sum(rss))
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            return alone, together
-        time.sleep(0.1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="text file to measure on, as it is")
-    parser.add_argument("--copies", type=int, default=8, help="copies of that text, one after the other")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the sentencepiece model")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each measurement")
-    parser.add_argument(
-        "--gigabyte",
-        nargs="*",
-        metavar="KIND",
-        help="only measure memory on 1 GB, for these tokenizers (default: word)",
+def measure_memory(text: Path, kind: str) -> dict[str, Any]:
+    """Prepare the text once in a process that is watched; prints the line and returns the row."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(text), kind], stdout=subprocess.PIPE) as process:
+        watch = Watch(process.pid)
+        assert process.stdout is not None
+        answer = process.stdout.read()
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(f"the process that prepares the text ended with exit code {process.returncode}")
+    num_bytes, num_tokens = text.stat().st_size, int(answer)
+    print(
+        f"{num_bytes / 1e9:.1f} GB, {kind:<14} {num_bytes / 1e6 / seconds:7.1f} MB/s  {seconds:7.2f} s"
+        f"  peak {watch.alone / 1e6:,.0f} MB, with its children {watch.together / 1e6:,.0f} MB, {num_tokens:,} tokens",
+        flush=True,
     )
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["LMKIT_CACHE"] = str(Path(folder) / "cache")
-        if options.gigabyte is not None:
-            bench_memory(Path(folder), options.gigabyte or ["word"])
-            return
-        path = options.text
-        if path is None:
-            path = Path(folder) / "sample.txt"
-            path.write_text(sample_text() * options.copies, encoding="utf-8", newline="\n")
-        bench_rates(path, options.vocab_size, options.repeat)
+    return {
+        "name": "lmkit, trained",
+        "tokens_per_s": num_tokens / seconds,
+        "peak_bytes": watch.together,
+        "peak_bytes_alone": watch.alone,
+        "num_tokens": num_tokens,
+        "tokenizer": kind,
+        "num_bytes": num_bytes,
+        "mb_per_s": num_bytes / 1e6 / seconds,
+    }
+
+
+class Watch(threading.Thread):
+    """Looks five times a second how much memory a process holds, without and with its children, until it ends."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        import psutil
+
+        self.process = psutil.Process(pid)
+        self.alone = self.together = 0
+        """Largest resident memory so far, bytes."""
+        self.start()
+
+    def run(self) -> None:
+        import psutil
+
+        while self.process.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):  # any of them may end between two calls
+                if self.process.status() == psutil.STATUS_ZOMBIE:
+                    return
+                rss = [one.memory_info().rss for one in (self.process, *self.process.children(recursive=True))]
+                self.alone, self.together = max(self.alone, rss[0]), max(self.together, sum(rss))
+            time.sleep(0.2)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,3 +104,45 @@ def test_the_plot_of_scaling_shows_every_point(peers: ModuleType, tmp_path: Path
         pyplot.close("all")
         sys.modules.pop("bench_train")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def bench_prepare(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = folder / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    command = [sys.executable, str(SCRIPTS / "bench_prepare.py"), "--text", str(path), "--tokenizers", "sentencepiece"]
+    command += ["--vocab-size", "300", "--rounds", "1", "--json", str(folder / "rows.json")]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_preparation_is_measured_beside_a_library_that_makes_the_same_ids(tmp_path: Path) -> None:
+    text = "the cat sat on the mat\n\n  a hat\tand a bat\n" * 50
+    done = bench_prepare(text, tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    names = ["lmkit, trained", "lmkit, cached", "lmkit", "sentencepiece, 1 thread", "sentencepiece, 2 threads"]
+    assert [row["name"] for row in rows] == names
+    assert len({row["num_tokens"] for row in rows}) == 1
+    assert all(row["tokens_per_s"] > 0 and row["peak_bytes"] > 1e6 and row["mb_per_s"] > 0 for row in rows)
+    assert {(row["tokenizer"], row["num_bytes"]) for row in rows} == {("sentencepiece", len(text))}
+    assert all(name in done.stdout for name in names)
+
+
+def test_a_text_that_the_library_encodes_otherwise_is_refused(tmp_path: Path) -> None:
+    done = bench_prepare("the cat sat on the mat\n" * 50 + "a blank: \N{LOWER ONE EIGHTH BLOCK}\n", tmp_path)
+    assert done.returncode == 1
+    assert "the ways did not make the same number of tokens" in done.stderr
+    assert not (tmp_path / "rows.json").exists()
+
+
+def test_the_memory_of_preparing_made_up_words_is_a_row_too(peers: ModuleType, tmp_path: Path) -> None:
+    import bench_prepare
+
+    sys.modules.pop("bench_prepare")
+    text = bench_prepare.write_words(tmp_path / "words.txt", 20_000)
+    row = bench_prepare.measure_memory(text, "byte")
+    assert row["name"] == "lmkit, trained"
+    assert row["num_bytes"] == text.stat().st_size >= 20_000
+    assert row["num_tokens"] == row["num_bytes"] + 3  # each split ends with a token
+    assert row["peak_bytes"] >= row["peak_bytes_alone"] > 0
+    assert row["tokens_per_s"] > 0
+    assert row["mb_per_s"] > 0
