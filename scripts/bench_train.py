@@ -2,17 +2,24 @@
 
     python scripts/bench_train.py [--family transformer|lstm] [--rounds 3] [--steps 3] [--micro_batch 16] [--json FILE]
     python scripts/bench_train.py --scaling [--plot FILE.png] [--json FILE]
+    python scripts/bench_train.py --device cuda --size gpt2_124m --precision bf16 --compile on --steps 20
 
 All ways take the same random tokens (32 x 128, vocabulary 10,000) through a model of the same shape (d_model 256,
 6 layers, 8 heads; LSTM: 2 layers of 256) in fp32 (``--precision bf16``: with bf16 products) with AdamW and clipping,
 without dropout, each in a process of its own and in interleaved rounds; the first round warms up, medians are printed.
-Numbers of parameters more than 1 % apart and different numbers of tokens are refused.
+Numbers of parameters more than 1 % apart and different numbers of tokens are refused. ``--size gpt2_124m`` is the shape
+of ``model=gpt2`` with GPT-2's vocabulary and windows of 1,024 tokens; each number of a shape can be given by itself.
 
 - lmkit: lmkit.train.Trainer, which is what ``lmkit pretrain`` runs; a Llama-shaped block (--model gpt2 for GPT-2's)
 - transformers: GPT2LMHeadModel in the usual loop (left out when it is not installed)
 - plain: the shortest sensible loop with torch's own modules
-- gemm: products of 1024 x 1024 matrices, the machine's peak; the share of it counts 6 x parameters + 12 x layers x
-  width x context operations a token
+- gemm: products of 1024 x 1024 matrices (on a card: 8192 x 8192) in the precision of the run, the machine's peak; the
+  share of it counts 6 x parameters + 12 x layers x width x context operations a token
+
+``--device cuda`` measures on a card: all ways have weights and batches there and fused AdamW, the clock waits for the
+card, and memory is the peak that torch has allocated there. ``--compile on`` compiles each way's model. All ways keep
+their memory from round to round, so a large shape may need a smaller ``--batch``, or ``--ways lmkit``. None of this has
+been run on a card yet: there was none at hand. On CPUs it is tested but for the waiting and the memory.
 
 ``--scaling`` measures lmkit alone while one of layers, width, context, vocabulary and batch changes.
 """
@@ -22,11 +29,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from peers import Peer, Work, is_installed, measure_in_turns, serve, table, write_rows
+from peers import Peer, Work, is_installed, measure_in_turns, peak_bytes, serve, table, write_rows
 
 LEARNING_RATE, CLIP_NORM = 1e-3, 1.0
 
@@ -45,11 +52,16 @@ class Shape:
     """Rows of the batch that lmkit takes at a time, 0 for all, as the others do."""
     precision: str = "fp32"
     """fp32 or bf16, of the products; parameters stay in fp32. lmkit: device.precision; the others: torch.autocast."""
+    device: str = "cpu"
+    compile: str = "off"
+    """lmkit: device.compile; the others: torch.compile of what computes the loss."""
 
     def arguments(self) -> list[str]:
         return [word for field in fields(self) for word in (f"--{field.name}", str(getattr(self, field.name)))]
 
 
+SIZES = {"small": Shape(), "gpt2_124m": Shape(layers=12, width=768, heads=12, context=1024, vocabulary=50_257)}
+CHOICES = {"precision": ["fp32", "bf16"], "device": ["cpu", "cuda"], "compile": ["off", "on"]}
 GRID: dict[str, list[int]] = {
     "layers": [2, 4, 6, 8],
     "width": [128, 256, 384, 512],
@@ -62,49 +74,74 @@ GRID: dict[str, list[int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=["transformer", "lstm"], default="transformer")
-    parser.add_argument("--model", choices=["llama", "gpt2"], default="llama", help="lmkit's block")
+    parser.add_argument("--size", choices=SIZES, default="small", help="the shape that the numbers below change")
+    parser.add_argument("--model", choices=["llama", "gpt2"], help="lmkit's block (default: llama; gpt2_124m: gpt2)")
+    parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, metavar="WAY", help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a round")
     parser.add_argument("--threads", type=int, default=0, help="threads of each (default: the cores)")
     for field in fields(Shape):
         default = field.default
-        parser.add_argument(f"--{field.name}", type=type(default), help=f"default {default}; LSTM: 2 layers")
+        what = f"default {default}{'; LSTM: 2' if field.name == 'layers' else ''}"
+        parser.add_argument(f"--{field.name}", type=type(default), choices=CHOICES.get(field.name), help=what)
     parser.add_argument("--scaling", action="store_true", help="how lmkit's speed and memory grow")
     parser.add_argument("--plot", type=Path, default=Path("scaling.png"), help="where --scaling draws")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     given = {field.name: getattr(args, field.name) for field in fields(Shape) if getattr(args, field.name) is not None}
-    shape = replace(Shape(layers=2 if args.family == "lstm" else 6), **given)
+    shape = replace(SIZES[args.size], **({"layers": 2} if args.family == "lstm" else {}) | given)
+    if args.model is None:
+        args.model = "gpt2" if args.size == "gpt2_124m" else "llama"
     if args.serve:
-        set_threads(args.threads)
-        serve(WAYS[args.family, args.serve](shape, args.steps, args.model))
+        set_up(shape, args.threads)
+        serve(on_device(WAYS[args.family, args.serve](shape, args.steps, args.model), shape.device))
         return
+    write_rows(args.json, scaling(args, shape) if args.scaling else compare(args, shape))
+
+
+def arguments_of(args: argparse.Namespace, shape: Shape) -> list[str]:
+    """What the process of each way is started with."""
     options = ["--family", args.family, "--model", args.model, "--steps", str(args.steps)]
-    options += ["--threads", str(args.threads)]
-    if args.scaling:
-        rows = scaling(shape, options, args.rounds, args.plot)
-    else:
-        rows = compare(args.family, shape, options, args.rounds)
-    write_rows(args.json, rows)
+    return [*options, "--threads", str(args.threads), *shape.arguments()]
 
 
-def compare(family: str, shape: Shape, options: list[str], rounds: int) -> list[dict[str, Any]]:
-    names = ["lmkit", "plain"]
-    if family == "transformer" and is_installed("transformers"):
-        names.append("transformers")
-    arguments = [*options, *shape.arguments()]
+def compare(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
+    names = [name for name in args.ways if (args.family, name) in WAYS]
+    if "transformers" in names and not is_installed("transformers"):
+        names.remove("transformers")
+    if not names:
+        raise SystemExit("none of these ways can be measured here")
+    arguments = arguments_of(args, shape)
     gemm = Peer.start("gemm", __file__, arguments)
-    peers = measure_in_turns(names, __file__, arguments, rounds, beside=gemm)
-    table(peers, f"{family}, {shape}, {rounds} rounds")
+    peers = measure_in_turns(names, __file__, arguments, args.rounds, beside=gemm)
+    table(peers, f"{args.family}, {shape}, {args.rounds} rounds")
     print(f"  products alone {gemm.tokens_per_s() / 1e9:.0f} GFLOP/s")
     rows = []
     for peer in peers:
-        share = flops_per_token(family, peer.num_parameters, shape) * peer.num_tokens / gemm.num_tokens
+        flops = flops_per_token(args.family, peer.num_parameters, shape)
+        share = flops * peer.num_tokens / gemm.num_tokens
         share /= statistics.median(m / g for m, g in zip(peer.seconds[1:], gemm.seconds[1:], strict=True))
-        print(f"  {peer.name:<14} {100 * share:.0f} % of it")
-        rows.append(peer.row(family=family, matrix_share=share))
+        flops_per_s = flops * peer.tokens_per_s()
+        print(f"  {peer.name:<14} {flops_per_s / 1e9:.0f} GFLOP/s, {100 * share:.0f} % of it")
+        rows.append(row_of(peer, args, shape, flops_per_s=flops_per_s, matrix_share=share))
     return rows
+
+
+def row_of(peer: Peer, args: argparse.Namespace, shape: Shape, **facts: Any) -> dict[str, Any]:
+    """A row with all that tells the rows of different calls apart (threads: 0 for the cores).
+
+    The others have GPT-2's blocks, whatever lmkit has, and take the batch at once.
+    """
+    block = args.model if peer.name == "lmkit" else "gpt2"
+    micro_batch = shape.micro_batch if peer.name == "lmkit" else 0
+    return peer.row(
+        family=args.family,
+        block="lstm" if args.family == "lstm" else block,
+        threads=args.threads,
+        **asdict(replace(shape, micro_batch=micro_batch or shape.batch)),
+        **facts,
+    )
 
 
 def flops_per_token(family: str, num_parameters: int, shape: Shape) -> int:
@@ -112,19 +149,19 @@ def flops_per_token(family: str, num_parameters: int, shape: Shape) -> int:
     return 6 * num_parameters + attention
 
 
-def scaling(base: Shape, options: list[str], rounds: int, plot: Path) -> list[dict[str, Any]]:
+def scaling(args: argparse.Namespace, base: Shape) -> list[dict[str, Any]]:
     rows = []
     for name, values in GRID.items():
         for value in values:
             shape = replace(base, **{name: value})
-            (peer,) = measure_in_turns(["lmkit"], __file__, [*options, *shape.arguments()], rounds)
-            rows.append(peer.row(varied=name, value=value))
+            (peer,) = measure_in_turns(["lmkit"], __file__, arguments_of(args, shape), args.rounds)
+            rows.append(row_of(peer, args, shape, varied=name, value=value))
             print(
                 f"{name:<11} {value:7,}  {peer.tokens_per_s():9,.0f} tokens/s  {peer.peak_bytes / 1e9:5.2f} GB",
                 flush=True,
             )
-    draw(rows, plot)
-    print(f"drawn: {plot}")
+    draw(rows, args.plot)
+    print(f"drawn: {args.plot}")
     return rows
 
 
@@ -152,18 +189,36 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def set_threads(threads: int) -> None:
+def set_up(shape: Shape, threads: int) -> None:
+    """What all ways have alike: threads and, on a card, TF32 in fp32 products, which lmkit switches on for itself."""
     import torch
 
     from lmkit.device import available_cores
 
     torch.set_num_threads(threads or available_cores())
+    if shape.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def on_device(work: Work, device: str) -> Work:
+    """The work as it is measured there: the clock waits until a card is done, and it is its memory that counts."""
+    import torch
+
+    on_card = device == "cuda"
+
+    def run() -> int:
+        num_tokens = work.run()
+        if on_card:
+            torch.cuda.synchronize()
+        return num_tokens
+
+    return replace(work, run=run, memory=torch.cuda.max_memory_allocated if on_card else peak_bytes)
 
 
 def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
     import torch
 
-    from lmkit.config.machine import DeviceConfig, DeviceType, Precision
+    from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
     from lmkit.config.optimization import AdamwConfig, ConstantConfig
     from lmkit.data.batches import Batch
     from lmkit.device import resolve_device
@@ -171,11 +226,16 @@ def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
     from lmkit.objectives import ExactSoftmax
     from lmkit.optim import build_optimizer
     from lmkit.tasks.language import NextToken
-    from lmkit.train import Trainer, TrainState
+    from lmkit.train import Trainer, TrainState, pays_to_read_late
 
-    precision = Precision[shape.precision]
-    device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=torch.get_num_threads(), precision=precision))
-    model = lmkit_model(family, shape, block)
+    config = DeviceConfig(
+        type=DeviceType[shape.device],
+        precision=Precision[shape.precision],
+        compile=Switch[shape.compile],
+        threads=torch.get_num_threads(),
+    )
+    device = resolve_device(config)
+    model = lmkit_config(family, shape, block).build(shape.vocabulary, seed=1).to(device.torch_device)
 
     class Random:
         steps_per_epoch = 1_000_000
@@ -184,18 +244,19 @@ def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
             rows_BT = random_tokens(shape, step)
             return Batch(rows_BT[:, :-1], rows_BT[:, 1:], starts_text=False)
 
-    config = AdamwConfig(lr=LEARNING_RATE, clip_norm=CLIP_NORM)
+    adamw = AdamwConfig(lr=LEARNING_RATE, clip_norm=CLIP_NORM)
     batches = Random()
     trainer = Trainer(
         task=NextToken(model, batches, ExactSoftmax()),
         model=model,
-        optimizer=build_optimizer(config, model, fused=device.fused),
-        optimizer_config=config,
+        optimizer=build_optimizer(adamw, model, fused=device.fused),
+        optimizer_config=adamw,
         schedule=ConstantConfig(warmup_ratio=0.0),
         device=device,
         seed=1,
         micro_batch_size=shape.micro_batch or shape.batch,
         state=TrainState(horizon=Horizon(1e-6)),
+        reads_late=pays_to_read_late(device),
     )
 
     def run() -> int:
@@ -204,11 +265,12 @@ def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
     return Work(run, model.num_parameters())
 
 
-def lmkit_model(family: str, shape: Shape, block: str) -> Any:
+def lmkit_config(family: str, shape: Shape, block: str) -> Any:
+    """The configuration of lmkit's model."""
     from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
 
     if family == "lstm":
-        lstm = RecurrentConfig(
+        return RecurrentConfig(
             num_layers=shape.layers,
             d_embed=shape.width,
             d_hidden=shape.width,
@@ -218,7 +280,6 @@ def lmkit_model(family: str, shape: Shape, block: str) -> Any:
             dropout_output=0.0,
             dropout_recurrent=0.0,
         )
-        return lstm.build(shape.vocabulary, seed=1)
     config = TransformerConfig(
         d_model=shape.width, num_layers=shape.layers, num_heads=shape.heads, context=shape.context
     )
@@ -227,11 +288,11 @@ def lmkit_model(family: str, shape: Shape, block: str) -> Any:
         config.d_ff = 4 * shape.width
         config.positions, config.norm, config.activation = Positions.learned, Norm.layernorm, Activation.gelu
         config.gated, config.bias = False, True
-    return config.build(shape.vocabulary, seed=1)
+    return config
 
 
 def random_tokens(shape: Shape, step: int) -> Any:
-    """(B, T + 1) ids of a step, the same for every way."""
+    """(B, T + 1) ids of a step, on the host, the same for every way."""
     import torch
 
     generator = torch.Generator().manual_seed(step)
@@ -239,19 +300,22 @@ def random_tokens(shape: Shape, step: int) -> Any:
 
 
 def plain_loop(model: Any, loss_of: Callable[[Any, Any], Any], shape: Shape, steps: int) -> Work:
-    """The usual loop around a model: zero, loss, backward, clip, step."""
+    """The usual loop around a model, which lies on the device: zero, loss, backward, clip, step."""
     import itertools
 
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    on_card = shape.device == "cuda"  # where the usual loop has fused kernels, too
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=on_card or None)
+    if shape.compile == "on":
+        loss_of = torch.compile(loss_of)
     numbers = itertools.count()
 
     def run() -> int:
         for _ in range(steps):
-            rows_BT = random_tokens(shape, next(numbers))
+            rows_BT = random_tokens(shape, next(numbers)).to(shape.device)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=shape.precision == "bf16"):
+            with torch.autocast(shape.device, torch.bfloat16, enabled=shape.precision == "bf16"):
                 loss = loss_of(rows_BT[:, :-1], rows_BT[:, 1:])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -277,7 +341,7 @@ def transformers_work(shape: Shape, steps: int, block: str) -> Work:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config).train()
+    model = GPT2LMHeadModel(config).train().to(shape.device)
 
     def loss_of(inputs_BT: Any, targets_BT: Any) -> Any:
         logits_BTV = model(inputs_BT, use_cache=False).logits
@@ -313,9 +377,11 @@ def plain_gpt(shape: Shape, steps: int, block: str) -> Work:
     for p in model.parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=0.02)
+    model.to(shape.device)
 
     def loss_of(inputs_BT: Any, targets_BT: Any) -> Any:
-        hidden = norm(blocks(embedding(inputs_BT) + positions(torch.arange(inputs_BT.shape[1]))))
+        numbers_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
+        hidden = norm(blocks(embedding(inputs_BT) + positions(numbers_T)))
         logits_BTV = F.linear(hidden, embedding.weight)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.reshape(-1))
 
@@ -331,6 +397,7 @@ def plain_lstm(shape: Shape, steps: int, block: str) -> Work:
     output = nn.Linear(shape.width, shape.vocabulary)
     output.weight = embedding.weight
     nn.init.normal_(embedding.weight, std=0.1)
+    model = nn.ModuleList([embedding, lstm, output]).to(shape.device)
     state: Any = None
 
     def loss_of(inputs_BT: Any, targets_BT: Any) -> Any:
@@ -339,7 +406,7 @@ def plain_lstm(shape: Shape, steps: int, block: str) -> Work:
         state = tuple(t.detach() for t in state)
         return F.cross_entropy(output(hidden).flatten(0, 1), targets_BT.T.reshape(-1))
 
-    return plain_loop(nn.ModuleList([embedding, lstm, output]), loss_of, shape, steps)
+    return plain_loop(model, loss_of, shape, steps)
 
 
 def gemm_work(shape: Shape, steps: int, block: str) -> Work:
@@ -348,14 +415,15 @@ def gemm_work(shape: Shape, steps: int, block: str) -> Work:
 
     from lmkit import products
 
+    size = 8192 if shape.device == "cuda" else 1024  # large enough for the rate of the device
     dtype = torch.bfloat16 if shape.precision == "bf16" else torch.float32
-    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    a, b = (torch.randn(size, size).to(shape.device, dtype) for _ in range(2))
 
     @torch.no_grad()
     def run() -> int:
         for _ in range(20):
             products.linear(a, b)
-        return 20 * 2 * 1024**3
+        return 20 * 2 * size**3
 
     return Work(run, 0)
 
@@ -369,6 +437,8 @@ WAYS: dict[tuple[str, str], Callable[[Shape, int, str], Work]] = {
     ("lstm", "plain"): plain_lstm,
     ("lstm", "gemm"): gemm_work,
 }
+NAMES = ["lmkit", "plain", "transformers"]
+"""Of the ways that are compared, in the order of the table."""
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def is_installed(name: str) -> bool:
 
 
 def table(peers: Sequence[Peer], title: str, num_bytes: int = 0) -> None:
-    """Print tokens/s, MB/s where a round deals with bytes of text, the ratio to the last way, and the peak of memory."""
+    """Print tokens/s, MB/s where a round takes bytes of text, the ratio to the last way, and the peak of memory."""
     print(title)
     width = max(14, *(len(peer.name) for peer in peers))
     for peer in peers:

@@ -6,10 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lmkit.arguments import parse
+from lmkit.cli import compose
+from lmkit.config.commands import PretrainConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -85,8 +93,133 @@ def test_the_speed_is_the_median_of_the_rounds_after_the_first(peers: ModuleType
     assert fast.ratio_to(slow) == 2.0
 
 
-def test_the_plot_of_scaling_shows_every_point(peers: ModuleType, tmp_path: Path) -> None:
+@pytest.fixture
+def bench_train(peers: ModuleType) -> Iterator[ModuleType]:
     import bench_train
+
+    yield bench_train
+    sys.modules.pop("bench_train")
+
+
+TINY = {"layers": 1, "width": 16, "heads": 2, "context": 8, "vocabulary": 50, "batch": 2}
+
+
+def start(bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """Call the script with the tiny shape, two steps a round and the words."""
+    shape = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *shape, "--steps", "2", "--threads", "1", *words])
+    bench_train.main()
+
+
+def built(bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """The work that the process of a way builds."""
+    works: list[Any] = []
+    monkeypatch.setattr(bench_train, "serve", works.append)
+    start(bench_train, monkeypatch, *words)
+    return works[0]
+
+
+@pytest.fixture
+def made_up(bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way has 1,000 parameters and makes 32 tokens in 2 s; products make 10^6 operations in 1 s."""
+
+    def peer(name: str, num_tokens: int, seconds: float) -> Any:
+        return bench_train.Peer(name, None, 1000, num_tokens, peak_bytes=5_000_000, seconds=[9.0, seconds, seconds])
+
+    monkeypatch.setattr(bench_train, "is_installed", lambda name: True)
+    monkeypatch.setattr(bench_train.Peer, "start", lambda name, script, arguments: peer(name, 1_000_000, 1.0))
+    monkeypatch.setattr(
+        bench_train, "measure_in_turns", lambda names, *_, beside=None: [peer(name, 32, 2.0) for name in names]
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["transformer", "lstm"])
+def test_ways_of_training_do_the_same_work_in_any_precision(
+    bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch, family: str, precision: str
+) -> None:
+    words = ("--family", family, "--model", "gpt2", "--precision", precision, "--micro_batch", "1")
+    works = [built(bench_train, monkeypatch, "--serve", way, *words) for way in ("lmkit", "plain")]
+    assert [work.run() for work in works] == [2 * 2 * 8] * 2
+    assert works[0].num_parameters == pytest.approx(works[1].num_parameters, rel=0.01)
+    assert all(work.memory() > 1e6 for work in works)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_models_of_all_ways_are_compiled_or_none(
+    bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch, compile: str
+) -> None:
+    compiled: list[Any] = []
+
+    def recorded(function: Any) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    for way in ("lmkit", "plain"):
+        assert built(bench_train, monkeypatch, "--serve", way, "--compile", compile).run() == 2 * 2 * 8
+    assert len(compiled) == (2 if compile == "on" else 0)
+
+
+def test_the_clock_waits_for_a_card_whose_own_memory_counts(
+    bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("waited"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+
+    def run() -> int:
+        calls.append("ran")
+        return 7
+
+    work = bench_train.on_device(bench_train.Work(run, 3), "cuda")
+    assert (work.run(), work.num_parameters, work.memory()) == (7, 3, 123)
+    assert calls == ["ran", "waited"]
+    assert bench_train.on_device(bench_train.Work(run, 3), "cpu").run() == 7
+    assert calls == ["ran", "waited", "ran"]
+
+
+def test_rows_of_training_say_what_was_trained_where(
+    bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch, made_up: None, tmp_path: Path
+) -> None:
+    words = ("--device", "cuda", "--precision", "bf16", "--compile", "on", "--micro_batch", "1")
+    start(bench_train, monkeypatch, *words, "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    flops = 6 * 1000 + 12 * 1 * 16 * 8
+    common = {"tokens_per_s": 16.0, "peak_bytes": 5_000_000, "num_parameters": 1000, "num_tokens": 32, "threads": 1}
+    common |= {"family": "transformer", "precision": "bf16", "device": "cuda", "compile": "on", **TINY}
+    common |= {"flops_per_s": 16.0 * flops, "matrix_share": pytest.approx(16.0 * flops / 1e6)}
+    assert rows == [
+        {"name": "lmkit", "block": "llama", "micro_batch": 1, **common},
+        {"name": "plain", "block": "gpt2", "micro_batch": 2, **common},
+        {"name": "transformers", "block": "gpt2", "micro_batch": 2, **common},
+    ]
+
+
+def test_rows_of_scaling_say_what_was_varied_and_the_whole_shape(
+    bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch, made_up: None, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_train, "draw", lambda rows, path: None)
+    start(bench_train, monkeypatch, "--family", "lstm", "--scaling", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    points = [(name, value) for name, values in bench_train.GRID.items() for value in values]
+    assert [(row["varied"], row["value"]) for row in rows] == points
+    assert all({key: row[key] for key in TINY} == {**TINY, row["varied"]: row["value"]} for row in rows)
+    assert {(row["name"], row["family"], row["block"], row["device"]) for row in rows} == {
+        ("lmkit", "lstm", "lstm", "cpu")
+    }
+    assert all(row["tokens_per_s"] == 16.0 and row["peak_bytes"] == 5_000_000 for row in rows)
+
+
+def test_the_shape_of_gpt2_is_that_of_the_preset(bench_train: ModuleType) -> None:
+    config = OmegaConf.to_object(compose(parse("pretrain", ["model=gpt2"])))
+    assert isinstance(config, PretrainConfig)
+    shape = bench_train.SIZES["gpt2_124m"]
+    assert bench_train.lmkit_config("transformer", shape, "gpt2") == replace(config.model, d_ff=4 * 768)
+    assert shape.vocabulary == 50_257
+
+
+def test_the_plot_of_scaling_shows_every_point(bench_train: ModuleType, tmp_path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [
@@ -102,7 +235,6 @@ def test_the_plot_of_scaling_shows_every_point(peers: ModuleType, tmp_path: Path
             assert all(low <= y <= high for y in line.get_ydata())
     finally:
         pyplot.close("all")
-        sys.modules.pop("bench_train")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
