@@ -6,12 +6,16 @@
 Measured: tokens/s of ``lmkit pretrain parallel=ddp`` under torchrun with gloo, on text that is made up, the same global
 batch (32 x 64) and micro-batches (4 rows) for any number of processes, each with cores / processes threads. The runs
 are interleaved over the rounds; the median line of each run's metrics.jsonl counts (the first is left out), and then
-the best round. What one agreement of the processes and one sum of the gradients take is timed on its own.
+the best round. What one agreement of the processes and one sum of the gradients take is timed on its own. The peak of
+memory is the largest that the metrics of the first process show. Runs that trained other models or numbers of tokens
+are refused.
 
 Computed: a ring all-reduce over N GPUs sends 2 (N - 1) / N x (bytes of the gradients, fp32) over each link, and takes
 2 (N - 1) hops (Patarasu & Yuan 2009) of 5 us. The slowest link is the network of a node of 8 GPUs. A step computes
 6 x parameters x tokens operations at 40 % of an H100's 989 TFLOP/s (bf16). lmkit sums after the last micro-batch, so
 the two times add; more tokens a GPU and step (micro-batches) make the sum's share smaller.
+
+--json writes both as rows; those that were computed say so in their name and by ``computed``, and have no peak.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from peers import write_rows
 
 SEQ_LEN, BATCH, MICRO = 64, 32, 4
 GPUS, TOKENS_PER_GPU = 64, 8192
@@ -43,20 +49,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, help="threads of each process instead of cores / processes")
     parser.add_argument("--model", default="tiny", help="preset of a model")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--computed-only", action="store_true")
     parser.add_argument("--collectives", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.collectives is not None:
         print(json.dumps(collectives(args.collectives)))
         return
-    found: dict[str, Any] = {"computed": computed()}
+    rows = []
     if not args.computed_only:
-        found["measured"] = measured(args.processes, args.rounds, args.steps, args.model, args.threads)
-        show_measured(found["measured"])
-    show_computed(found["computed"])
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8", newline="\n")
+        rows = measured(args.processes, args.rounds, args.steps, args.model, args.threads)
+        show_measured(rows)
+    show_computed(computed())
+    write_rows(args.json, [*rows, *computed()])
 
 
 def torchrun(processes: int, *words: str) -> list[str]:
@@ -66,8 +71,7 @@ def torchrun(processes: int, *words: str) -> list[str]:
 
 def measured(processes: list[int], rounds: int, steps: int, model: str, threads: int | None) -> list[dict[str, Any]]:
     """One row for each number of processes."""
-    speeds: dict[int, list[float]] = {number: [] for number in processes}
-    num_parameters = 0
+    runs: dict[int, list[dict[str, Any]]] = {number: [] for number in processes}
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         words = [f"w{number}" for number in range(500)]
@@ -76,32 +80,65 @@ def measured(processes: list[int], rounds: int, steps: int, model: str, threads:
         text.write_text("".join(lines), encoding="utf-8", newline="\n")
         for turn in range(rounds):
             for number in processes:
-                run = Path(folder) / f"run-{turn}-{number}"
-                command = [
-                    *("-m", "lmkit", "pretrain", "dataset=text", f"dataset.path={text}", "tokenizer=byte"),
-                    *(f"model={model}", "device=cpu", f"train.batch_size={BATCH}", f"train.micro_batch_size={MICRO}"),
-                    *(f"train.seq_len={SEQ_LEN}", f"train.max_steps={steps}", f"run.dir={run}", "log.every_steps=2"),
-                    *("eval.every_steps=1000000", f"save.every_steps={steps}", "parallel=ddp"),
-                    f"device.threads={'null' if threads is None else threads}",
-                ]
-                done = subprocess.run(torchrun(number, *command), capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-                logged = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
-                speeds[number].append(statistics.median(logged[1:]))
-                result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-                num_parameters = result["num_parameters"]
-    table = []
-    for number in processes:
-        words = [str(Path(__file__).resolve()), "--collectives", str(num_parameters)]
-        done = subprocess.run(torchrun(number, *words), capture_output=True, text=True, check=True)
-        line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
-        times, _ = json.JSONDecoder().raw_decode(line)  # another process may have written into its end
-        best = max(speeds[number])
-        ratio = best / max(speeds[processes[0]])
-        table.append({"processes": number, "tokens_per_s": best, "ratio": ratio, "rounds": speeds[number], **times})
-    return table
+                runs[number].append(train(number, text, Path(folder) / f"run-{turn}-{number}", steps, model, threads))
+    refuse_unlike(runs)
+    rows: list[dict[str, Any]] = []
+    for number, of_number in runs.items():
+        speeds = [run["tokens_per_s"] for run in of_number]
+        row = {
+            "name": f"lmkit, {number} process{'es' if number > 1 else ''}",
+            "tokens_per_s": max(speeds),
+            "peak_bytes": max(run["peak_bytes"] for run in of_number),
+            "computed": False,
+            "processes": number,
+            "rounds": speeds,
+            "model": model,
+            "num_parameters": of_number[0]["num_parameters"],
+            "ratio": max(speeds) / (rows[0]["tokens_per_s"] if rows else max(speeds)),
+        }
+        rows.append(row | time_collectives(number, row["num_parameters"]))
+    return rows
+
+
+def train(
+    processes: int, text: Path, run: Path, steps: int, model: str, threads: int | None
+) -> dict[str, int | float]:
+    """Train once by that many processes; speed, memory and what they trained."""
+    command = [
+        *("-m", "lmkit", "pretrain", "dataset=text", f"dataset.path={text}", "tokenizer=byte"),
+        *(f"model={model}", "device=cpu", f"train.batch_size={BATCH}", f"train.micro_batch_size={MICRO}"),
+        *(f"train.seq_len={SEQ_LEN}", f"train.max_steps={steps}", f"run.dir={run}", "log.every_steps=2"),
+        *("eval.every_steps=1000000", f"save.every_steps={steps}", "parallel=ddp"),
+        f"device.threads={'null' if threads is None else threads}",
+    ]
+    done = subprocess.run(torchrun(processes, *command), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    logged = [line for line in lines if "tokens_per_s" in line]
+    return {
+        "tokens_per_s": statistics.median(line["tokens_per_s"] for line in logged[1:]),
+        "peak_bytes": max(line["memory_bytes"] for line in logged),
+        "num_tokens": logged[-1]["num_targets"],
+        "num_parameters": json.loads((run / "result.json").read_text(encoding="utf-8"))["num_parameters"],
+    }
+
+
+def refuse_unlike(runs: dict[int, list[dict[str, Any]]]) -> None:
+    """SystemExit if any two runs trained models of other sizes or other numbers of tokens."""
+    work = {number: [(run["num_parameters"], run["num_tokens"]) for run in of] for number, of in runs.items()}
+    if len({pair for pairs in work.values() for pair in pairs}) > 1:
+        raise SystemExit(f"the runs did not do the same work (parameters, tokens by number of processes): {work}")
+
+
+def time_collectives(processes: int, num_parameters: int) -> dict[str, float]:
+    """What ``collectives`` finds in that many processes."""
+    words = [str(Path(__file__).resolve()), "--collectives", str(num_parameters)]
+    done = subprocess.run(torchrun(processes, *words), capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+    times: dict[str, float]
+    times, _ = json.JSONDecoder().raw_decode(line)  # another process may have written into its end
+    return times
 
 
 def collectives(num_parameters: int) -> dict[str, float]:
@@ -139,6 +176,10 @@ def computed() -> list[dict[str, Any]]:
             share = compute_s / (compute_s + sum_s)
             table.append(
                 {
+                    "name": f"computed: {model}, {GPUS} GPUs, {network}",
+                    "tokens_per_s": GPUS * TOKENS_PER_GPU / (compute_s + sum_s),
+                    "peak_bytes": None,
+                    "computed": True,
                     "model": model,
                     "network": network,
                     "sent_bytes": sent_bytes,

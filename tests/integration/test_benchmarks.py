@@ -278,3 +278,67 @@ def test_the_memory_of_preparing_made_up_words_is_a_row_too(peers: ModuleType, t
     assert row["peak_bytes"] >= row["peak_bytes_alone"] > 0
     assert row["tokens_per_s"] > 0
     assert row["mb_per_s"] > 0
+
+
+@pytest.fixture
+def bench_scaling(peers: ModuleType) -> Iterator[ModuleType]:
+    import bench_scaling
+
+    yield bench_scaling
+    sys.modules.pop("bench_scaling")
+
+
+def call_scaling(bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", *words])
+    bench_scaling.main()
+
+
+def test_rows_of_several_processes_and_what_is_computed_lie_side_by_side(
+    bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    speeds = iter([100.0, 150.0, 120.0, 160.0])
+
+    def train(processes: int, *_: Any) -> dict[str, Any]:
+        return {
+            "tokens_per_s": next(speeds),
+            "peak_bytes": 1000 * processes,
+            "num_tokens": 640,
+            "num_parameters": 50,
+        }
+
+    monkeypatch.setattr(bench_scaling, "train", train)
+    monkeypatch.setattr(
+        bench_scaling, "time_collectives", lambda *_: {"agree_ms": 0.5, "sum_gradients_ms": 1.0}
+    )
+    words = ("--processes", "1", "2", "--rounds", "2", "--json", str(tmp_path / "rows.json"))
+    call_scaling(bench_scaling, monkeypatch, *words)
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    one, two = (row for row in rows if not row["computed"])
+    assert (one["name"], one["tokens_per_s"], one["peak_bytes"]) == ("lmkit, 1 process", 120.0, 1000)
+    assert (two["name"], two["tokens_per_s"], two["peak_bytes"]) == ("lmkit, 2 processes", 160.0, 2000)
+    assert (one["ratio"], two["ratio"]) == (1.0, pytest.approx(160 / 120))
+    assert (one["num_parameters"], two["sum_gradients_ms"]) == (50, 1.0)
+    computed = [row for row in rows if row["computed"]]
+    assert len(computed) == len(bench_scaling.MODELS) * len(bench_scaling.NETWORKS)
+    assert all(row["name"].startswith("computed: ") and row["tokens_per_s"] > 0 for row in computed)
+    assert {row["peak_bytes"] for row in computed} == {None}
+
+
+def test_runs_that_trained_other_numbers_of_tokens_are_refused(
+    bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train(processes: int, *_: Any) -> dict[str, Any]:
+        return {"tokens_per_s": 1.0, "peak_bytes": 1, "num_tokens": 640 * processes, "num_parameters": 50}
+
+    monkeypatch.setattr(bench_scaling, "train", train)
+    with pytest.raises(SystemExit, match=r"1: \[\(50, 640\)\], 2: \[\(50, 1280\)\]"):
+        call_scaling(bench_scaling, monkeypatch, "--processes", "1", "2", "--rounds", "1")
+
+
+def test_what_is_computed_alone_is_written_as_rows(
+    bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    call_scaling(bench_scaling, monkeypatch, "--computed-only", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert rows[0]["name"] == "computed: GPT-2 124M, 64 GPUs, 10 Gb/s"
+    assert all(row["computed"] and {"tokens_per_s", "peak_bytes", "efficiency"} <= row.keys() for row in rows)
