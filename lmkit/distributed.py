@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +28,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from lmkit.config.parallel import DdpConfig, FsdpConfig, ParallelConfig
 from lmkit.config.plain import kind_of
-from lmkit.errors import ConfigError, DivergedError, LmkitError, ResourceError, StoppedError
+from lmkit.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    LmkitError,
+    ResourceError,
+    StoppedError,
+    is_out_of_memory,
+)
 
 T = TypeVar("T")
 
@@ -38,8 +47,24 @@ JOIN_S = 300.0
 """So long a process looks for the address that torchrun gave it."""
 LEAVE_S = 30.0
 """So long a process that met an error waits for the first one to have met it too."""
+ANSWER_S = 5.0
+"""So long a process that has lost the others waits for those that are left to say so, too."""
 _LEFT = "left"
 _joins = count()
+
+
+class LostError(ResourceError):
+    """Another process of the job has ended or cannot be reached."""
+
+    def __init__(self, what: str, reason: str, silent: Sequence[int] = ()) -> None:
+        """silent: ranks of the processes that do not answer, as far as that is known."""
+        names = f"process{'es' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        which = f": no answer from {names}" if silent else ""
+        super().__init__(
+            f"the processes {what}{which} ({reason})",
+            "see what the others said; resume=true goes on from the last checkpoint",
+        )
+        self.what, self.reason = what, reason
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,10 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
-            yield
+            with _lost(mixed=True):  # FSDP sends what it needs on its own
+                yield
+        except LostError as error:
+            raise LostError(error.what, error.reason, self._silent(store)) from error
         except LmkitError as error:
             if isinstance(error, StoppedError):
                 dist.destroy_process_group()
@@ -99,6 +127,27 @@ class World:
             if self.is_first:
                 with contextlib.suppress(RuntimeError):
                     store.set(_LEFT, "")
+
+    def _silent(self, store: PrefixStore) -> list[int]:
+        """Ranks of the processes that do not say within ANSWER_S that they have lost others, too; called by those that
+        have. Empty where nobody can tell: the store is gone with the process that had it."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if len(others) == 1:
+            return others
+        if dist.get_backend() == "gloo":  # so that those who wait for this process lose it; nccl might wait itself
+            dist.destroy_process_group()
+        silent, until = [], time.monotonic() + ANSWER_S
+        try:
+            store.set(f"lost-{self.rank}", "")
+            for rank in others:
+                left_s = max(until - time.monotonic(), 0.01)
+                try:
+                    store.wait([f"lost-{rank}"], timedelta(seconds=left_s))
+                except dist.DistStoreError:
+                    silent.append(rank)
+        except RuntimeError:
+            return []
+        return silent
 
     @property
     def launcher(self) -> list[str]:
@@ -176,6 +225,17 @@ class World:
             dist.all_gather(found, tensor.contiguous())
         return found
 
+    def check_step(self, step: int) -> None:
+        """Raise CheckpointError unless all processes, which call this at once, have completed the same step."""
+        steps = [int(found) for found in self.gather(torch.tensor([step]))]
+        others = [f"process {rank} is at step {found}" for rank, found in enumerate(steps) if found != steps[0]]
+        if others:
+            raise CheckpointError(
+                f"the processes do not agree on the step to save: process 0 is at step {steps[0]}, {', '.join(others)};"
+                " nothing is saved",
+                "go on from the last checkpoint with resume=true",
+            )
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
         """Replace ``total`` and the gradients by their sums over the processes, the same bits in all of them.
 
@@ -247,17 +307,20 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _lost(what: str = "lost each other") -> Iterator[None]:
-    """Say in one short line that another process has ended or cannot be reached."""
+def _lost(what: str = "lost each other", *, mixed: bool = False) -> Iterator[None]:
+    """Say in one short line that another process has ended or cannot be reached.
+
+    mixed: other things are done inside, too, so that only errors count which name what carries the messages.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
+            raise
+        if mixed and not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].partition("\n")[0] or type(error).__name__
-        raise ResourceError(
-            f"the processes {what} ({reason})", "see what the others said; resume=true goes on from the last checkpoint"
-        ) from error
+        raise LostError(what, reason) from error
 
 
-__all__ = ["SINGLE", "World", "find_world"]
+__all__ = ["SINGLE", "LostError", "World", "find_world"]
