@@ -98,7 +98,7 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     is_run = (found.path / RUN_INFO).is_file()  # and not a checkpoint that was copied elsewhere
     unfinished = _UNFINISHED.get(status_of(found.path), "") if is_run else ""
     console.say(f"run: {found.path}, checkpoint {checkpoint.name}{unfinished}")
-    snapshot = load_checkpoint(checkpoint, with_optimizer=False)
+    snapshot = load_checkpoint(checkpoint, with_optimizer=False, allow_nonfinite=config.allow_nonfinite)
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
     stored = snapshot.config
     try:

@@ -279,6 +279,8 @@ class ExistingRunConfig(RunRootConfig):
     """Existing run to use; null: the newest finished run in ``run.root``."""
     checkpoint: str = "best"
     """Which checkpoint of the run to use: best, latest, or a name such as step-000000001000."""
+    allow_nonfinite: bool = False
+    """Use it even if it has weights that are NaN or infinite, to look at them. A run never goes on from such a one."""
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ other runs are further members, and anything that must be chosen is chosen on va
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from torch import Tensor
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig, DatasetConfig
 from lmkit.config.evaluation import DynamicRmsConfig, NeuralCacheConfig, SentenceProtocolConfig, UnigramCacheConfig
-from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.data.corpus import open_corpus
@@ -408,7 +407,7 @@ class Evaluator:
         if name not in self._others:
             named = self.cfg.run.checkpoint
             checkpoint = named if named in ("best", "latest") else "best"
-            config = ExistingRunConfig(root=self.cfg.run.root, path=name, checkpoint=checkpoint)
+            config = replace(self.cfg.run, path=name, checkpoint=checkpoint)
             self._others[name] = load_run(config, device=self.device, console=self.console)
         return self._others[name]
 

@@ -85,7 +85,10 @@ def load_checkpoint(
         for _, check in found:
             check()
     if bad is not None:
-        raise CheckpointError(f"{path / mf.MODEL}: {bad} holds NaN or infinity", "use an earlier checkpoint")
+        raise CheckpointError(
+            f"{path / mf.MODEL}: {bad} holds NaN or infinity",
+            "use an earlier checkpoint; run.allow_nonfinite=true of eval-ppl and generate reads it all the same",
+        )
     for file, named in tensors.items():
         named |= {alias: named[name] for alias, name in manifest.aliases.get(file, {}).items()}
         tensors[file] = migrate(path / file, named, manifest.version)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FailPoint, Lmkit, half_then_kill, in_child, kill
+from harness import FailPoint, Lmkit, digests, forge, half_then_kill, in_child, kill
 from snapshots import ByteTokenizer, assert_is_snapshot, open_run, save, snapshot
 
 from lmkit.errors import CheckpointError, ResourceError
@@ -504,6 +506,91 @@ def test_row_26_weights_that_are_not_finite_are_refused_unless_allowed(
     with pytest.raises(CheckpointError, match="bias holds NaN or infinity"):
         load_checkpoint(path, with_optimizer=False)
     assert load_checkpoint(path, with_optimizer=False, allow_nonfinite=True).model["bias"][3].isnan()
+
+
+DEVICE = ["device=cpu", "device.threads=1"]
+QUICK = ["checks=false", "baselines=false", "bootstrap=0", *DEVICE]
+
+
+def poison(checkpoint: Path, value: float, row: int = 97) -> None:
+    """Put a value into a row of the embeddings (by default that of the letter a), as a crafted checkpoint would."""
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    entry = json.loads(data[8:end])["embedding.weight"]
+    assert entry["dtype"] == "F32"
+    place = end + entry["data_offsets"][0] + 4 * row * entry["shape"][1]
+    data[place : place + 4] = struct.pack("<f", value)
+    forge(checkpoint, "model.safetensors", bytes(data))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_row_26_no_command_uses_weights_that_are_not_finite_unless_told_to(
+    trained: Path, small: list[str], lmkit: Lmkit, tmp_path: Path, value: float
+) -> None:
+    for path in list_checkpoints(trained):
+        poison(path, value)
+    newest = list_checkpoints(trained)[-1]
+    look = [["eval-ppl", *QUICK], ["generate", "-n", "3", *DEVICE]]
+    named = [[f"run={trained}"], [f"run={trained}", "run.checkpoint=latest"], [f"run={newest}"]]
+    for command in [*look, ["finetune", *small[1:3], *DEVICE]]:
+        for words in named:
+            done = lmkit(*command, *words)
+            assert done.code == 4, done.err
+            assert "model.safetensors: embedding.weight holds NaN or infinity; use an earlier checkpoint" in done.error
+            assert "run.allow_nonfinite=true" in done.error
+            assert done.out == ""
+    for command, codes in zip(look, [{7}, {7} if math.isnan(value) else {0, 7}], strict=True):
+        done = lmkit(*command, *named[2], "run.allow_nonfinite=true")
+        assert done.code in codes, done.err  # the letter a is in the text that is scored, and need not be drawn
+        assert done.code == 0 or "not finite" in done.error
+
+
+def test_row_26_what_is_computed_without_the_weights_that_are_not_finite_can_be_seen(
+    small: list[str], lmkit: Lmkit, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert lmkit(*small, "model.tie_embeddings=false", f"run.dir={run_dir}").code == 0
+    newest = list_checkpoints(run_dir)[-1]
+    commands = [
+        ["eval-ppl", f"run={newest}", f"output={tmp_path}/numbers.json", *QUICK],
+        ["generate", f"run={newest}", "-n", "5", "--prompt", "the", "sampling.temperature=0", *DEVICE],
+    ]
+
+    def looked(*more: str) -> tuple[float, str]:
+        done = [lmkit(*command, *more) for command in commands]
+        assert [one.code for one in done] == [0, 0], [one.err for one in done]
+        return json.loads((tmp_path / "numbers.json").read_bytes())["nats"], done[1].out
+
+    before = looked()
+    poison(newest, math.nan, row=255)  # of a byte that is in no UTF-8 text
+    assert [lmkit(*command).code for command in commands] == [4, 4]
+    assert looked("run.allow_nonfinite=true") == before
+
+
+def test_row_26_resuming_takes_an_earlier_checkpoint_or_none_and_cannot_be_told_otherwise(
+    trained: Path, small: list[str], lmkit: Lmkit
+) -> None:
+    usual, resume = digests(trained), [*small, f"run.dir={trained}", "resume=true"]
+    (trained / "result.json").unlink()
+    newest = list_checkpoints(trained)[-1]
+    poison(newest, math.nan)
+    done = lmkit(*resume, "run.allow_nonfinite=true")
+    assert done.code == 2, done.err
+    done = lmkit(*resume)
+    assert done.code == 0, done.err
+    assert f"{newest.name}: {newest}/model.safetensors: embedding.weight holds NaN or infinity" in done.err
+    assert "using step-000000000008" in done.err
+    assert digests(trained) == usual
+
+    (trained / "result.json").unlink()
+    for path in list_checkpoints(trained):
+        poison(path, math.inf)
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("checkpoints/**/*")}
+    done = lmkit(*resume)
+    assert done.code == 4, done.err
+    assert done.error.startswith(f"every checkpoint of {trained} is damaged")
+    assert done.error.count("embedding.weight holds NaN or infinity") == len(list_checkpoints(trained)) > 1
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("checkpoints/**/*")} == before
 
 
 def test_row_23_if_all_are_damaged_each_is_listed_and_nothing_starts_from_scratch(damaged: Path) -> None:
