@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import sys
 
 from lmkit.errors import LmkitError, ResourceError, is_out_of_memory
+from lmkit.store.storage import MORE_FILES
 
 LESS_MEMORY = {
     "pretrain": "lower train.batch_size, train.micro_batch_size or train.seq_len",
@@ -35,6 +37,8 @@ def _described(error: BaseException, command: str) -> tuple[str, int]:
     text = " ".join(str(error).splitlines())
     name = type(error).__name__
     if isinstance(error, LmkitError):
+        if _lacks_descriptors(error) and MORE_FILES not in text:  # nothing is wrong with what could not be read
+            return f"{' '.join(error.problem.splitlines())}; {MORE_FILES}", ResourceError.exit_code
         return text, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
@@ -42,9 +46,19 @@ def _described(error: BaseException, command: str) -> tuple[str, int]:
         return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or text or name}{where}", ResourceError.exit_code
+        remedy = f"; {MORE_FILES}" if _lacks_descriptors(error) else ""
+        return f"{error.strerror or text or name}{where}{remedy}", ResourceError.exit_code
     hint = "a bug in lmkit; debug=true shows where"
     return f"{name}: {text} ({hint})" if text else f"{name} ({hint})", 1
+
+
+def _lacks_descriptors(error: BaseException | None) -> bool:
+    """Whether an error comes from the limit of open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def show(text: str, end: str = "\n") -> None:

@@ -23,6 +23,8 @@ TMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 OLD_PREFIX = ".old-"
 _LEFT_BEHIND = (TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)
+MORE_FILES = "raise the limit of open files (ulimit -n)"
+"""What to do where a process has no descriptors left."""
 PIECE_BYTES = 4 << 20
 """Size of the pieces in which large files are written and hashed on the way."""
 
@@ -268,7 +270,7 @@ def resource_error(doing: str, path: Path, error: OSError, needed_bytes: int | N
         errno.ENOSPC: "free some disk space, or lower save.keep",
         errno.EDQUOT: "your disk quota is used up: free some space, or lower save.keep",
         errno.EFBIG: "the file size limit of this process or file system is too low (ulimit -f)",
-        errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+        errno.EMFILE: MORE_FILES,
         errno.EROFS: "choose another run.dir, or make this one writable",
         errno.EACCES: "choose another run.dir, or make this one writable",
         errno.EPERM: "choose another run.dir, or make this one writable",

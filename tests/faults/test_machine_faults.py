@@ -202,14 +202,52 @@ def test_row_35_no_memory_on_the_device_names_what_to_lower_and_loses_nothing(
     assert digests(tmp_path / "run") == digests(trained)
 
 
+@needs_proc
 def test_row_36_too_few_descriptors_are_one_line(small: list[str], ended: Lmkit, tmp_path: Path) -> None:
-    for number in (8, 9, 10, 11, 12, 14, 16):
+    codes = []
+    for number in (8, 9, 10, 11, 12, 14, 16, 64):
         done = ended(*small, f"run.dir={tmp_path}/run{number}", setup=[limit("RLIMIT_NOFILE", number)])
+        codes.append(done.code)
         assert done.code in (0, 6), done.err
         if done.code == 6:
-            assert "Too many open files" in done.error or "too many open files" in done.error
+            assert "Too many open files" in done.error
+            assert "raise the limit of open files (ulimit -n)" in done.error
         if (tmp_path / f"run{number}").exists():
             names(tmp_path / f"run{number}")
+    assert (codes[0], codes[-1]) == (6, 0), codes
+
+
+def starve(step: int) -> None:
+    """From the save of a step on, each finds the limit of descriptors reached; what is open already stays open."""
+    import resource
+
+    save = checkpoint_writer.CheckpointWriter._save
+
+    def starved(self: Any, staged: Any) -> None:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if staged.step >= step:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        try:
+            save(self, staged)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    checkpoint_writer.CheckpointWriter._save = starved  # type: ignore[method-assign]
+
+
+@needs_proc
+def test_row_36_a_last_save_without_descriptors_is_one_line_and_the_run_goes_on_from_the_one_before(
+    small: list[str], trained: Path, ended: Lmkit, lmkit: Lmkit, tmp_path: Path
+) -> None:
+    done = ended(*small, f"run.dir={tmp_path}/run", setup=[partial(starve, 12)])  # while it is made nothing else runs
+    assert done.code == 6, done.err
+    assert done.error.startswith("the last save failed (newest whole checkpoint: step-000000000008): cannot save")
+    assert "Too many open files; raise the limit of open files (ulimit -n), then continue with resume" in done.error
+    assert names(tmp_path / "run") == ["step-000000000004", "step-000000000008"]
+    again = lmkit(*small, f"run.dir={tmp_path}/run", "resume=true")
+    assert again.code == 0, again.err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert digests(tmp_path / "run") == digests(trained)
 
 
 @pytest.mark.slow
