@@ -7,7 +7,7 @@ import errno
 import hashlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,6 +28,8 @@ from lmkit.store.staging import Stage, Staged
 from lmkit.store.tensorfile import write_tensors
 
 _DISK_RESERVE_BYTES = 1 << 20
+STALL_S = 10.0
+"""A run whose training has waited longer than that for one save says so, once; the journal has every wait."""
 
 
 class SavableTokenizer(Protocol):
@@ -65,6 +67,7 @@ class CheckpointWriter:
     exception a failed save is a warning. With ``background=False`` the same happens before ``submit`` returns.
     ``submit`` is ``hold``, which makes the copy, and ``release``, which hands it over, again if it is called again.
     ``close`` writes what is held and was never released, unless a KeyboardInterrupt is on its way.
+    How long the next copy had to wait for the save before is in the journal's ``save`` events (``waited_s``).
     """
 
     def __init__(
@@ -93,6 +96,9 @@ class CheckpointWriter:
         self._in_flight: SimpleQueue[None] | None = None
         """Where the thread tells that the last save is done. No Event: a signal at the wrong moment breaks those."""
         self._error: BaseException | None = None
+        self._waited_s = 0.0
+        """How long the caller has waited for saves since the last copy, seconds."""
+        self._has_said_stall = False
         self._held: Staged | None = None
         self._is_waiting = False
         """Whether what is held was not released yet."""
@@ -142,7 +148,14 @@ class CheckpointWriter:
         """Copy a snapshot, in place of the one that is held if there is one. Raises what ``submit`` does."""
         self.wait()
         self._held, self._is_waiting = None, False  # the next one takes its memory
-        self._held = self._stage.copy(snapshot)
+        waited_s, self._waited_s = self._waited_s, 0.0
+        if waited_s > STALL_S and not self._has_said_stall:
+            self._has_said_stall = True
+            self._warn(
+                f"training waited {waited_s:.1f} s for a checkpoint to be written: the disk is slow, or"
+                " save.every_steps is too small"
+            )
+        self._held = replace(self._stage.copy(snapshot), waited_s=waited_s)
         self._is_waiting = True
 
     def release(self) -> None:
@@ -166,9 +179,11 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait for the save in flight and raise what went wrong with it."""
         if self._in_flight is not None:
+            start_s = time.monotonic()
             self._handed.put((None, self._in_flight))  # if a signal has kept ``submit`` from handing it over
             self._in_flight.get()
             self._in_flight = None
+            self._waited_s += time.monotonic() - start_s
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -232,7 +247,7 @@ class CheckpointWriter:
             raise storage.resource_error("save checkpoint", target, error, staged.num_bytes) from error
         seconds = round(time.monotonic() - started, 3)
         event = {"step": staged.step, "checkpoint": path.name, "bytes": staged.num_bytes, "seconds": seconds}
-        self._run.journal("save", event)
+        self._run.journal("save", event | {"waited_s": round(staged.waited_s, 3)})
         manifest = verify_checkpoint(path, from_disk=True)
         self._run.journal("verify", {"checkpoint": path.name, "self": manifest.digest})
         cpu_s = time.thread_time() - cpu_before_s

@@ -31,6 +31,8 @@ class Staged:
     tokenizer_files: dict[str, bytes]
     copy_s: float
     """What copying the tensors took of a processor, seconds, without getting memory for them."""
+    waited_s: float = 0.0
+    """How long training had waited for the save before, seconds."""
 
     @cached_property
     def small(self) -> dict[str, bytes]:

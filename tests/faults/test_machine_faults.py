@@ -5,6 +5,7 @@ Numbers in names (row_28 ...) are the rows of the project's fault table.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ from children import (
 )
 from harness import Lmkit, Start, digests, names
 
-from lmkit.store import checkpoint_writer, runs, storage
+from lmkit.store import checkpoint_writer, runs, saving, staging, storage
 from lmkit.store.checkpoint import list_checkpoints
 from lmkit.store.found import read_metrics, read_result
 from lmkit.train import Trainer
@@ -133,31 +134,94 @@ def test_row_32_a_run_directory_that_cannot_be_made_is_refused_before_the_first_
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
-def test_row_38_on_a_slow_disk_one_save_is_in_flight_and_the_result_is_the_same(
-    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class SlowDisk:
+    """A disk on which each write takes 50 ms, and no save ends before training has come to wait for it.
+
+    So a save is in flight whenever the next one is due, however fast the machine is.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.writes: list[int] = []
+        """Writes of each save."""
+        self.in_flight = self.most_in_flight = 0
+        self.left_behind: list[str] = []
+        """Folders of other saves that a save has found."""
+        self.copied_meanwhile = 0
+        """Copies that were made while a save was in flight."""
+        awaited = threading.Semaphore(0)
+        write_all, writer = storage.write_all, checkpoint_writer.CheckpointWriter
+        save, wait, copied = writer._save, writer.wait, staging.Stage.copy
+
+        def slow_write(descriptor: int, data: bytes | memoryview) -> None:
+            if self.in_flight:
+                time.sleep(0.05)
+                self.writes[-1] += 1
+            write_all(descriptor, data)
+
+        def counted(own: Any, staged: Any) -> None:
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            self.writes.append(0)
+            self.left_behind += [path.name for path in own._folder.iterdir() if path.name.startswith(".")]
+            assert awaited.acquire(timeout=600)
+            try:
+                save(own, staged)
+            finally:
+                self.in_flight -= 1
+
+        def telling(own: Any) -> None:
+            if own._in_flight is not None:
+                awaited.release()
+            wait(own)
+
+        def copy_of(own: Any, snapshot: Any) -> Any:
+            self.copied_meanwhile += self.in_flight > 0
+            return copied(own, snapshot)
+
+        patch.setattr(storage, "write_all", slow_write)
+        patch.setattr(writer, "_save", counted)
+        patch.setattr(writer, "wait", telling)
+        patch.setattr(staging.Stage, "copy", copy_of)
+
+
+def save_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The journal's events of saves, in order."""
+    rows = map(json.loads, (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["event"] == "save"]
+
+
+def test_row_38_on_a_slow_disk_one_save_is_in_flight_and_the_next_one_waits_for_it_or_is_left_out(
+    small: list[str], lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    active: list[int] = []
-    most: list[int] = []
-    write_all, save = storage.write_all, checkpoint_writer.CheckpointWriter._save
+    words = [*small, "optimizer=sgd", "optimizer.lr=0.1"]  # no moments: few writes
+    assert lmkit(*words, f"run.dir={tmp_path}/usual").code == 0
+    usual = digests(tmp_path / "usual")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "STALL_S", 0.05)
+        disk = SlowDisk(patch)
+        waiting = lmkit(*words, f"run.dir={tmp_path}/waiting", "save.every_steps=3", "save.keep=9")
+    assert waiting.code == 0, waiting.err
+    assert (disk.most_in_flight, disk.copied_meanwhile, disk.left_behind) == (1, 0, [])
+    events = save_events(tmp_path / "waiting")
+    assert [event["step"] for event in events] == [3, 6, 9, 12]
+    for before, event in zip(disk.writes, events[1:], strict=False):
+        assert before > 1
+        assert event["waited_s"] >= 0.049 * before  # all of the save before, which began when it was waited for
+    assert events[0]["waited_s"] == 0.0
+    assert waiting.err.count("training waited") == 1
+    assert digests(tmp_path / "waiting") == usual
 
-    def slow(descriptor: int, data: bytes | memoryview) -> None:
-        time.sleep(0.01)
-        write_all(descriptor, data)
-
-    def counted(self: Any, *args: Any) -> None:
-        active.append(1)
-        most.append(len(active))
-        try:
-            save(self, *args)
-        finally:
-            active.pop()
-
-    monkeypatch.setattr(storage, "write_all", slow)
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_save", counted)
-    assert lmkit(*small, f"run.dir={tmp_path}/run", "save.every_steps=1").code == 0
-    assert len(most) == 12
-    assert set(most) == {1}
-    assert digests(tmp_path / "run") == digests(trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "CHEAP_S", -1.0)
+        patch.setattr(saving, "MAX_SHARE", 0.0)  # the first save, whose cost nobody knows, and the last
+        disk = SlowDisk(patch)
+        leaving_out = lmkit(*words, f"run.dir={tmp_path}/leaving-out", "eval.every_steps=2", "save.keep=9")
+    assert leaving_out.code == 0, leaving_out.err
+    assert (disk.most_in_flight, disk.copied_meanwhile, disk.left_behind) == (1, 0, [])
+    steps = [event["step"] for event in save_events(tmp_path / "leaving-out")]
+    assert (steps[0], steps[-1]) == (2, 12)
+    assert len(steps) <= 3  # beside them the best one, of 6 that were due
+    assert digests(tmp_path / "leaving-out") == usual
 
 
 # Memory, descriptors
