@@ -18,7 +18,7 @@ from lmkit.config.tasks import TaskConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import Device
-from lmkit.errors import CheckpointError, ConfigError
+from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.hf import import_hf, resolve_hf
 from lmkit.hf.adapters import ORIGIN, read_adapter
 from lmkit.lora import add_adapter, merge_adapter
@@ -99,7 +99,11 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     unfinished = _UNFINISHED.get(status_of(found.path), "") if is_run else ""
     console.say(f"run: {found.path}, checkpoint {checkpoint.name}{unfinished}")
     snapshot = load_checkpoint(checkpoint, with_optimizer=False, allow_nonfinite=config.allow_nonfinite)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    try:
+        tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    except DataError:
+        read_manifest(checkpoint)  # raises if the checkpoint was retired by its run meanwhile
+        raise
     stored = snapshot.config
     try:
         model_config = from_plain(ModelConfig, stored["model"], where="model")

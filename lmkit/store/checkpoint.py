@@ -160,15 +160,21 @@ def _verified(path: Path) -> Path:
 
 
 def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], warn: Warn) -> T | None:
-    """``use`` of the first checkpoint for which it raises no CheckpointError; that of a newer format is not skipped."""
-    damaged = []
+    """``use`` of the first checkpoint for which it raises no CheckpointError; that of a newer format is not skipped.
+
+    One that is gone by now was retired by its run, which is no damage. Raises CheckpointError if nothing is left.
+    """
+    damaged, retired = [], False
     for path in paths:
         try:
             result = use(path)
         except NewerFormatError:
             raise
         except CheckpointError as error:
-            damaged.append(f"{path.name}: {error}")
+            if path.exists():
+                damaged.append(f"{path.name}: {error}")
+            else:
+                retired = True
             continue
         for problem in damaged:
             warn(f"skipped a damaged checkpoint of {run_dir}, {problem}; using {path.name}")
@@ -178,6 +184,8 @@ def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], war
             f"every checkpoint of {run_dir} is damaged ({'; '.join(damaged)})",
             "restore one from a copy, or start a new run",
         )
+    if retired:
+        raise CheckpointError(f"every checkpoint of {run_dir} was retired by its run while it was read", "try again")
     return None
 
 

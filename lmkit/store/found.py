@@ -87,7 +87,10 @@ def open_run(path: str | Path) -> FoundRun:
     if not (path / RUN_INFO).exists() and not (path / CHECKPOINTS).is_dir():
         raise CheckpointError(f"run={path} is not a run directory", "name one that lmkit pretrain or finetune has made")
     checkpoints = path / CHECKPOINTS
-    if not checkpoints.is_dir() or not any((p / MANIFEST).is_file() for p in checkpoints.glob("step-*")):
+    # one that is gone already was retired by the run, which has newer ones then
+    if not checkpoints.is_dir() or not any(
+        (p / MANIFEST).is_file() or not p.exists() for p in checkpoints.glob("step-*")
+    ):
         raise CheckpointError(f"run={path} has no checkpoint yet", f"continue it: run.dir={path} resume=true")
     return FoundRun(path)
 

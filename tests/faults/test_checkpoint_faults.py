@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,15 +19,20 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import FailPoint, Lmkit, digests, forge, half_then_kill, in_child, kill
+from harness import FailPoint, Lmkit, Start, digests, forge, half_then_kill, in_child, kill
 from snapshots import ByteTokenizer, assert_is_snapshot, open_run, save, snapshot
 
+from lmkit import tokenizers
+from lmkit.config.training import ExistingRunConfig
+from lmkit.console import Console
 from lmkit.errors import CheckpointError, ResourceError
+from lmkit.loading import read_run
 from lmkit.store import checkpoint_writer, manifest, reading, staging, storage
 from lmkit.store.checkpoint import (
     best_checkpoint,
@@ -36,6 +42,7 @@ from lmkit.store.checkpoint import (
     load_latest,
 )
 from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.found import open_run as found_open_run
 from lmkit.store.manifest import verify_checkpoint
 from lmkit.store.runs import Run
 
@@ -749,6 +756,148 @@ def test_row_44_a_checkpoint_that_is_retired_while_it_is_read_is_a_clear_error(
     with pytest.raises(CheckpointError, match="missing; it may have been retired"):
         load_checkpoint(newest(damaged), with_optimizer=True)
     assert [p.name for p in (damaged / "checkpoints").iterdir()] == ["step-000000000001"]
+
+
+def test_row_44_if_all_that_were_listed_are_retired_meanwhile_that_is_no_damage(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def retired(path: Path) -> Any:
+        storage.discard(path)
+        return verify_checkpoint(path)
+
+    monkeypatch.setattr("lmkit.store.checkpoint.verify_checkpoint", retired)
+    with pytest.raises(CheckpointError, match="was retired by its run while it was read; try again"):
+        latest_checkpoint(damaged, pytest.fail)
+
+
+def test_row_44_a_run_is_opened_though_all_that_were_listed_are_retired_meanwhile(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Path.glob
+
+    def stale(folder: Path, pattern: str) -> Iterator[Path]:
+        found = list(listed(folder, pattern))
+        for path in found:
+            path.rename(path.with_name(path.name.replace("000", "001", 1)))  # other ones have come instead
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", stale)
+    assert found_open_run(damaged).path == damaged
+
+
+@pytest.mark.parametrize("which", ["best", "latest", "step-000000000008"])
+@pytest.mark.parametrize("command", [["generate", "-n", "5", *DEVICE], ["eval-ppl", *QUICK]], ids=["generate", "eval"])
+def test_row_44_at_whichever_file_a_checkpoint_is_retired_its_reader_has_all_of_it_or_says_so(
+    trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], which: str
+) -> None:
+    folder, spare = trained / "checkpoints", tmp_path / "spare"
+    shutil.copytree(folder, spare)
+    words = [*command, f"run={trained}"]
+
+    def untimed(out: str) -> str:
+        return "".join(line for line in out.splitlines() if "tokens/s" not in line)
+
+    whole = {untimed(lmkit(*words, f"run.checkpoint={path.name}").out) for path in list_checkpoints(trained)}
+    assert "" not in whole
+    opened: list[Path] = []
+    retire_at: int | None = None
+
+    def retiring(real: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        """``real``, before which the checkpoint is retired that it would read a file of."""
+
+        def call(path: Path) -> Any:
+            if path.is_relative_to(folder):
+                opened.append(path)
+                if len(opened) - 1 == retire_at:
+                    storage.discard(folder / path.relative_to(folder).parts[0])
+            return real(path)
+
+        return call
+
+    monkeypatch.setattr(storage, "open_regular", retiring(storage.open_regular))
+    monkeypatch.setattr(tokenizers, "_read_bytes", retiring(tokenizers._read_bytes))
+    assert lmkit(*words, f"run.checkpoint={which}").code == 0
+    num_files, codes = len(opened), set()
+    assert num_files >= len(FILES) - 1  # the optimizer's is not read
+    for number in range(num_files):
+        opened.clear()
+        retire_at = number
+        done = lmkit(*words, f"run.checkpoint={which}")
+        codes.add(done.code)
+        if done.code == 0:
+            assert untimed(done.out) in whole, number
+            assert "damaged" not in done.err
+        else:
+            assert done.code == 4, done.err
+            assert "retired by its run" in done.error
+            assert done.out == ""
+        shutil.rmtree(folder)
+        shutil.copytree(spare, folder)
+    assert 4 in codes
+
+
+def marked(step: int, config: dict[str, Any]) -> Snapshot:
+    """A state every part of which tells its step."""
+    weights = torch.full((200, 100), float(step))
+    return Snapshot(
+        step=step,
+        model={"weight": weights, "bias": weights[0] + 1},
+        optimizer={"weight/momentum": weights * 2},
+        state={"valid_nats_per_token": 1 / step if step % 3 else 9.0, "tokens": step * 1000},
+        config=config,
+    )
+
+
+def read_in_a_loop(run_dir: Path, num_reads: int, num_steps: int) -> None:
+    """Read the newest, the best and the oldest checkpoint of a run in turn, as eval-ppl and generate do.
+
+    At least so many times, and until so many steps were seen. Raises if one was neither whole nor known to be retired.
+    """
+    reads, seen = 0, set()
+    while reads < num_reads or len(seen) < num_steps:
+        which = ["latest", "best", list_checkpoints(run_dir)[0].name][reads % 3]
+        reads += 1
+        try:
+            stored = read_run(ExistingRunConfig(path=str(run_dir), checkpoint=which), Console(io.StringIO()))
+            again = load_checkpoint(stored.checkpoint, with_optimizer=True)
+        except CheckpointError as error:
+            # or it was gone from the list before its name could be looked up there
+            if "retired by its run" not in str(error) and f"run.checkpoint={which!r} is not in" not in str(error):
+                raise
+            continue
+        step = again.step
+        if step <= 12:
+            continue  # of the training before
+        check_marked(stored.snapshot, step, stored.config)
+        check_marked(again, step, stored.config)
+        seen.add(step)
+
+
+def check_marked(found: Snapshot, step: int, config: dict[str, Any]) -> None:
+    """Raise ValueError unless everything that was read is what ``marked`` gives."""
+    expected = marked(step, config)
+    optimizer = expected.optimizer if found.optimizer else {}
+    for ours, theirs in ((found.model, expected.model), (found.optimizer, optimizer)):
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+            raise ValueError(f"the tensors of step {step} are mixed")
+    if (found.step, found.state, found.config) != (step, expected.state, config):
+        raise ValueError(f"step {step} is mixed with {found.step}: {found.state}, {found.config}")
+
+
+def test_row_44_readers_beside_a_run_that_retires_checkpoints_never_see_mixed_ones(trained: Path, start: Start) -> None:
+    config = load_checkpoint(list_checkpoints(trained)[-1], with_optimizer=False).config
+    tokenizer = tokenizers.load_tokenizer(list_checkpoints(trained)[-1] / "tokenizer")
+    with (
+        open_run(trained, resume=True) as run,
+        CheckpointWriter(run, tokenizer, keep=2, warn=pytest.fail) as writer,
+    ):
+        readers = [start("--version", setup=[partial(read_in_a_loop, trained, 60, 8)]) for _ in range(2)]
+        for step in range(13, 100_000):
+            writer.submit(marked(step, config))
+            if not any(reader.process.is_alive() for reader in readers):
+                break
+    assert [reader.wait() for reader in readers] == [0, 0], [reader.text for reader in readers]
+    assert len(list_checkpoints(trained)) <= 4
 
 
 def test_row_94_no_secret_of_the_environment_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
