@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lmkit.config.adapter import AdapterConfig
 from lmkit.errors import CheckpointError, ConfigError
-from lmkit.hf.weights import write_weights
+from lmkit.hf.weights import opened, write_weights
 from lmkit.lora import PARTS, adapted_layers, add_adapter
 from lmkit.store import storage
 
@@ -219,10 +219,10 @@ def _read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not prefix or name.startswith(before)]  # noqa: SIM118
+        with opened(path) as (file, found):
+            names = [name for name in found if not prefix or name.startswith(before)]
             tensors = {name.removeprefix(before): file.get_tensor(name).float() for name in names}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -1,13 +1,16 @@
 """Tensors of a family's files: which files hold them, and the way to the Transformer's parameters and back.
 
-The ``safetensors`` library checks every header it reads. Nothing is ever unpickled.
+The ``safetensors`` library checks every header it reads, and ``opened`` its length and the names before anything is
+made of them. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +22,29 @@ from lmkit.errors import ConfigError, DataError
 from lmkit.hf.family import Family, Row
 from lmkit.hf.keys import read_json
 from lmkit.models.transformer import d_ff, sinusoidal_table
+from lmkit.store.manifest import MAX_TENSORS, check_tensor_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
+MAX_HEADER_BYTES = 8 << 20
+"""Of a file of others. 20,000 tensors have about 3 MB; the library takes 100 MB, and much more memory for them."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, list[str]]]:
+    """A safetensors file of others and the names of its tensors. Raises SafetensorError, OSError, or ValueError for a
+    header or a name that no model has."""
+    with path.open("rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {size:,} bytes, more than {MAX_HEADER_BYTES:,}")
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if len(names) > MAX_TENSORS:
+            raise ValueError(f"{len(names):,} tensors, more than {MAX_TENSORS:,}")
+        for name in names:
+            check_tensor_name(name)
+        yield file, names
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -53,8 +76,8 @@ def read_weights(folder: Path, family: Family) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            with opened(path) as (file, names):
+                for name in names:
                     if name.endswith(family.ignored):
                         continue
                     dtype = file.get_slice(name).get_dtype()
@@ -66,7 +89,7 @@ def read_weights(folder: Path, family: Family) -> dict[str, Tensor]:
                     if name in tensors:
                         raise DataError(f"{path}: {name} stands in two files")
                     tensors[name] = file.get_tensor(name).float()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise DataError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
     if not any(name.startswith(family.prefix) for name in tensors):
         tensors = {name if name == "lm_head.weight" else family.prefix + name: t for name, t in tensors.items()}

@@ -32,14 +32,19 @@ TOKENIZER = "tokenizer"
 """Folder of the tokenizer's files."""
 
 MAX_JSON_BYTES = 16 << 20
+MAX_TENSORS = 20_000
 _MAX_FILES = 100
-_MAX_TENSORS = 20_000
+_MAX_PARTS = 20 * MAX_TENSORS
+"""Brackets and commas of the whole file: a name and a shape of 16 sizes have fewer. Parsed, each may take 150 bytes."""
+_MAX_TENSOR_BYTES = (1 << 63) - 1
 _REQUIRED = frozenset({MODEL, STATE, CONFIG})
 _PATH = re.compile(rf"(?:{TOKENIZER}/)?[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TENSOR = re.compile(r"([A-Z][A-Z0-9_]{1,15})\[((?:[0-9]{1,15}(?:,[0-9]{1,15}){0,15})?)\]")
 _STEP_DIR = re.compile(r"step-([0-9]{12})")
-_TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,1000}")
+_TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,1000}")
+_CLIMBING = re.compile(r"[/\\]|(?:.*[/\\])?\.\.(?:[/\\]|\Z)")
+"""What no tensor is called: an absolute path, or one with .. in it."""
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -192,6 +197,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read and check MANIFEST.json. No other file is opened. Raises CheckpointError naming what is wrong."""
     path = checkpoint / MANIFEST
     raw = read_small_file(path)
+    if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_PARTS:  # before each of them takes memory
+        raise CheckpointError(f"{path} is malformed (it lists more than {MAX_TENSORS} tensors)")
     data = parse_json(raw, path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of an lmkit checkpoint")
@@ -231,12 +238,10 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
         FileEntry(path=_text(f["path"]), bytes=_count(f["bytes"]), sha256=_sha256(f["sha256"])) for f in data["files"]
     )
     _check_paths([entry.path for entry in files])
-    tensors = {
-        file: {name: _tensor_spec(name, text) for name, text in _table(table).items()}
-        for file, table in _table(data["tensors"]).items()
-    }
-    if sum(map(len, tensors.values())) > _MAX_TENSORS:
-        raise ValueError(f"more than {_MAX_TENSORS} tensors")
+    tables = {file: _table(table) for file, table in _table(data["tensors"]).items()}
+    if sum(map(len, tables.values())) > MAX_TENSORS:
+        raise ValueError(f"more than {MAX_TENSORS} tensors")
+    tensors = {file: {name: _tensor_spec(name, text) for name, text in table.items()} for file, table in tables.items()}
     if set(tensors) != {f.path for f in files} & {MODEL, OPTIMIZER}:
         raise ValueError("tensor tables and files differ")
     aliases = {file: _texts(table) for file, table in _table(data["aliases"]).items()}
@@ -297,8 +302,8 @@ def _sha256(value: Any) -> str:
 
 
 def check_tensor_name(name: str) -> None:
-    """ValueError unless the name is short, printable and not reserved by the safetensors format."""
-    if not _TENSOR_NAME.fullmatch(name) or name == "__metadata__":
+    """ValueError unless the name is short, printable, no way out of a folder and not reserved by safetensors."""
+    if not _TENSOR_NAME.fullmatch(name) or _CLIMBING.match(name) or name == "__metadata__":
         raise ValueError(f"tensor name {name[:100]!r} is not allowed")
 
 
@@ -307,7 +312,10 @@ def _tensor_spec(name: str, text: Any) -> TensorSpec:
     match = _TENSOR.fullmatch(_text(text))
     if match is None or match[1] not in DTYPE_BYTES:
         raise ValueError(f"tensor {name!r} has the unknown type {_text(text)[:50]!r}")
-    return TensorSpec(match[1], tuple(int(size) for size in match[2].split(",")) if match[2] else ())
+    shape = tuple(int(size) for size in match[2].split(",")) if match[2] else ()
+    if DTYPE_BYTES[match[1]] * math.prod(max(size, 1) for size in shape) > _MAX_TENSOR_BYTES:  # also if it is empty
+        raise ValueError(f"tensor {name!r} is too large ({text})")
+    return TensorSpec(match[1], shape)
 
 
 def open_entry(checkpoint: Path, entry: FileEntry) -> BufferedReader:

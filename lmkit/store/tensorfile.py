@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
-from lmkit.errors import CheckpointError
+from lmkit.errors import CheckpointError, ResourceError
 from lmkit.store import storage
 from lmkit.store.manifest import FileEntry, TensorSpec, check_digest, check_tensor_name, open_entry, unreadable
 from lmkit.store.reading import Job, read_start, read_whole
@@ -94,7 +95,8 @@ def read_tensors(
 
     They lie in one piece of memory, as in the file. The header is verified before that is allocated. ``hasher``, an
     executor of one thread, hashes each piece while the next ones are read. ``once``: see ``reading.read_whole``. Both
-    raise CheckpointError naming the file if it is not the one that the manifest describes.
+    raise CheckpointError naming the file if it is not the one that the manifest describes. Raises ResourceError for one
+    that no memory of this machine holds, such as a sparse file of terabytes, which a system may promise and not have.
     """
     path = checkpoint / entry.path
     header = header_bytes(table)
@@ -105,6 +107,12 @@ def read_tensors(
         try:
             if read_start(file, len(header)) != header:
                 raise CheckpointError(f"{path} is damaged: its header does not fit the tensor table of its manifest")
+            memory_bytes = psutil.virtual_memory().total
+            if entry.bytes > memory_bytes:
+                raise ResourceError(
+                    f"{path} has {entry.bytes / 1e9:,.0f} GB, more than the memory of this machine"
+                    f" ({memory_bytes / 1e9:,.0f} GB)"
+                )
             memory = yield from read_whole(
                 file, entry.bytes, lambda piece: hasher.submit(digest.update, piece), once=once
             )
