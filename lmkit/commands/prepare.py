@@ -35,6 +35,7 @@ def run(config: PrepareConfig, console: Console | None = None) -> dict[str, Any]
         },
         "splits": splits,
         "cleaning": data.report["cleaning"],
+        "repeats": data.report["repeats"],
         "seconds": seconds,
     }
 
@@ -51,9 +52,22 @@ def _rows(data: PreparedData, seconds: float) -> list[tuple[str, str]]:
         ("vocabulary", f"{data.tokenizer.kind}, {data.tokenizer.vocab_size:,} types, {per_word:.2f} tokens a word")
     )
     rows.extend(_cleaning_rows(data))
+    rows.append(("copies", _repeats(data)))
     rows.append(("stored in", str(data.path)))
     rows.append(("took", format_duration(seconds)))
     return rows
+
+
+def _repeats(data: PreparedData) -> str:
+    """How many documents repeat others, in the text that is left after cleaning."""
+    said = []
+    for split, found in data.report["repeats"].items():
+        total = f"{data.splits[split].num_documents:,}"
+        if found["copies"]:
+            said.append(f"{found['copies']:,} of {total} documents of {split} repeat an earlier one")
+        if found["in_train"]:
+            said.append(f"{found['in_train']:,} of {total} of {split} stand in train, too")
+    return "; ".join(said) or "no document stands twice in a split, or in train and in another one"
 
 
 def _cleaning_rows(data: PreparedData) -> list[tuple[str, str]]:

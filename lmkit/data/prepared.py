@@ -88,6 +88,14 @@ class _Preparation:
         """Names the work: who wants the same takes turns."""
 
     def run(self) -> PreparedData:
+        data = self._run()
+        for split, found in data.report["repeats"].items():
+            if found["in_train"]:
+                total = data.splits[split].num_documents
+                self.console.warn(f"{found['in_train']:,} of {total:,} documents of {split} stand in train, too")
+        return data
+
+    def _run(self) -> PreparedData:
         if found := self._find(self._recall()):
             return found
         with self._lock():
@@ -129,7 +137,8 @@ class _Preparation:
         except DataError as error:
             self.console.warn(f"{error.problem}; preparing it again")
             return None
-        return replace(data, name=self.corpus.name, report=data.report | {"source": self.corpus.source})
+        report = data.report | {"source": self.corpus.source, "repeats": survey.repeats}
+        return replace(data, name=self.corpus.name, report=report)
 
     def _survey(self) -> Survey:
         start_s = time.monotonic()
@@ -161,7 +170,7 @@ class _Preparation:
         temporary.mkdir()
         try:
             splits = self._encode(survey, self.tokenizer, temporary)
-            report = {"source": self.corpus.source, "cleaning": survey.cleaning}
+            report = {"source": self.corpus.source, "cleaning": survey.cleaning, "repeats": survey.repeats}
             write_index(temporary, key, self.corpus.name, self.tokenizer, splits, report)
             self._publish(temporary, self.folder / key)
         finally:

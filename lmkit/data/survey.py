@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,33 @@ class Counter:
         return self.counts
 
 
+class Repeats:
+    """Counts documents that are exact copies of others. Keeps 8 bytes of SHA-256 of each document."""
+
+    def __init__(self, splits: Sequence[str]) -> None:
+        self._texts = {split: hashlib.sha256() for split in splits}
+        self._digests = {split: array("Q") for split in splits}
+
+    def add(self, split: str, piece: Piece) -> None:
+        """Read the next piece of a split."""
+        self._texts[split].update(piece.text.encode())
+        if piece.ends_document:
+            self._digests[split].append(int.from_bytes(self._texts[split].digest()[:8], "little"))
+            self._texts[split] = hashlib.sha256()
+
+    def finish(self) -> dict[str, dict[str, int]]:
+        """Split -> ``copies``: documents that stand earlier in it; ``in_train``: those that stand in train, too."""
+        digests = {split: np.array(found, np.uint64) for split, found in self._digests.items()}
+        train = digests.get("train", np.zeros(0, np.uint64))
+        return {
+            split: {
+                "copies": len(found) - len(np.unique(found)),
+                "in_train": 0 if split == "train" else int(np.isin(found, train).sum()),
+            }
+            for split, found in digests.items()
+        }
+
+
 def count_words(text: str) -> int:
     """len(text.split()), five times as fast: ends of white space, counted in the UTF-8 bytes."""
     data = with_plain_spaces(text).encode().translate(_IS_SPACE)
@@ -90,6 +118,8 @@ class Survey:
     counts: dict[str, Counts]
     cleaning: Report
     """Split -> cleaning step -> counts before and after."""
+    repeats: dict[str, dict[str, int]]
+    """What ``Repeats`` counted, in the text as it was cleaned."""
     pieces: list[tuple[str, Piece]] | None = None
     """The whole text, if it is small enough to be kept."""
 
@@ -103,6 +133,7 @@ class Surveyor:
     def __init__(self, corpus: Corpus, progress: Callable[[int], None]) -> None:
         self._corpus, self._progress = corpus, progress
         self._counters = {split: Counter() for split in corpus.splits}
+        self._repeats = Repeats(corpus.splits)
         self._bytes = 0
 
     def run(self, on_long_text: Callable[[Callable[[], Iterator[str]]], None]) -> Survey:
@@ -123,13 +154,15 @@ class Surveyor:
                 for _ in stream:
                     pass
         counts = {split: counter.finish() for split, counter in self._counters.items()}
-        survey = Survey(counts, self._corpus.cleaning_report(), None if is_long else pieces)
+        repeats = self._repeats.finish()
+        survey = Survey(counts, self._corpus.cleaning_report(), repeats, None if is_long else pieces)
         self._check(survey)
         return survey
 
     def _stream(self) -> Iterator[tuple[str, Piece]]:
         for split, piece in self._corpus.read():
             self._counters[split].add(piece)
+            self._repeats.add(split, piece)
             self._bytes += len(piece.text)
             self._progress(self._bytes)
             yield split, piece
@@ -181,7 +214,8 @@ def recall(folder: Path, fingerprint: Mapping[str, Any] | None) -> Survey | None
         data = json.loads((folder / _name(fingerprint)).read_text(encoding="utf-8"))
         if data["fingerprint"] != json.loads(json.dumps(fingerprint)) or data["digest"] != _digest(data):
             return None
-        return Survey({split: Counts(**counts) for split, counts in data["counts"].items()}, data["cleaning"])
+        counts = {split: Counts(**found) for split, found in data["counts"].items()}
+        return Survey(counts, data["cleaning"], data["repeats"])  # older ones have no repeats and are made again
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -191,7 +225,7 @@ def remember(folder: Path, fingerprint: Mapping[str, Any] | None, survey: Survey
     if fingerprint is None:
         return
     counts = {split: vars(counts) for split, counts in survey.counts.items()}
-    data = {"fingerprint": fingerprint, "counts": counts, "cleaning": survey.cleaning}
+    data = {"fingerprint": fingerprint, "counts": counts, "cleaning": survey.cleaning, "repeats": survey.repeats}
     text = json.dumps(data | {"digest": _digest(data)}, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     storage.replace_file(folder / _name(fingerprint), text.encode())

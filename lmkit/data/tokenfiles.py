@@ -69,7 +69,8 @@ class PreparedData:
     tokenizer: Tokenizer
     splits: dict[str, Split]
     report: dict[str, Any]
-    """``source``: where the text came from; ``cleaning``: split -> step -> counts before and after."""
+    """``source``: where the text came from; ``cleaning``: split -> step -> counts before and after; ``repeats``: split
+    -> documents that are copies of others (always there in what ``prepare`` returns)."""
 
 
 def _smallest_type(vocab_size: int) -> np.dtype[Any]:

@@ -18,7 +18,7 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lmkit.errors import CheckpointError, ResourceError
 from lmkit.loading import read_run
 from lmkit.store import checkpoint_writer, manifest, reading, staging, storage
 from lmkit.store.checkpoint import (
+    Snapshot,
     best_checkpoint,
     latest_checkpoint,
     list_checkpoints,

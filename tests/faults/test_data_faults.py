@@ -10,6 +10,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,7 +25,8 @@ from children import environment, limit_memory
 from harness import Lmkit, Start
 
 from lmkit.data import corpus as corpora
-from lmkit.data import textfiles
+from lmkit.data import survey, textfiles
+from lmkit.data.cleaning import Piece
 from lmkit.data.survey import digest_of
 from lmkit.data.tokenfiles import open_prepared
 from lmkit.errors import DataError
@@ -151,20 +153,88 @@ def test_row_97_many_small_files_folders_and_odd_names(lmkit: Lmkit, tmp_path: P
     assert "(1006 files" in done.err
 
 
+def records(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def table(err: str) -> dict[str, str]:
+    """The rows of what ``prepare`` shows."""
+    rows = [re.split(r" {2,}", line.strip(), maxsplit=1) for line in err.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def sizes(err: str) -> dict[str, int]:
+    """Split -> number of documents."""
+    return {split: int(table(err)[split].split()[0]) for split in ("train", "valid", "test") if split in table(err)}
+
+
 def test_row_98_copies_are_counted_and_dropped_only_if_asked(lmkit: Lmkit, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    texts = [f"document number {number % 40}" for number in range(120)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    records(path, [f"document number {number % 40}" for number in range(120)])
     words = ["prepare", "dataset=jsonl", f"dataset.path={path}", "dataset.valid_fraction=0.2"]
-    done = lmkit(*words)
-    assert done.code == 0, done.err
-    documents = [int(line.split()[1]) for line in done.err.splitlines() if line.split()[:1] == ["train"]]
-    assert "duplicate" not in done.err
+    for _ in range(2):  # the second time nothing is read
+        done = lmkit(*words)
+        assert done.code == 0, done.err
+        documents = sizes(done.err)
+        assert sum(documents.values()) == 120
+        copies = {split: 2 * number // 3 for split, number in documents.items()}  # all of a text are in one split
+        assert table(done.err)["copies"] == "; ".join(
+            f"{copies[split]} of {documents[split]} documents of {split} repeat an earlier one" for split in documents
+        )
+        assert "cleaning: duplicate documents" not in done.err
     done = lmkit(*words, "dataset.cleaning.drop_duplicates=true")
     assert done.code == 0, done.err
-    assert "duplicate documents" in done.err
-    fewer = [int(line.split()[1]) for line in done.err.splitlines() if line.split()[:1] == ["train"]]
-    assert documents[0] == 3 * fewer[0]  # all three copies are in the same split
+    assert sizes(done.err) == {split: number // 3 for split, number in documents.items()}
+    assert table(done.err)["cleaning: duplicate documents"].startswith("80 of 120 documents dropped")
+    assert table(done.err)["copies"].startswith("no document stands twice")
+
+
+def test_row_98_documents_that_are_also_in_train_are_counted_by_every_command_and_never_dropped(
+    lmkit: Lmkit, small: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    long = "a line of a long document\n" * 60_000  # read in several pieces
+    texts = [f"document number {number}" for number in range(30)]
+    records(folder / "train.jsonl", [*texts, long])
+    records(folder / "valid.jsonl", [*texts[:4], "other", "other", texts[0] + "!"])
+    records(folder / "test.jsonl", [long, long + "!", "another"])
+    words = ["dataset=jsonl", f"dataset.path={folder}"]
+    warnings = ["4 of 7 documents of valid stand in train, too", "1 of 3 documents of test stand in train, too"]
+    copies = "1 of 7 documents of valid repeat an earlier one; 4 of 7 of valid stand in train, too; 1 of 3 of test"
+    for _ in range(2):  # the second time nothing is read
+        done = lmkit("prepare", *words, "tokenizer=byte")
+        assert done.code == 0, done.err
+        assert sizes(done.err) == {"train": 31, "valid": 7, "test": 3}
+        assert table(done.err)["copies"].startswith(copies)
+        assert all(done.err.count(warning) == 1 for warning in warnings), done.err
+    done = lmkit("prepare", *words, "tokenizer=byte", "dataset.cleaning.drop_duplicates=true")
+    assert done.code == 0, done.err
+    assert sizes(done.err) == {"train": 31, "valid": 6, "test": 3}  # what is in train, too, stays
+    assert table(done.err)["cleaning: duplicate documents"].startswith("1 of 41 documents dropped")
+    assert table(done.err)["copies"].startswith("4 of 6 of valid stand in train, too; 1 of 3 of test")
+    records(folder / "train.jsonl", texts)
+    records(folder / "test.jsonl", ["another"])
+    training = [word for word in small if not word.startswith("dataset")]
+    done = lmkit(*training, *words, "train.max_steps=1", f"run.dir={tmp_path}/run")
+    assert done.code == 0, done.err
+    assert warnings[0] in done.err
+    done = lmkit("eval-ppl", f"run={tmp_path}/run", "split=valid", "device=cpu")
+    assert done.code == 0, done.err
+    assert warnings[0] in done.err
+    assert re.search(r"also stand in train: \d+ of \d+", done.out + done.err)
+
+
+def test_row_98_each_copy_and_each_document_in_train_is_counted_once_whatever_its_pieces() -> None:
+    found = survey.Repeats(("train", "valid"))
+    documents = {"train": ["a", "b", "ab", "ab", ""], "valid": ["ab", "ab", "ba", "c", "c", "c", ""]}
+    for split, texts in documents.items():
+        for number, text in enumerate(texts):
+            cuts = text if number % 2 else [text]  # a piece for each letter, or one for all
+            for place, part in enumerate(cuts or [""]):
+                found.add(split, Piece(part, place == len(cuts or [""]) - 1))
+    assert found.finish() == {"train": {"copies": 1, "in_train": 0}, "valid": {"copies": 3, "in_train": 3}}
+    assert survey.Repeats(("valid",)).finish() == {"valid": {"copies": 0, "in_train": 0}}
 
 
 @pytest.mark.parametrize(
