@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lmkit.commands import finetune, pretrain
+from lmkit.commands.new_data import order_of
 from lmkit.commands.resuming import config_of
 from lmkit.commands.training import build_trainer
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
@@ -156,13 +157,18 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
         raise ConfigError(f"{run_dir} was trained by counting", "it has no steps to replay")
     device = resolve_device(cfg.device)
     task, model = _task_of(cfg, stored, model_config, device, console)
-    digests = (read_info(run_dir) or {}).get("digests", {})
+    info = read_info(run_dir) or {}
+    digests, order = info.get("digests", {}), order_of(stored)
+    former = [digests.get("data"), *info.get("former_data", [])[:1]]
+    digests = digests | {"data": former[-1] if order is None else order.data}  # of the step, not of the run's end
     now = {"data": task.data_digest, "tokenizer": task.tokenizer.digest}
     changed = [key for key in now if digests.get(key) != now[key]]
     if digests.get("order", ORDER) != ORDER:
         raise DataError(f"{run_dir} was trained in another order of its data", "replay it with the lmkit of its time")
     if changed:
         raise DataError(f"{' and '.join(changed)} of {run_dir} changed since", "bring back what the run was trained on")
+    if order is not None:
+        task.batches = order.of(task.batches)
     trainer = build_trainer(cfg, task, model, device, start.snapshot)
     trainer.reads_late = False
     if cfg.train.budget_s is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmkit.commands.new_data import DATA_ORDER, order_of
 from lmkit.commands.runs_text import columns, format_value
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.plain import from_plain
@@ -33,6 +34,7 @@ def check_known(path: Path, snapshot: Snapshot) -> None:
     """Raise CheckpointError if a checkpoint's configuration has keys that this version does not know."""
     try:
         config_of(snapshot.config)
+        order_of(snapshot.config)
     except ConfigError as error:
         made = read_manifest(path).environment.get("lmkit")
         raise CheckpointError(f"{path}/config.json was made by lmkit {made}: {error}") from None
@@ -48,16 +50,19 @@ def check_new(run: Run) -> None:
         )
 
 
-def check_origin(run: Run, digests: Mapping[str, str], path: Path, console: Console) -> None:
-    """Raise ConfigError if a checkpoint was trained on other data or with another tokenizer, whatever run.json says."""
+def check_origin(
+    run: Run, digests: Mapping[str, str], path: Path, console: Console, *, new_data: bool = False
+) -> None:
+    """Raise ConfigError if a checkpoint was trained on other data (unless ``new_data``: they may be others) or with
+    another tokenizer, whatever run.json says."""
     told = read_manifest(path).digests
-    before = {name: told[name] for name in digests if name in told}
+    before = {name: told[name] for name in digests if name in told and not (new_data and name == "data")}
     run.refuse_changes(before, digests, functools.partial(show_changes, console))
 
 
 def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
     """The configuration that a run has stored. Raises ConfigError for keys that this version does not know."""
-    beside = {"command", "vocab_size", "run", "resume"}
+    beside = {"command", "vocab_size", "run", "resume", DATA_ORDER}
     if stored.get("command") != "finetune":
         return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
     beside |= {"model", "base", "base_sha256", "corpus", "fitted"}

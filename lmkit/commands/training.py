@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from lmkit.averaging import average_begins, build_average, check_schedule_free
 from lmkit.commands.forgetting import Forgetting
+from lmkit.commands.new_data import DATA_ORDER, DataOrder, data_of, follow, order_behind, remember
 from lmkit.commands.resuming import (
     LENGTH,
     check_known,
@@ -201,34 +203,47 @@ def execute(job: Job) -> dict[str, Any]:
         "device": f"{job.device.torch_device.type} {job.device.precision.name}",
         "processes": str(job.world.size),
     }
+    new_data = job.cfg.run.allow_data_change
     if job.world.is_first and not (job.run.path / RUN_INFO).is_file():
         for path in list_checkpoints(job.run.path):
             with contextlib.suppress(CheckpointError):  # damaged; load_latest says so
-                check_origin(
-                    job.run, job.digests, path, job.console
-                )  # before it is written that the run was of this data
+                # before it is written that the run was of this data
+                check_origin(job.run, job.digests, path, job.console, new_data=new_data)
+                remember(job.run.former_data, data_of(path, job.digests), job.digests["data"])
     job.run.begin(
         seed=job.cfg.seed,
         command=command_line(job.world),
         digests=job.digests,
         base=job.base,
         show=functools.partial(show_changes, job.console),
+        new_data=new_data,
     )
     found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)
     _check_shared(job, -1 if found is None else found[1].step)
+    before, former = "", list[str]()
+    order: DataOrder | None = None
     if found is None:
         check_new(job.run)
+        job.run.take_data([])
     else:
-        check_origin(job.run, job.digests, found[0], job.console)
+        before = data_of(found[0], job.digests)
+        former = json.loads(job.world.tell(lambda: json.dumps(job.run.former_data)))
+        # what was allowed before a kill, and is in no checkpoint yet, stays allowed
+        check_origin(job.run, job.digests, found[0], job.console, new_data=new_data or before in former)
         check_known(*found)
+        order = order_behind(found[1], job.digests, before)
+    if order is not None:
+        job.stored_config = {**job.stored_config, DATA_ORDER: asdict(order)}
     changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, job.console)
     if changes:
         job.run.journal("changed", {"keys": changes})
-    before = read_result(job.run.path)
+    result = read_result(job.run.path)
     longer = any(change.startswith(LENGTH) for change in changes)
-    if before is not None and found is not None and not longer:
+    if result is not None and found is not None and not longer:
         job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
-        return before
+        return result
+    if found is not None:
+        follow(job, order, found[1], before, former)
     if job.model_config.trains_by_counting:
         return _count(job)
     if found is not None:

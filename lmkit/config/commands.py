@@ -95,6 +95,12 @@ class PretrainConfig:
                 "needs run.dir=DIR, the run to continue",
             )
             check(
+                self.resume or not self.run.allow_data_change,
+                "run.allow_data_change",
+                self.run.allow_data_change,
+                "needs resume=true",
+            )
+            check(
                 self.objective.name == self.model.objective,
                 "objective",
                 self.objective.name,
@@ -159,6 +165,12 @@ class FinetuneConfig:
                 "resume",
                 self.resume,
                 "needs run.dir=DIR, the run to continue",
+            )
+            check(
+                self.resume or not self.run.allow_data_change,
+                "run.allow_data_change",
+                self.run.allow_data_change,
+                "needs resume=true",
             )
             check(
                 self.init.weights is None or self.run.path is None,

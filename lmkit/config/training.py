@@ -269,6 +269,8 @@ class NewRunConfig(RunRootConfig):
 
     dir: str | None = None
     """Directory of the run to make; null: a new one in ``run.root``, named after the time, dataset and model."""
+    allow_data_change: bool = False
+    """With resume: go on though the data changed (not their tokens' vocabulary), in an order that begins anew."""
 
 
 @dataclass(kw_only=True)

@@ -283,6 +283,34 @@ class Mixed:
         )
 
 
+class Restarted:
+    """Batches that begin anew behind ``first_step`` steps, in an order that the run has not had before.
+
+    For a run that goes on with other data: behind ``first_step`` stands the first batch of an epoch, and the numbers of
+    the epochs, by which orders and lengths are drawn, begin at ``number`` times ORDER_EPOCHS, so that no two orders of
+    a run share one. A batch is thus a function of (seed, number, step - first_step), found in O(1) as before.
+    """
+
+    ORDER_EPOCHS = 1 << 20
+    """Epochs that each order has to itself."""
+
+    def __init__(self, batches: Batches, *, number: int, first_step: int) -> None:
+        """number: which order of the run it is (>= 1; that of its beginning is 0)."""
+        self._batches, self._first_step = batches, first_step
+        self.steps_per_epoch = batches.steps_per_epoch
+        """Batches per epoch."""
+        self._shift = number * self.ORDER_EPOCHS * self.steps_per_epoch - first_step
+
+    def __getitem__(self, step: int) -> TrainingBatch:
+        """The batch of any step >= ``first_step``. Raises DataError for one before, which was of other data."""
+        if step < self._first_step:
+            raise DataError(
+                f"the batch of step {step + 1} was of other data: the run has had these since step {self._first_step}",
+                "bring back what it was trained on before",
+            )
+        return self._batches[step + self._shift]
+
+
 class Ahead:
     """The same batches, put together ahead of their use by threads; which thread makes which does not matter.
 

@@ -63,6 +63,8 @@ class Run:
         self.run_id = uuid.uuid4().hex
         self.digests: dict[str, str] = {}
         """Digests of what the run is trained on (``data``); set by ``begin`` and written into every checkpoint."""
+        self.former_data: list[str] = []
+        """Digests of the data that the run was trained on before these, the oldest first; kept in run.json."""
         self.place: dict[str, str] = {}
         """Where it is trained, as far as bits may depend on it (``device``); written into every checkpoint, too."""
         self._lock = lock
@@ -124,6 +126,7 @@ class Run:
         if info is not None:
             self.run_id = str(info.get("run_id", self.run_id))
             self.digests = {str(key): str(value) for key, value in (info.get("digests") or {}).items()}
+            self.former_data = [str(digest) for digest in info.get("former_data") or []]
 
     def begin(
         self,
@@ -133,12 +136,14 @@ class Run:
         digests: Mapping[str, str],
         base: tuple[str, str] | None = None,
         show: Callable[[list[Change]], None] = lambda changes: None,
+        new_data: bool = False,
     ) -> None:
         """Write run.json, or if the run goes on, check that seed, digests and base are still the same.
 
         ``digests``: name -> SHA-256 or key of what must not change, e.g. data and tokenizer. ``base``: path and SHA-256
         of the checkpoint that the run starts from, which a run that was killed before its own first one finds here.
-        Raises ConfigError with both values of what differs, which are first given to ``show``.
+        Raises ConfigError with both values of what differs, which are first given to ``show``. With ``new_data`` the
+        data may be others than run.json says, which stays as it is until ``take_data``.
         """
         digests = dict(digests)
         base_path, base_sha256 = base or (None, None)
@@ -153,6 +158,8 @@ class Run:
                 "base": base_path,
                 "base_sha256": base_sha256,
             }
+            if self.former_data:
+                info["former_data"] = self.former_data
             self._replace(RUN_INFO, info)
             self.journal("start", {"command": list(command)})
         else:
@@ -160,9 +167,22 @@ class Run:
             new = {"seed": seed, **digests}
             if "base_sha256" in info:  # older versions did not write it down
                 old["base_sha256"], new["base_sha256"] = info["base_sha256"], base_sha256
+            if new_data and (data := old.pop("data", None)) not in (None, digests.get("data"), *self.former_data):
+                self.former_data.append(str(data))
             self.refuse_changes(old, new, show)
             self.journal("resume", {"command": list(command)})
         self.digests = digests
+
+    def take_data(self, former: Sequence[str]) -> None:
+        """Write into run.json that the run goes on with the data that ``begin`` was told of.
+
+        ``former``: digests of the data that it was trained on before, the oldest first. Raises ResourceError.
+        """
+        info = read_object(self.path / RUN_INFO) or {}
+        known, now, self.former_data = info.get("digests") or {}, self.digests["data"], list(former)
+        if (known.get("data", now), info.get("former_data", [])) != (now, self.former_data):
+            changed = {"digests": known | {"data": now}, "former_data": self.former_data}
+            self._replace(RUN_INFO, {**info, **changed})
 
     def refuse_changes(
         self, old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[list[Change]], None]
@@ -179,10 +199,10 @@ class Run:
         if changes:
             show(changes)
             told = ", ".join(f"{name}: {before} -> {now}" for name, before, now in changes)
-            raise ConfigError(
-                f"{self.path} cannot be resumed because this changed: {told}",
-                "start a new run, or finetune from this one",
-            )
+            remedy = "start a new run, or finetune from this one"
+            if [name for name, _, _ in changes] == ["data"]:
+                remedy += ", or go on with the new data: run.allow_data_change=true"
+            raise ConfigError(f"{self.path} cannot be resumed because this changed: {told}", remedy)
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Append an event to journal.jsonl; may be called from any thread, never raises for a full disk."""
@@ -260,6 +280,9 @@ class SharedRun(Run):
         self.path = path
 
     def begin(self, *_: Any, **__: Any) -> None:
+        return
+
+    def take_data(self, former: Sequence[str]) -> None:
         return
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:

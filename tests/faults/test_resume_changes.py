@@ -5,6 +5,7 @@ Numbers in names (row_66 ...) are the rows of the project's fault table.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,17 @@ import pytest
 from harness import Lmkit, digests, forge, forge_config
 
 from lmkit.commands import training
+from lmkit.commands.replay import replay
+from lmkit.config.data import ByteTokenizerConfig, TextConfig
+from lmkit.console import Console
 from lmkit.data.batches import Lanes
+from lmkit.data.prepared import prepare
+from lmkit.errors import DataError
 from lmkit.session import Session
-from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
+from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics
+from lmkit.store.manifest import step_of
+from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
 
 DEVICE = ["device=cpu", "device.threads=1"]
@@ -207,6 +215,193 @@ def test_rows_69_70_other_data_under_the_same_names_is_refused(
     assert ["key", "the", "run", "now"] in table
     assert [len(row) for row in table if row[:1] == ["data"]] == [3]
     assert content(tmp_path / "run") == before
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The records of one kind in a run's journal, without time and process."""
+    lines = (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [record for record in map(json.loads, lines) if record.pop("event") == name]
+    return [{key: value for key, value in record.items() if key not in ("time", "pid")} for record in found]
+
+
+@pytest.fixture
+def grown(small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path) -> list[str]:
+    """The words that continue a finished run, in ``run``, for 8 more steps; its text has grown since."""
+    words = [*small, f"dataset.path={own_corpus}"]
+    assert lmkit(*words, f"run.dir={tmp_path}/run").code == 0
+    (own_corpus / "03.txt").write_bytes((own_corpus / "03.txt").read_bytes() + b"the bird sat on one more line.\n")
+    return [*words, "resume=true", "train.max_steps=20"]
+
+
+NEW_DATA = "run.allow_data_change=true"
+
+
+def test_row_70_new_data_are_taken_where_that_is_asked_for_and_their_order_begins_anew(
+    grown: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    info = json.loads((run_dir / "run.json").read_bytes())
+    refused = lmkit(*grown, f"run.dir={run_dir}")
+    assert refused.code == 2, refused.err
+    assert NEW_DATA in refused.error
+    seen: list[tuple[int, bool, list[int]]] = []
+    train_step = Trainer.train_step
+
+    def noted(self: Trainer, batch: Any) -> Any:
+        seen.append((self.state.step, batch.starts_text, batch.targets_BT[0].tolist()))
+        return train_step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", noted)
+    done = lmkit(*grown, f"run.dir={run_dir}", NEW_DATA)
+    assert done.code == 0, done.err
+    assert done.err.count("the data changed: behind step 12 they come in a new order (number 1)") == 1
+    assert [step for step, _, _ in seen] == list(range(12, 20))  # the count of steps goes on
+    assert [starts for _, starts, _ in seen] == [True] + 7 * [False]  # with the beginning of an epoch
+    prepared = prepare(TextConfig(path=str(own_corpus)), ByteTokenizerConfig())
+    assert seen[0][2] == prepared.splits["train"].tokens[:16].tolist()
+    now = json.loads((run_dir / "run.json").read_bytes())
+    before = info["digests"]["data"]
+    assert now == {**info, "digests": info["digests"] | {"data": prepared.key}, "former_data": [before]}
+    assert events(run_dir, "data changed") == [{"from": before, "to": prepared.key, "step": 12, "order": 1}]
+    newest = load_checkpoint(list_checkpoints(run_dir)[-1], with_optimizer=False)
+    assert newest.config["data_order"] == {"number": 1, "first_step": 12, "data": prepared.key}
+    assert read_metrics(run_dir)[-1]["step"] == 20
+
+
+@pytest.mark.parametrize("order", [[], ["train.shuffle=blocks", "train.seq_len_jitter=true"]])
+def test_row_70_a_run_with_new_data_goes_on_without_the_key_to_the_same_bytes(
+    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    words = [*small, f"dataset.path={own_corpus}", *order]
+    assert lmkit(*words, f"run.dir={tmp_path}/first").code == 0
+    (own_corpus / "03.txt").unlink()
+    words += ["resume=true", "train.max_steps=20"]
+    for name in ("whole", "stopped", "killed"):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+    assert lmkit(*words, f"run.dir={tmp_path}/whole", NEW_DATA).code == 0
+    with monkeypatch.context() as patch:
+        stop_after(15, patch)
+        assert lmkit(*words, f"run.dir={tmp_path}/stopped", NEW_DATA).code == 75
+    with monkeypatch.context() as patch:  # before the first checkpoint of the new data
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(training, "_train", killed)
+        assert lmkit(*words, f"run.dir={tmp_path}/killed", NEW_DATA).code == 130
+    for name in ("stopped", "killed"):
+        done = lmkit(*words, f"run.dir={tmp_path}/{name}")
+        assert done.code == 0, done.err
+        assert digests(tmp_path / name) == digests(tmp_path / "whole"), name
+    assert [record["step"] for record in events(tmp_path / "stopped", "data changed")] == [12]
+    done = lmkit(*words, f"run.dir={tmp_path}/whole")
+    assert "nothing to do" in done.err
+
+
+def test_row_70_behind_an_older_checkpoint_the_new_data_begin_anew_once_more(
+    grown: list[str], lmkit: Lmkit, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert lmkit(*grown, f"run.dir={run_dir}", "save.keep=9", NEW_DATA).code == 0
+    for path in list_checkpoints(run_dir):
+        if step_of(path.name) > 8:
+            (path / "MANIFEST.json").unlink()
+    done = lmkit(*grown, f"run.dir={run_dir}", "train.max_steps=21")
+    assert done.code == 0, done.err
+    assert [(record["step"], record["order"]) for record in events(run_dir, "data changed")] == [(12, 1), (8, 1)]
+    newest = load_checkpoint(list_checkpoints(run_dir)[-1], with_optimizer=False)
+    assert (newest.step, newest.config["data_order"]["first_step"]) == (21, 8)
+
+
+def test_row_70_the_data_of_before_can_come_back_in_an_order_of_their_own(
+    grown: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    first = json.loads((run_dir / "run.json").read_bytes())["digests"]["data"]
+    assert lmkit(*grown, f"run.dir={run_dir}", NEW_DATA).code == 0
+    text = (own_corpus / "03.txt").read_bytes()
+    (own_corpus / "03.txt").write_bytes(text.replace(b"the bird sat on one more line.\n", b""))
+    assert lmkit(*grown, f"run.dir={run_dir}", "train.max_steps=24").code == 2
+    done = lmkit(*grown, f"run.dir={run_dir}", "train.max_steps=24", NEW_DATA)
+    assert done.code == 0, done.err
+    info = json.loads((run_dir / "run.json").read_bytes())
+    assert info["digests"]["data"] == info["former_data"][0] == first
+    assert [(record["step"], record["order"]) for record in events(run_dir, "data changed")] == [(12, 1), (20, 2)]
+
+
+def test_row_70_the_key_changes_nothing_where_the_data_did_not(
+    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path
+) -> None:
+    twin = shutil.copytree(trained, tmp_path / "twin")
+    words = [*small, "resume=true", "train.max_steps=16"]
+    assert lmkit(*words, f"run.dir={trained}").code == 0
+    assert lmkit(*words, f"run.dir={twin}", NEW_DATA).code == 0
+    assert digests(twin) == digests(trained)
+    assert (twin / "run.json").read_bytes() == (trained / "run.json").read_bytes()
+    assert events(twin, "data changed") == []
+
+
+def test_rows_70_71_another_vocabulary_is_refused_although_other_data_are_allowed(
+    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path
+) -> None:
+    words = [*small, f"dataset.path={own_corpus}", "tokenizer=char", f"run.dir={tmp_path}/run"]
+    assert lmkit(*words).code == 0
+    before = content(tmp_path / "run")
+    (own_corpus / "03.txt").write_bytes((own_corpus / "03.txt").read_bytes() + "a quite new letter: ß\n".encode())
+    done = lmkit(*words, "resume=true", "train.max_steps=20", NEW_DATA)
+    assert done.code == 2, done.err
+    assert "cannot be resumed because this changed: tokenizer: " in done.error
+    assert "data" not in done.error.replace(str(tmp_path), "")
+    assert content(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("why", ["fitted", "counted", "not resumed"])
+def test_row_70_what_cannot_go_on_with_other_data_is_refused_in_any_case(
+    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    words = [*small, f"dataset.path={own_corpus}", f"run.dir={tmp_path}/run"]
+    if why == "counted":
+        words = [word for word in words if not word.startswith(("model", "train", "eval", "log"))] + ["model=kn5"]
+    if why == "not resumed":
+        done = lmkit(*words, NEW_DATA)
+        assert done.code == 2, done.err
+        assert "run.allow_data_change=true needs resume=true" in done.error
+        return
+    assert lmkit(*words).code == 0
+    (tmp_path / "run" / "result.json").unlink()
+    before = content(tmp_path / "run")
+    (own_corpus / "03.txt").unlink()
+    if why == "fitted":
+        monkeypatch.setattr(LanguageModelling, "fitted", lambda self: {"labels": ["a", "b"]})
+    done = lmkit(*words, "resume=true", NEW_DATA)
+    assert done.code == 2, done.err
+    assert ("has learnt labels from other data" if why == "fitted" else "was counted on other data") in done.error
+    assert content(tmp_path / "run") == before
+
+
+def test_row_70_steps_of_the_new_data_are_replayed_and_those_of_the_old_are_not(
+    grown: list[str], lmkit: Lmkit, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert lmkit(*grown, f"run.dir={run_dir}", "save.keep=9", NEW_DATA).code == 0
+    logged = {row["step"]: row["loss"] for row in read_metrics(run_dir) if "loss" in row}
+    result = replay(run_dir, 14, Console(io.StringIO()))
+    assert (result["loss"], result["from"]) == (logged[14], "step-000000000012")
+    for step in (6, 12):
+        with pytest.raises(DataError, match="changed since"):
+            replay(run_dir, step, Console(io.StringIO()))
+
+
+def test_row_70_an_order_in_a_checkpoint_that_means_nothing_is_refused(
+    grown: list[str], lmkit: Lmkit, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert lmkit(*grown, f"run.dir={run_dir}", NEW_DATA).code == 0
+    for number in (0, -1, "1", True, 1.5, None):
+        forge_config(list_checkpoints(run_dir)[-1], lambda config, n=number: config["data_order"].update(number=n))
+        done = lmkit(*grown, f"run.dir={run_dir}", "train.max_steps=24")
+        assert done.code == 4, done.err
+        assert "data_order.number" in done.error
 
 
 def test_row_71_the_tokenizer_of_another_run_in_a_checkpoint_is_refused(

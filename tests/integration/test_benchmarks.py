@@ -73,7 +73,7 @@ def test_ways_that_make_different_numbers_of_tokens_are_refused(peers: ModuleTyp
 
 
 def test_ways_that_make_as_many_tokens_but_others_are_refused(peers: ModuleType, script: str) -> None:
-    with pytest.raises(SystemExit, match="not the same ones: {'one': '', 'other': 'else'}"):
+    with pytest.raises(SystemExit, match=r"not the same ones: \{'one': '', 'other': 'else'\}"):
         peers.measure_in_turns(["one", "other"], script, ["--extra", "0", "--made", "else"], 1)
 
 

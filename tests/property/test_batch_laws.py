@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmkit.data.batches import Batch, Lanes, Permutation, Windows
+from lmkit.data.batches import Batch, Lanes, Permutation, Restarted, Windows
 from lmkit.models.base import IGNORE
 
 LAW = settings(max_examples=50, deadline=None)
@@ -44,6 +44,22 @@ def test_over_one_epoch_each_token_is_a_target_exactly_once(n: int, b: int, t: i
     for batches in (Lanes(stream(n), n, b, t), Windows(stream(n), n, b, t, seed)):
         assert sorted(target for _, target in pairs(batches, epoch)) == list(range(n))
         assert batches.num_tokens == n
+
+
+@LAW
+@given(lengths, batch_sizes, seq_lens, seeds, st.integers(1, 5), st.integers(0, 10**9))
+def test_an_order_that_begins_anew_has_whole_epochs(
+    n: int, b: int, t: int, seed: int, number: int, first: int
+) -> None:
+    for batches in (Lanes(stream(n), n, b, t), Windows(stream(n), n, b, t, seed)):
+        anew = Restarted(batches, number=number, first_step=first)
+        for epoch in range(2):
+            found = []
+            for step in range(first + epoch * anew.steps_per_epoch, first + (epoch + 1) * anew.steps_per_epoch):
+                targets_BT = anew[step].targets_BT
+                found += targets_BT[targets_BT != IGNORE].tolist()
+            assert sorted(found) == list(range(n))
+        assert anew[first].starts_text
 
 
 @LAW

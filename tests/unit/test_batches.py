@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmkit.data.batches import Lanes, Permutation, Windows, to_device
+from lmkit.data.batches import Lanes, Permutation, Restarted, Windows, to_device
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
 
@@ -59,6 +59,24 @@ def test_the_order_of_windows_never_changes() -> None:
     windows = Windows(np.arange(20), EOS, batch_size=2, seq_len=4, seed=7)
     firsts = [windows[step].targets_BT[:, 0].tolist() for step in range(2 * windows.steps_per_epoch)]
     assert firsts == [[14, 18], [10, 2], [6, 0], [3, 15], [19, 0], [7, 11]]
+
+
+def test_an_order_that_begins_anew_begins_with_an_epoch_that_is_in_no_other_order() -> None:
+    windows = Windows(np.arange(20), EOS, batch_size=2, seq_len=4, seed=7)
+    orders = [Restarted(windows, number=number, first_step=5) for number in (1, 2)]
+    assert [order.steps_per_epoch for order in orders] == [windows.steps_per_epoch] * 2
+    firsts = [[order[step].targets_BT[:, 0].tolist() for step in range(5, 8)] for order in orders]
+    assert firsts == RESTARTED  # as it will be for ever
+    assert firsts[0] != firsts[1]
+    lanes = Restarted(Lanes(np.arange(10, dtype=np.uint8), EOS, 2, 3), number=1, first_step=5)
+    assert [lanes[step].starts_text for step in range(5, 9)] == [True, False, True, False]
+    assert lanes[5].targets_BT.tolist() == [[0, 1, 2], [5, 6, 7]]
+
+
+def test_before_an_order_begins_its_data_were_others() -> None:
+    batches = Restarted(Lanes(np.arange(10), EOS, 2, 3), number=1, first_step=5)
+    with pytest.raises(DataError, match="the batch of step 5 was of other data: the run has had these since step 5"):
+        batches[4]
 
 
 def test_a_late_step_costs_no_more_than_an_early_one() -> None:
