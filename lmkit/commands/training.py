@@ -184,8 +184,8 @@ def open_run(
     made: list[Run] = []
 
     def make() -> str:
-        run_dir, root = cfg.run.dir, cfg.run.root
-        made.append(Run.create(run_dir, root=root, dataset=dataset, model=model, resume=cfg.resume, warn=console.warn))
+        options: dict[str, Any] = {"resume": cfg.resume, "warn": console.warn, "lock": cfg.run.lock}
+        made.append(Run.create(cfg.run.dir, root=cfg.run.root, dataset=dataset, model=model, **options))
         return str(made[0].path)
 
     path = Path(world.tell(make))

@@ -269,6 +269,8 @@ class NewRunConfig(RunRootConfig):
 
     dir: str | None = None
     """Directory of the run to make; null: a new one in ``run.root``, named after the time, dataset and model."""
+    lock: bool = True
+    """Refuse to train where a file system has no locks; off: do it, and see to it that no second process does."""
     allow_data_change: bool = False
     """With resume: go on though the data changed (not their tokens' vocabulary), in an order that begins anew."""
 

@@ -55,10 +55,15 @@ class Listener(Protocol):
         """The process's part of the run is over; ``error`` is what ended it early."""
 
 
+class NoLocksError(ResourceError):
+    """The run directory is on a file system that has no locks."""
+
+
 class Run:
     """A run directory that this process has locked and writes to. Use ``Run.create``; ``close`` frees the lock."""
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, lock: filelock.BaseFileLock | None, warn: Callable[[str], None]) -> None:
+        """lock: what ``acquire`` gave; None: there is none."""
         self.path = path
         self.run_id = uuid.uuid4().hex
         self.digests: dict[str, str] = {}
@@ -82,13 +87,14 @@ class Run:
         model: str,
         resume: bool,
         warn: Callable[[str], None],
+        lock: bool = True,
     ) -> Self:
         """Make (or, with ``resume``, reopen) a run directory and lock it.
 
         ``directory`` None: a new ``<root>/<YYYYmmdd-HHMMSS>-<dataset>-<model>``, with -2, -3 ... after a name that is
         taken. ``resume`` starts a given directory that is missing or empty. ``warn`` is told once if a log cannot be
-        written. Raises ConfigError (directory not empty, or not a run), RunLockedError, or ResourceError (cannot
-        write there).
+        written. Without ``lock`` a file system that has no locks will do, of which ``warn`` is told. Raises ConfigError
+        (directory not empty, or not a run), RunLockedError, NoLocksError, or ResourceError (cannot write there).
         """
         if directory is None:
             if resume:
@@ -99,13 +105,22 @@ class Run:
             _make_given(path)
             if LOCK not in os.listdir(path):
                 _check_usable(path, resume=resume)  # before anything is written into a folder that is not a run
-        lock = acquire(path, patience_s=LOOK_S)
+        held: filelock.BaseFileLock | None = None
+        try:
+            held = acquire(path, patience_s=LOOK_S)
+        except NoLocksError:
+            if lock:
+                raise
         try:
             _check_usable(path, resume=resume)
-            run = cls(path, lock, warn)
+            run = cls(path, held, warn)
             run._open()
+            if held is None:
+                warn(f"{path} is on a file system without locks: nothing keeps a second process out of the run")
+                run.journal("no lock")
         except BaseException:
-            lock.release()
+            if held is not None:
+                held.release()
             raise
         return run
 
@@ -258,7 +273,8 @@ class Run:
         """Close the logs and free the lock."""
         self._metrics.close()
         self._journal.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -360,7 +376,8 @@ def _check_usable(path: Path, *, resume: bool) -> None:
 def acquire(path: Path, *, patience_s: float = 0.0) -> filelock.BaseFileLock:
     """Take the run's kernel lock, which the system frees when the process ends in whatever way.
 
-    ``patience_s``: how long to wait for one that is held. Raises RunLockedError naming the holder, or ResourceError.
+    ``patience_s``: how long to wait for one that is held. Raises RunLockedError naming the holder, NoLocksError, or
+    ResourceError.
     """
     lock = filelock.FileLock(path / LOCK, timeout=patience_s, thread_local=False, fallback_to_soft=False)
     try:
@@ -374,8 +391,9 @@ def acquire(path: Path, *, patience_s: float = 0.0) -> filelock.BaseFileLock:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and not storage.has_no_locks(error):
             raise storage.resource_error("lock", path, error) from error
-        raise ResourceError(
-            f"{path} is on a file system without locks ({error})", "choose a run.dir on a local disk"
+        raise NoLocksError(
+            f"{path} is on a file system without locks ({error})",
+            "choose a run.dir on a local disk, or train without one: run.lock=off",
         ) from error
     return lock
 

@@ -53,7 +53,7 @@ def test_every_group_preset_and_key_is_offered(command: str) -> None:
         ("lmkit pretrain recipe=ptb_cpu_10min model.ce", ["model.cell="]),
         ("lmkit pretrain model=lstm model.num_h", []),
         ("lmkit eval-ppl ru", ["run=", "run.root=", "run.path=", "run.checkpoint=", "run.allow_nonfinite="]),
-        ("lmkit pretrain ru", ["run.root=", "run.dir=", "run.allow_data_change="]),
+        ("lmkit pretrain ru", ["run.root=", "run.dir=", "run.lock=", "run.allow_data_change="]),
         ("lmkit pretrain --mu", ["--multirun"]),
         ("lmkit pretrain --cfg ", ["job"]),
         ("lmkit pretrain --model ti", ["tiny"]),

@@ -6,6 +6,7 @@ Numbers in names (row_40 ...) are the rows of the project's fault table.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from children import Child, environment
 from harness import Lmkit, Start, digests
 
 from lmkit import plots, session
-from lmkit.store import storage
+from lmkit.store import runs, storage
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
 
@@ -155,25 +156,76 @@ def test_row_48_a_file_system_without_locks_is_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
-@posix_only
-@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EIO"])
-def test_row_48_a_run_directory_without_locks_is_refused(
-    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
-) -> None:
+def lock_nothing_in(folder: Path, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every attempt to lock a file in this folder fail."""
     import fcntl
 
-    number, flock = getattr(errno, code), fcntl.flock
+    flock = fcntl.flock
 
     def fail(descriptor: int, operation: int) -> None:
-        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(tmp_path)):
-            raise OSError(number, os.strerror(number))
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder)):
+            raise error
         flock(descriptor, operation)
 
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("looks into /proc")
     monkeypatch.setattr(fcntl, "flock", fail)
+
+
+def no_locks(code: str) -> OSError:
+    number = getattr(errno, code)
+    return OSError(number, os.strerror(number))
+
+
+@posix_only
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EIO"])
+def test_row_48_a_run_directory_without_locks_is_refused(
+    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    lock_nothing_in(tmp_path, no_locks(code), monkeypatch)
     done = lmkit(*small, f"run.dir={tmp_path}/run")
     assert done.code == 6, done.err
     assert f"{tmp_path}/run" in done.error
     assert ("without locks" in done.error) == (code != "EIO")
+    assert ("run.lock=off" in done.error) == (code != "EIO")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@posix_only
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_row_48_with_the_lock_off_a_run_trains_and_goes_on_without_one_and_says_so(
+    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    lock_nothing_in(tmp_path, no_locks(code), monkeypatch)
+    words = [*small, f"run.dir={tmp_path}/run", "run.lock=off"]
+    for more in ([], ["resume=true"]):
+        done = lmkit(*words, *more)
+        assert done.code == 0, done.err
+        warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+        assert warnings == [
+            f"warning: {tmp_path}/run is on a file system without locks: nothing keeps a second process out of the run"
+        ]
+    assert digests(tmp_path / "run") == digests(trained)
+    lines = (tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert (events[:2], events.count("no lock")) == (["no lock", "start"], 2)
+    refused = lmkit(*small, f"run.dir={tmp_path}/run", "resume=true")  # only where it is asked for
+    assert refused.code == 6, refused.err
+
+
+@posix_only
+def test_row_48_with_the_lock_off_it_is_taken_where_there_are_locks_and_other_errors_count(
+    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*small, f"run.dir={trained}", "resume=true", "run.lock=off"]
+    holder = runs.acquire(trained)
+    done = lmkit(*words)
+    assert done.code == 5, done.err
+    holder.release()
+    done = lmkit(*words)
+    assert done.code == 0, done.err
+    assert "warning" not in done.err
+    lock_nothing_in(tmp_path, no_locks("EIO"), monkeypatch)
+    done = lmkit(*words)
+    assert done.code == 6, done.err
+    assert "without locks" not in done.error
