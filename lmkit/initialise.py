@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
+from lmkit.ids import check_ids
 from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import LanguageModel, seeded_generator
 from lmkit.models.mixture import MixtureHead
@@ -28,10 +29,12 @@ CHUNK_ELEMENTS = 25_000_000
 
 
 def token_counts(tokens: NDArray[np.integer[Any]], vocab_size: int) -> Tensor:
-    """How often each token id occurs, int64 (V,), counted in bounded memory."""
+    """How often each token id occurs, int64 (V,), counted in bounded memory. Raises DataError for one outside of V."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), 1 << 24):
-        counts += np.bincount(tokens[start : start + (1 << 24)], minlength=vocab_size)
+        piece = tokens[start : start + (1 << 24)]
+        check_ids(piece, vocab_size, tokens, range(start, start + len(piece)))
+        counts += np.bincount(piece, minlength=vocab_size)
     return torch.from_numpy(counts)
 
 

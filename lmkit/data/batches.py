@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmkit.errors import DataError
+from lmkit.ids import check_ids
 from lmkit.models.base import IGNORE
 from lmkit.rng import derive_key
 
@@ -127,9 +128,11 @@ class Lanes:
         *,
         pieces: Pieces | None = None,
         jitter: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """jitter: the seed of the lengths; None: all are ``seq_len``, but for the last."""
-        self._stream = _Stream(tokens, eos_id)
+        """jitter: the seed of the lengths; None: all are ``seq_len``, but for the last. vocab_size: what the ids of a
+        batch must be below, otherwise asking for it raises DataError; None: they are not looked at."""
+        self._stream = _Stream(tokens, eos_id, vocab_size)
         self._batch_size, self._seq_len, self._pieces, self._jitter = batch_size, seq_len, pieces, jitter
         self._edges: dict[int, Indices] = {}
         self.num_tokens = len(tokens)
@@ -234,8 +237,18 @@ class Windows:
     there is nothing to store and nothing to replay.
     """
 
-    def __init__(self, tokens: NDArray[np.integer], eos_id: int, batch_size: int, seq_len: int, seed: int) -> None:
-        self._stream = _Stream(tokens, eos_id)
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        eos_id: int,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
+        """vocab_size: as of ``Lanes``."""
+        self._stream = _Stream(tokens, eos_id, vocab_size)
         self._batch_size, self._seq_len, self._seed = batch_size, seq_len, seed
         self.num_tokens = len(tokens)
         """Targets per epoch."""
@@ -392,10 +405,10 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class _Stream:
     """Tokens by position, and the token before each."""
 
-    def __init__(self, tokens: NDArray[np.integer], eos_id: int) -> None:
+    def __init__(self, tokens: NDArray[np.integer], eos_id: int, vocab_size: int | None) -> None:
         if len(tokens) == 0:
             raise DataError("there are no tokens to make batches of", "check the split's text")
-        self._tokens, self._eos_id = tokens, eos_id
+        self._tokens, self._eos_id, self._vocab_size = tokens, eos_id, vocab_size
 
     def batch(
         self,
@@ -413,10 +426,17 @@ class _Stream:
         positions_BT = np.where(filled_BT, positions_BT, 0)
         if order is not None:
             positions_BT = order(positions_BT)
-        targets_BT = np.where(filled_BT, self._tokens[positions_BT].astype(np.int64), IGNORE)
-        before_BT = self._tokens[np.maximum(positions_BT - 1, 0)].astype(np.int64)
+        targets_BT = np.where(filled_BT, self._read(positions_BT), IGNORE)
+        before_BT = self._read(np.maximum(positions_BT - 1, 0))
         inputs_BT = np.where(filled_BT & (positions_BT > 0), before_BT, self._eos_id)
         return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), starts_text)
+
+    def _read(self, positions_BT: Indices) -> Indices:
+        """The ids at these positions. Raises DataError for one that is not in the vocabulary."""
+        ids_BT = self._tokens[positions_BT].astype(np.int64)
+        if self._vocab_size is not None:
+            check_ids(ids_BT, self._vocab_size, self._tokens, positions_BT)
+        return ids_BT
 
 
 def _checked(step: int) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lmkit.data.batches import Batch, Permutation
 from lmkit.errors import DataError
+from lmkit.ids import check_ids, check_text
 from lmkit.models.base import IGNORE
 from lmkit.rng import derive_key
 
@@ -26,6 +27,7 @@ class Sentences:
     begins_S: NDArray[np.int64]
     ends_S: NDArray[np.int64]
     eos_id: int
+    vocab_size: int
 
     @classmethod
     def of(
@@ -34,8 +36,10 @@ class Sentences:
         """The lines of a text, each with the token that ends it, cut after ``longest`` tokens.
 
         ends_line_V: which types end a line. An eos that does not is an end of a document, which is left out: it also
-        ends a last line that has no end of its own. Raises DataError if nothing is left.
+        ends a last line that has no end of its own. Raises DataError if nothing is left, or for a token that is not in
+        the vocabulary.
         """
+        check_text(tokens, len(ends_line_V))
         is_end_N = ends_line_V[tokens]
         is_text_N = np.ones(len(tokens), np.bool_) if ends_line_V[eos_id] else np.asarray(tokens != eos_id)
         ends_S = np.flatnonzero(is_end_N | ~is_text_N) + 1
@@ -48,7 +52,8 @@ class Sentences:
         filled = ends_S > begins_S
         if not filled.any():
             raise DataError("there are no sentences to learn from", "check the split's text")
-        return cls(tokens, begins_S[filled].astype(np.int64), ends_S[filled].astype(np.int64), eos_id)
+        begins_S, ends_S = begins_S[filled].astype(np.int64), ends_S[filled].astype(np.int64)
+        return cls(tokens, begins_S, ends_S, eos_id, len(ends_line_V))
 
     @property
     def lengths_S(self) -> NDArray[np.int64]:
@@ -59,15 +64,23 @@ class Sentences:
         return len(self.begins_S)
 
     def batch(self, chosen: NDArray[np.int64]) -> Batch:
-        """Some of them side by side, padded with IGNORE; the first token of each is predicted from eos."""
+        """Some of them side by side, padded with IGNORE; the first token of each is predicted from eos.
+
+        Raises DataError for a token that is not in the vocabulary.
+        """
         begins_B, ends_B = self.begins_S[chosen], self.ends_S[chosen]
         positions_BT = begins_B[:, None] + np.arange(int((ends_B - begins_B).max()), dtype=np.int64)
         real_BT = positions_BT < ends_B[:, None]
         positions_BT = np.where(real_BT, positions_BT, begins_B[:, None])
-        targets_BT = np.where(real_BT, self.tokens[positions_BT].astype(np.int64), IGNORE)
-        before_BT = self.tokens[np.maximum(positions_BT - 1, 0)].astype(np.int64)
+        targets_BT = np.where(real_BT, self._read(positions_BT), IGNORE)
+        before_BT = self._read(np.maximum(positions_BT - 1, 0))
         inputs_BT = np.where(real_BT & (positions_BT > begins_B[:, None]), before_BT, self.eos_id)
         return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), starts_text=True)
+
+    def _read(self, positions_BT: NDArray[np.int64]) -> NDArray[np.int64]:
+        ids_BT = self.tokens[positions_BT].astype(np.int64)
+        check_ids(ids_BT, self.vocab_size, self.tokens, positions_BT)
+        return ids_BT
 
 
 class SentenceBatches:

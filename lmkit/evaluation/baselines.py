@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lmkit.config.model import NgramConfig
 from lmkit.errors import DataError
+from lmkit.ids import check_text
 from lmkit.models.ngram import KneserNey
 
 Tokens = NDArray[np.integer[Any]]
@@ -34,8 +35,8 @@ def unigram_nats(train_tokens: Tokens, tokens: Tokens, vocab_size: int) -> NDArr
     That is, with N tokens of train and U of the V types not in it, P(w) = max(c(w), 1) / (N + U), which sums to one.
     Raises DataError for a token that is not in the vocabulary.
     """
-    _require_tokens(train_tokens, vocab_size)
-    _require_tokens(tokens, vocab_size)
+    check_text(train_tokens, vocab_size)
+    check_text(tokens, vocab_size)
     counts_V = np.maximum(np.bincount(train_tokens, minlength=vocab_size), 1)
     nats_V: NDArray[np.float32] = (np.log(counts_V.sum()) - np.log(counts_V)).astype(np.float32)
     return nats_V[tokens]
@@ -47,7 +48,7 @@ def kn5_nats(train_tokens: Tokens, tokens: Tokens, eos_id: int, vocab_size: int,
     Counting takes seconds and about 0.2 KB of memory a token of train. Raises DataError for an empty train or a token
     that is not in the vocabulary.
     """
-    _require_tokens(tokens, vocab_size)
+    check_text(tokens, vocab_size)
     model = KneserNey(NgramConfig(order=order), vocab_size)
     model.fit(train_tokens, eos_id=eos_id)
     nats_N = np.empty(len(tokens), dtype=np.float32)
@@ -91,11 +92,3 @@ def _bits_per_byte(data: bytes, compressor: _Compressor) -> float:
     for begin in range(0, len(data), PIECE_BYTES):
         size += len(compressor.compress(data[begin : begin + PIECE_BYTES]))
     return 8 * (size + len(compressor.flush())) / len(data)
-
-
-def _require_tokens(tokens: Tokens, vocab_size: int) -> None:
-    if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
-        raise DataError(
-            f"token ids {int(tokens.min())} to {int(tokens.max())} do not fit a vocabulary of {vocab_size}",
-            "prepare the text with the run's tokenizer",
-        )

@@ -21,6 +21,7 @@ from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.evaluation.plan import NO_PREFIX, Indices, Tokens, Windows
 from lmkit.evaluation.scoring import mode, score
+from lmkit.ids import check_ids, check_text, file_of
 from lmkit.models.base import LanguageModel, Scores
 
 SAMPLE_SHARE = 0.004
@@ -191,7 +192,9 @@ def _log_probs(model: LanguageModel, inputs: NDArray[np.int64], rows: slice, dev
 
 
 def check_vocabulary(model: LanguageModel, tokens: Tokens, where: str) -> None:
-    """Raise ConfigError for a token that the model does not know."""
+    """Raise ConfigError for a token that the model does not know, DataError if it comes from a file of tokens."""
+    if file_of(tokens) is not None:
+        check_text(tokens, model.vocab_size)
     if len(tokens) and int(tokens.max()) >= model.vocab_size:
         raise ConfigError(
             f"{where} holds token {int(tokens.max())}, the model knows {model.vocab_size}",
@@ -251,6 +254,7 @@ def line_hashes(
     begin = 0
     while begin < len(tokens):
         piece = np.asarray(tokens[begin : begin + chunk])
+        check_ids(piece, len(ends_line_V), tokens, range(begin, begin + len(piece)))
         ends = np.flatnonzero(ends_line_V[piece]) + 1
         if begin + len(piece) == len(tokens):
             ends = ends if len(ends) and ends[-1] == len(piece) else np.append(ends, len(piece))

@@ -33,6 +33,7 @@ from lmkit.evaluation.plan import Indices, Reach, Windows
 from lmkit.evaluation.protocols import Material, Protocol, Source, build_protocol
 from lmkit.evaluation.scoring import Scorer, TokenScores, own_scores, score
 from lmkit.evaluation.temperature import TemperatureSearch, tempered
+from lmkit.ids import check_text
 from lmkit.loading import LoadedRun, load_run
 from lmkit.models.base import Scores
 from lmkit.rng import derive_key
@@ -105,11 +106,12 @@ class Evaluator:
         self._others_scored: dict[tuple[str, str], Nats] = {}
 
     def passage(self, split_name: str) -> Passage:
-        """A split, read as the protocol reads it."""
+        """A split, read as the protocol reads it. Raises DataError for an id in it that is not in the vocabulary."""
         if split_name not in self._passages:
             splits = self.prepared.splits
             if split_name not in splits:
                 raise DataError(f"{self.prepared.name} has no {split_name} split", f"it has {', '.join(splits)}")
+            check_text(splits[split_name].tokens, self.loaded.tokenizer.vocab_size)
             source = Source(
                 self.prepared.name,
                 split_name,

@@ -18,6 +18,7 @@ from lmkit.data.prepared import Split
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DivergedError
 from lmkit.evaluation.plan import NO_PREFIX, Indices, Tokens, Windows
+from lmkit.ids import check_ids, check_text, file_of
 from lmkit.models.base import LanguageModel, Scores
 
 Scorer = Callable[[Tensor, Tensor, Indices], Scores]
@@ -93,7 +94,8 @@ def score(
     the second layer on, keys depend on where their window began.) ``scorer`` stands in for the
     head's own scores and is called in the order of the text if batch_size is 1. The model computes in eval mode unless
     ``dropout``, and is put back into the mode it was in. ``progress`` is told how many tokens are done. Raises
-    ConfigError for an empty text or a foreign token, DivergedError for scores that are not finite.
+    ConfigError for an empty text or a foreign token (DataError where it comes from a file of tokens), DivergedError for
+    scores that are not finite.
     """
     text = Text(tokens, model.vocab_size)
     out = ScoreSheet(len(tokens), windows)
@@ -151,27 +153,34 @@ def mode(model: LanguageModel, *, training: bool) -> Iterator[None]:
 
 
 class Text:
-    """Inputs and targets by position."""
+    """Inputs and targets by position. Raises DataError for an id that is not in the vocabulary."""
 
     def __init__(self, tokens: Tokens, vocab_size: int) -> None:
         if len(tokens) == 0:
             raise ConfigError("the text to score is empty", "choose another split or dataset")
-        if int(tokens.max()) >= vocab_size:
+        if file_of(tokens) is not None:
+            check_text(tokens, vocab_size)
+        elif int(tokens.max()) >= vocab_size:
             raise ConfigError(
                 f"token id {int(tokens.max())} is outside the model's vocabulary of {vocab_size}",
                 "prepare the text with the run's tokenizer",
             )
-        self.tokens = tokens
+        self.tokens, self.vocab_size = tokens, vocab_size
 
     def inputs(self, positions_BT: Indices, windows: Windows) -> Tensor:
         """Token before each position, or the prefix where a window begins with one; anything behind the text's end."""
         before_BT = np.clip(positions_BT - 1, 0, len(self.tokens) - 1)
         prefix_B1 = windows.prefix_W[:, None]
         is_prefix_BT = (positions_BT == windows.begins_W[:, None]) & (prefix_B1 != NO_PREFIX)
-        return torch.from_numpy(np.where(is_prefix_BT, prefix_B1, self.tokens[before_BT].astype(np.int64)))
+        return torch.from_numpy(np.where(is_prefix_BT, prefix_B1, self._read(before_BT)))
 
     def targets(self, positions_N: Indices) -> Tensor:
-        return torch.from_numpy(self.tokens[positions_N].astype(np.int64))
+        return torch.from_numpy(self._read(positions_N))
+
+    def _read(self, positions: Indices) -> Indices:
+        ids = self.tokens[positions].astype(np.int64)
+        check_ids(ids, self.vocab_size, self.tokens, positions)
+        return ids
 
 
 class ScoreSheet:

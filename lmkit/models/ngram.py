@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lmkit.config.model import NgramConfig
 from lmkit.errors import DataError
+from lmkit.ids import check_text
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State
 
 NO_TOKEN = -1
@@ -389,12 +390,9 @@ class KneserNey(LanguageModel):
         """
         if len(tokens) == 0:
             raise DataError("the training text is empty", "choose another dataset")
-        smallest, largest = min(int(tokens.min()), eos_id), max(int(tokens.max()), eos_id)
-        if smallest < 0 or largest >= self.vocab_size:
-            raise DataError(
-                f"token ids {smallest} to {largest} do not fit the model's vocabulary of {self.vocab_size}",
-                "prepare the text with the run's tokenizer",
-            )
+        check_text(tokens, self.vocab_size)
+        if not 0 <= eos_id < self.vocab_size:
+            raise DataError(f"eos_id={eos_id} does not fit the model's vocabulary of {self.vocab_size}")
         order = self.config.order
         self.head.set_levels(estimate(tokens, order=order, vocab_size=self.vocab_size, eos_id=eos_id), eos_id)
 

@@ -187,6 +187,7 @@ def with_replay(
 def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carries_state: bool) -> Lanes | Windows:
     """Training batches in the configured order."""
     tokens, eos_id = prepared.splits["train"].tokens, prepared.tokenizer.eos_id
+    vocab_size = prepared.tokenizer.vocab_size
     lanes = train.order is Order.lanes or (train.order is Order.auto and carries_state)
     if lanes and not carries_state:
         raise ConfigError("train.order=lanes needs a model with carried state (lstm, gru)", "use train.order=windows")
@@ -197,13 +198,14 @@ def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carr
         elif train.shuffle is Shuffle.documents:
             pieces = Pieces.documents(tokens, eos_id, seed)
         jitter = seed if train.seq_len_jitter else None
-        return Lanes(tokens, eos_id, train.batch_size, train.seq_len, pieces=pieces, jitter=jitter)
+        sizes = train.batch_size, train.seq_len
+        return Lanes(tokens, eos_id, *sizes, pieces=pieces, jitter=jitter, vocab_size=vocab_size)
     if train.shuffle is not Shuffle.none or train.seq_len_jitter:
         raise ConfigError(
             "train.shuffle and train.seq_len_jitter are for train.order=lanes: windows are shuffled in any case",
             "leave them out, or train a model with carried state",
         )
-    return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed)
+    return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed, vocab_size=vocab_size)
 
 
 __all__ = ["LanguageModelling", "NextToken", "build_batches", "with_replay"]

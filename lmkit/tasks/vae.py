@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class SentenceVae(Task):
     def validation_s(self, *, device: Device, micro_batch_size: int) -> float:
         """Seconds that validation will take, from timing a few sentences of all lengths."""
         chosen = np.linspace(0, len(self.valid) - 1, min(PROBED, len(self.valid))).astype(np.int64)
-        probe = Sentences(self.valid.tokens, self.valid.begins_S[chosen], self.valid.ends_S[chosen], self.valid.eos_id)
+        probe = replace(self.valid, begins_S=self.valid.begins_S[chosen], ends_S=self.valid.ends_S[chosen])
         start = time.monotonic()
         self._score(probe, device, None)
         return (time.monotonic() - start) * float(self.valid.lengths_S.sum() / probe.lengths_S.sum())

@@ -20,16 +20,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from children import environment, limit_memory
 from harness import Lmkit, Start
 
 from lmkit.data import corpus as corpora
-from lmkit.data import survey, textfiles
+from lmkit.data import survey, textfiles, tokenfiles
 from lmkit.data.cleaning import Piece
 from lmkit.data.survey import digest_of
 from lmkit.data.tokenfiles import open_prepared
 from lmkit.errors import DataError
+from lmkit.evaluation.plan import Segments, unbroken
+from lmkit.evaluation.scoring import Text
+from lmkit.tasks.vae import sentences_of
+from lmkit.train import Trainer
 
 # Text
 
@@ -344,6 +349,96 @@ def test_row_101_token_ids_outside_the_vocabulary_are_noticed_when_the_data_is_o
     forge_index(prepared, tokens_entry(sha256=hashlib.sha256(data).hexdigest()))
     with pytest.raises(DataError, match=r"train\.tokens"):
         open_prepared(prepared)
+
+
+def put_id(path: Path, number: int, position: int) -> None:
+    """Write a token id of two bytes into a file of tokens, in its place."""
+    with path.open("r+b") as file:
+        file.seek(2 * position)
+        file.write(number.to_bytes(2, "little"))
+
+
+@pytest.fixture
+def unverified(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Prepared data that are not hashed when they are opened, as if they were large."""
+    monkeypatch.setattr(tokenfiles, "VERIFIED_BYTES", 0)
+    return prepared
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("model", ["lstm", "tiny", "kn5"])
+def test_row_101_an_id_outside_the_vocabulary_in_a_large_file_is_named_in_training(
+    unverified: Path, lmkit: Lmkit, small: list[str], tmp_path: Path, split: str, model: str
+) -> None:
+    put_id(unverified / f"{split}.tokens", 300, 100)
+    words = [word for word in small if not word.startswith("model")]
+    done = lmkit(*words, f"model={model}", f"run.dir={tmp_path}/run")
+    assert done.code == 3, done.err
+    file = unverified / f"{split}.tokens"
+    assert f"{file}: token ids do not fit a vocabulary of 257: 300 at position 100;" in done.error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("model", ["lstm", "tiny"])
+def test_row_101_an_id_that_goes_bad_while_a_run_trains_is_found_in_its_batch(
+    unverified: Path,
+    lmkit: Lmkit,
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    model: str,
+) -> None:
+    made = Trainer.__post_init__
+
+    def damaged(self: Trainer) -> None:  # all of the text was looked at by now
+        made(self)
+        put_id(unverified / "train.tokens", 65535, 40)
+
+    monkeypatch.setattr(Trainer, "__post_init__", damaged)
+    words = [word for word in small if not word.startswith("model")]
+    words += [f"model={model}", f"train.workers={workers}", "train.max_steps=200", "eval.every_steps=500"]
+    done = lmkit(*words, f"run.dir={tmp_path}/run")
+    assert done.code == 3, done.err
+    assert "train.tokens: token ids do not fit a vocabulary of 257: 65,535 at position 40;" in done.error
+
+
+@pytest.mark.parametrize("split", ["test", "train", "valid"])
+def test_row_101_an_id_outside_the_vocabulary_in_a_large_file_is_named_in_evaluation(
+    unverified: Path, lmkit: Lmkit, small: list[str], tmp_path: Path, split: str
+) -> None:
+    assert lmkit(*small, f"run.dir={tmp_path}/run").code == 0
+    put_id(unverified / f"{split}.tokens", 300, 100)
+    more = ["temperature=valid"] if split == "valid" else []
+    done = lmkit("eval-ppl", f"run={tmp_path}/run", "device=cpu", "device.threads=1", *more)
+    assert done.code == 3, done.err
+    assert f"{split}.tokens: token ids do not fit a vocabulary of 257: 300 at position 100;" in done.error
+
+
+def test_row_101_an_id_that_goes_bad_while_a_text_is_scored_is_found_in_its_piece(unverified: Path) -> None:
+    data = open_prepared(unverified)
+    tokens = data.splits["valid"].tokens
+    text = Text(tokens, data.tokenizer.vocab_size)
+    assert text.targets(np.array([7, 8])).tolist() == tokens[7:9].tolist()
+    put_id(unverified / "valid.tokens", 257, 8)
+    with pytest.raises(DataError, match=r"valid\.tokens: .* vocabulary of 257: 257 at position 8"):
+        text.targets(np.array([7, 8]))
+    whole = unbroken(Segments.whole(len(tokens), data.tokenizer.eos_id))
+    with pytest.raises(DataError, match="257 at position 8"):
+        text.inputs(np.array([[9]]), whole)
+    assert text.targets(np.array([7, 9])).tolist() == [tokens[7], tokens[9]]
+
+
+def test_row_101_an_id_that_goes_bad_in_a_sentence_is_found_in_its_batch(unverified: Path) -> None:
+    data = open_prepared(unverified)
+    sentences = sentences_of(data.splits["train"], data.tokenizer)
+    sentences.batch(np.array([0, 1]))
+    put_id(unverified / "train.tokens", 300, int(sentences.begins_S[1]))
+    sentences.batch(np.array([0, 2]))
+    with pytest.raises(DataError, match=r"train\.tokens: .*: 300 at position"):
+        sentences.batch(np.array([0, 1]))
+    with pytest.raises(DataError, match=r"train\.tokens: .*: 300 at position"):
+        sentences_of(data.splits["train"], data.tokenizer)
 
 
 @pytest.mark.parametrize("damage", ["swap", "truncate", "extend", "flip", "zeros", "missing", "folder", "ends"])
