@@ -46,6 +46,8 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     side_file: ClassVar[str | None] = None
     """Name of the file that holds the content when it is the file of another library."""
+    library: ClassVar[str | None] = None
+    """The distribution of that library, which reads the file."""
     ends_lines: ClassVar[bool] = False
     """True: ``eos_id`` ends a line, and documents have no end token of their own."""
     encodes_slowly: ClassVar[bool] = True

@@ -25,6 +25,7 @@ class HfTokenizer(BytesTokenizer):
 
     kind = "hf"
     side_file = "hf.json"
+    library = "tokenizers"
     EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
     MAX_IDS = 1 << 22
 

@@ -3,7 +3,8 @@
 sentencepiece and tokenizers are native libraries: what a crafted file makes of them may be an abort, a wild read, all
 the memory there is, or a regular expression that never ends, none of which is an exception here. The child has limits
 of time and memory; the file is loaded in this process only after the child has come to a good end.
-What has come to one is remembered by its digest in the user's cache folder, so that it is tried once.
+What has come to one is remembered in the user's cache folder, by its digest and the version of the library, so that it
+is tried once by each.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ _REFUSED = 3
 def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
     """Raises DataError if a tokenizer of this class cannot be made of ``content`` and used within the limits.
 
-    Content that was found good before is not tried again; where the cache folder cannot be written it is.
+    Content that was found good before by the same version of the library is not tried again; where the cache folder
+    cannot be written it is.
     """
-    note = _note(digest_of(cls.kind, content))
+    note = _note(cls, digest_of(cls.kind, content))
     if os.path.isfile(note):
         return
     command = [sys.executable, "-P", "-c", f"from {__name__} import child; child()", cls.kind]
@@ -58,12 +60,22 @@ def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
 def vouch(tokenizer: Tokenizer) -> None:
     """Remember a tokenizer that was made here, and not read, as good: it need never be tried."""
     if tokenizer.side_file is not None:
-        _make(_note(tokenizer.digest))
+        _make(_note(type(tokenizer), tokenizer.digest))
 
 
-def _note(digest: str) -> Path:
-    """The empty file that says that content of this digest is good."""
-    return cache_dir() / "tried" / digest
+def _note(cls: type[Tokenizer], digest: str) -> Path:
+    """The empty file that says that the library, as it is installed, has made a good end of content of this digest."""
+    return cache_dir() / "tried" / f"{digest}-{cls.library}-{_version(cls.library)}"
+
+
+def _version(library: str | None) -> str:
+    """The version of a distribution, from its metadata: the library is not imported."""
+    from importlib import metadata  # takes longer to import than all of the rest here
+
+    try:
+        return metadata.version(library or "")
+    except (metadata.PackageNotFoundError, ValueError):
+        return "unknown"
 
 
 def _make(note: Path) -> None:

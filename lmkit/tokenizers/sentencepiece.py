@@ -26,6 +26,7 @@ class SentencePieceTokenizer(BytesTokenizer):
 
     kind = "sentencepiece"
     side_file = "sentencepiece.model"
+    library = "sentencepiece"
     _BATCH_CHARS = 1 << 22
     num_threads = 2
     """Threads that encode a batch of many lines."""

@@ -18,6 +18,8 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +391,57 @@ def test_rows_86_87_the_tokenizer_of_a_run_is_tried_once_and_of_an_own_run_never
     monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "no folder"))
     assert [lmkit(*words).code for _ in range(2)] == [0, 0]
     assert tries == ["sentencepiece"] * 3
+
+
+@pytest.mark.parametrize(("kind", "library"), [("sentencepiece", "sentencepiece"), ("hf", "tokenizers")])
+def test_rows_86_87_another_version_of_the_library_tries_a_file_again(
+    sentencepiece_folder: Path,
+    tries: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    library: str,
+) -> None:
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "cache"))
+    path = tokenizer_json(tmp_path / "tokenizer.json")
+
+    def load() -> None:
+        if kind == "hf":
+            train_tokenizer(HfTokenizerConfig(path=str(path)), lambda: iter(()))
+        else:
+            load_tokenizer(sentencepiece_folder)
+
+    installed, asked = metadata.version, list[str]()
+
+    def version_of(name: str, newer: str) -> str:
+        asked.append(name)
+        return newer if name == library else installed(name)
+
+    for newer, expected in (("0.1.0", 1), ("0.1.0", 1), ("0.1.1", 2), ("0.1.0", 2)):
+        monkeypatch.setattr(metadata, "version", partial(version_of, newer=newer))
+        load()
+        assert tries == [kind] * expected
+    assert library in asked
+
+
+def test_rows_86_87_what_was_trained_here_is_tried_by_a_newer_library(
+    tries: list[str], subwords: Path, lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", f"run={subwords}", "-n", "1", *DEVICE]
+    assert lmkit(*words).code == 0
+    assert tries == []
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == "sentencepiece" else installed(name))
+    assert [lmkit(*words).code for _ in range(2)] == [0, 0]
+    assert tries == ["sentencepiece"]
+
+
+def test_rows_86_87_a_library_without_metadata_is_of_one_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert probe._version("sentencepiece") == probe._version(None) == "unknown"
 
 
 @pytest.mark.parametrize("attack", ["wild offsets in the charsmap", "cut off"])
