@@ -51,7 +51,8 @@ def order_behind(snapshot: Snapshot, digests: Mapping[str, str], before: str) ->
     """The order that a run follows behind a checkpoint that was trained on the data of the digest ``before``.
 
     It begins anew where the data of ``digests`` are others: with the first step behind the checkpoint, under the next
-    number. Steps, schedule and optimizer go on; an epoch that was under way is left where it was.
+    number. Steps, schedule and optimizer go on; an epoch that was under way is left where it was. Where the length of
+    the run is given in epochs, these are epochs of the present data, counted from the run's first step.
     """
     order = order_of(snapshot.config)
     if before == digests["data"]:

@@ -50,9 +50,7 @@ def check_new(run: Run) -> None:
         )
 
 
-def check_origin(
-    run: Run, digests: Mapping[str, str], path: Path, console: Console, *, new_data: bool = False
-) -> None:
+def check_origin(run: Run, digests: Mapping[str, str], path: Path, console: Console, *, new_data: bool = False) -> None:
     """Raise ConfigError if a checkpoint was trained on other data (unless ``new_data``: they may be others) or with
     another tokenizer, whatever run.json says."""
     told = read_manifest(path).digests

@@ -28,7 +28,9 @@ FORMAT = "lmkit-prepared"
 VERSION = 1
 INDEX = "index.json"
 VERIFIED_BYTES = 1_000_000_000
-"""Token files of at most this many bytes in sum are verified by their SHA-256 whenever they are opened."""
+"""Token files of at most this many bytes in sum are verified by their SHA-256 whenever they are opened.
+
+Of all files, the ids are looked at as they are read: see ``lmkit.ids``."""
 
 _MAX_INDEX_BYTES = 16 << 20
 _ENDS_TYPE = np.dtype("<i8")

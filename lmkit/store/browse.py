@@ -151,7 +151,7 @@ def status_of(run_dir: Path) -> Status:
         return Status.unknown
     if any(event.get("event") == "nonfinite" and event.get("policy") == "stop" for event in session):
         return Status.diverged
-    return Status.finished if has_result and names <= {"changed", "no lock"} else Status.crashed
+    return Status.finished if has_result and names <= {"changed", "error", "no lock"} else Status.crashed
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 
 import filelock
 
-from lmkit.errors import CheckpointError, ConfigError, ResourceError, RunLockedError
+from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, RunLockedError, StoppedError
 from lmkit.store import storage
 from lmkit.store.found import (
     CHECKPOINTS,
@@ -283,10 +283,17 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self._note(error)
             for listener in self._listeners:
                 listener.end(error)
         finally:
             self.close()
+
+    def _note(self, error: BaseException | None) -> None:
+        """Journal the error that ends this process's part; a stop on request is none, and was journalled before."""
+        if isinstance(error, LmkitError) and not isinstance(error, StoppedError):
+            with contextlib.suppress(Exception):  # whatever it is: the error that people must see is the other one
+                self.journal("error", {"code": error.exit_code, "message": str(error)})
 
 
 class SharedRun(Run):

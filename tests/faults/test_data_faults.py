@@ -401,6 +401,8 @@ def test_row_101_an_id_that_goes_bad_while_a_run_trains_is_found_in_its_batch(
     done = lmkit(*words, f"run.dir={tmp_path}/run")
     assert done.code == 3, done.err
     assert "train.tokens: token ids do not fit a vocabulary of 257: 65,535 at position 40;" in done.error
+    last = json.loads((tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (last["event"], last["code"], last["message"]) == ("error", 3, done.error)
 
 
 @pytest.mark.parametrize("split", ["test", "train", "valid"])

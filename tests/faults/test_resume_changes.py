@@ -11,20 +11,22 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import Lmkit, digests, forge, forge_config
 
 from lmkit.commands import training
+from lmkit.commands.new_data import DataOrder, follow
 from lmkit.commands.replay import replay
-from lmkit.config.data import ByteTokenizerConfig, TextConfig
 from lmkit.console import Console
 from lmkit.data.batches import Lanes
-from lmkit.data.prepared import prepare
+from lmkit.data.prepared import cache_dir, open_prepared
 from lmkit.errors import DataError
 from lmkit.session import Session
-from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.store.manifest import step_of
 from lmkit.tasks.language import LanguageModelling
@@ -237,7 +239,7 @@ NEW_DATA = "run.allow_data_change=true"
 
 
 def test_row_70_new_data_are_taken_where_that_is_asked_for_and_their_order_begins_anew(
-    grown: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grown: list[str], lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
     info = json.loads((run_dir / "run.json").read_bytes())
@@ -257,14 +259,14 @@ def test_row_70_new_data_are_taken_where_that_is_asked_for_and_their_order_begin
     assert done.err.count("the data changed: behind step 12 they come in a new order (number 1)") == 1
     assert [step for step, _, _ in seen] == list(range(12, 20))  # the count of steps goes on
     assert [starts for _, starts, _ in seen] == [True] + 7 * [False]  # with the beginning of an epoch
-    prepared = prepare(TextConfig(path=str(own_corpus)), ByteTokenizerConfig())
-    assert seen[0][2] == prepared.splits["train"].tokens[:16].tolist()
     now = json.loads((run_dir / "run.json").read_bytes())
-    before = info["digests"]["data"]
-    assert now == {**info, "digests": info["digests"] | {"data": prepared.key}, "former_data": [before]}
-    assert events(run_dir, "data changed") == [{"from": before, "to": prepared.key, "step": 12, "order": 1}]
+    before, new = info["digests"]["data"], now["digests"]["data"]
+    assert before != new
+    assert now == {**info, "digests": info["digests"] | {"data": new}, "former_data": [before]}
+    assert seen[0][2] == open_prepared(cache_dir() / "prepared" / new).splits["train"].tokens[:16].tolist()
+    assert events(run_dir, "data changed") == [{"from": before, "to": new, "step": 12, "order": 1}]
     newest = load_checkpoint(list_checkpoints(run_dir)[-1], with_optimizer=False)
-    assert newest.config["data_order"] == {"number": 1, "first_step": 12, "data": prepared.key}
+    assert newest.config["data_order"] == {"number": 1, "first_step": 12, "data": new}
     assert read_metrics(run_dir)[-1]["step"] == 20
 
 
@@ -392,6 +394,21 @@ def test_row_70_steps_of_the_new_data_are_replayed_and_those_of_the_old_are_not(
             replay(run_dir, step, Console(io.StringIO()))
 
 
+def test_row_70_batches_that_were_to_be_left_out_are_not_those_of_the_new_data() -> None:
+    """As behind a rollback: step 9 was done once, and is to be left out when it comes again."""
+    snapshot = Snapshot(7, {}, {}, {"skipped_steps": [3, 9]}, {})
+    said: list[Any] = []
+    job: Any = SimpleNamespace(
+        model_config=SimpleNamespace(trains_by_counting=False),
+        task=SimpleNamespace(fitted=dict, batches=Lanes(np.arange(50), 9, 2, 5)),
+        run=SimpleNamespace(take_data=said.append, journal=lambda event, fields: said.append(event)),
+        console=Console(io.StringIO()),
+    )
+    follow(job, DataOrder(1, 7, "new"), snapshot, "old", ["older"])
+    assert snapshot.state["skipped_steps"] == [3]
+    assert said == [["older", "old"], "data changed"]
+
+
 def test_row_70_an_order_in_a_checkpoint_that_means_nothing_is_refused(
     grown: list[str], lmkit: Lmkit, tmp_path: Path
 ) -> None:
@@ -432,7 +449,6 @@ def test_row_74_a_checkpoint_can_be_continued_twice_to_the_same_bytes_and_a_fini
 
 def test_row_78_the_batch_of_any_step_is_found_without_reading_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order itself is timed in test_batches.py; here: one position is asked for, whatever the step."""
-    import numpy as np
 
     class Counting:
         """A train split of a trillion tokens that notes how many of them are looked at."""

@@ -24,6 +24,7 @@ from children import Child
 from harness import Lmkit, Start
 
 from lmkit.store import storage
+from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
 from lmkit.store.found import read_metrics
 from lmkit.store.manifest import read_manifest, verify_checkpoint
@@ -356,6 +357,9 @@ def test_row_58_a_run_that_diverges_is_one_line_and_7_and_keeps_its_last_checkpo
     assert all(row["text"] for row in record["rows"])
     after = digests(run_dir)
     assert after["step"] >= before["step"]
+    (last,) = journal(run_dir, "error")
+    assert (last["code"], last["message"]) == (7, done.error)
+    assert status_of(run_dir) is Status.diverged
 
 
 def test_row_63_another_process_folder_hash_seed_and_order_of_files_give_the_same_bytes(

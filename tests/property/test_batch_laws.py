@@ -48,9 +48,7 @@ def test_over_one_epoch_each_token_is_a_target_exactly_once(n: int, b: int, t: i
 
 @LAW
 @given(lengths, batch_sizes, seq_lens, seeds, st.integers(1, 5), st.integers(0, 10**9))
-def test_an_order_that_begins_anew_has_whole_epochs(
-    n: int, b: int, t: int, seed: int, number: int, first: int
-) -> None:
+def test_an_order_that_begins_anew_has_whole_epochs(n: int, b: int, t: int, seed: int, number: int, first: int) -> None:
     for batches in (Lanes(stream(n), n, b, t), Windows(stream(n), n, b, t, seed)):
         anew = Restarted(batches, number=number, first_step=first)
         for epoch in range(2):

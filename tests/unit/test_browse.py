@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit.errors import CheckpointError
-from lmkit.store.browse import Status, find_runs, is_locked, named_run, read_summary, status_of
+from lmkit.errors import CheckpointError, ConfigError
+from lmkit.store.browse import Status, find_runs, is_locked, named_run, read_journal, read_summary, status_of
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.runs import Run
@@ -85,6 +86,16 @@ def test_a_finished_run_that_had_nothing_more_to_do_is_finished_and_one_that_bro
     assert status_of(run.path) is Status.crashed
     with open_run(run.path, resume=True):
         assert status_of(run.path) is Status.running
+
+
+def test_a_finished_run_stays_finished_after_an_attempt_that_was_refused(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        finish(run)
+    open_run(run.path, resume=True).close()  # which had nothing to do
+    with contextlib.suppress(ConfigError), open_run(run.path, resume=True):
+        raise ConfigError("a key that must not change")
+    assert read_journal(run.path)[-1]["event"] == "error"
+    assert status_of(run.path) is Status.finished
 
 
 def test_no_lock_file_is_made_by_looking(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -15,7 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, RunLockedError
+from lmkit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LmkitError,
+    ResourceError,
+    RunLockedError,
+    StoppedError,
+)
 from lmkit.store import records, runs, storage
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
@@ -262,6 +272,60 @@ def test_a_torn_last_line_is_cut_even_if_no_step_is(tmp_path: Path) -> None:
         run.cut_metrics(9)
         run.log_metrics({"step": 2})
         assert (run.path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def journal(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """The events of a run, each with what it says beside time and process."""
+    lines = (run.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(row.pop("event"), {key: row[key] for key in row if key not in ("time", "pid")}) for row in rows]
+
+
+def test_an_error_that_ends_a_run_is_the_last_line_of_its_journal(tmp_path: Path) -> None:
+    problem = DataError("valid.tokens is damaged\nin two lines", "prepare it again")
+    with pytest.raises(DataError) as caught, create(tmp_path) as run:  # noqa: PT012
+        begin(run)
+        raise problem
+    assert caught.value is problem
+    message = "valid.tokens is damaged\nin two lines; prepare it again"
+    assert journal(run)[1:] == [("error", {"code": 3, "message": message})]
+
+
+@pytest.mark.parametrize("error", [None, StoppedError("stopped by SIGTERM"), KeyboardInterrupt(), ValueError("a bug")])
+def test_stops_and_what_is_no_error_for_people_leave_no_error_in_the_journal(
+    tmp_path: Path, error: BaseException | None
+) -> None:
+    with contextlib.suppress(StoppedError, KeyboardInterrupt, ValueError), create(tmp_path) as run:
+        begin(run)
+        if error is not None:
+            raise error
+    assert [event for event, _ in journal(run)] == ["start"]
+
+
+@pytest.mark.parametrize("why", ["disk full", "read only", "nobody reads the warning"])
+def test_an_error_is_not_hidden_by_a_journal_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        if why.startswith("nobody"):
+            raise BrokenPipeError
+
+    def fail(*_: Any) -> int:
+        number = errno.EROFS if why == "read only" else errno.ENOSPC
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ConfigError, match="wrong"), create(tmp_path, warn=warn) as run:  # noqa: PT012
+        if why == "read only":
+            monkeypatch.setattr(storage, "open_to_append", fail)
+        else:
+            monkeypatch.setattr(records.os, "write", fail)
+        raise ConfigError("wrong")
+    monkeypatch.undo()
+    assert len(warnings) == 1
+    create(tmp_path, run.path, resume=True).close()  # the lock is free
 
 
 def test_a_full_disk_for_the_log_is_one_warning_and_later_lines_are_whole(
