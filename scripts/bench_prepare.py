@@ -107,9 +107,7 @@ def compare(text: Path, kind: str, vocab_size: int, rounds: int) -> list[dict[st
     peers = measure_in_turns(names, __file__, arguments, rounds)
     num_bytes = text.stat().st_size
     table(peers, f"{kind}, {num_bytes / 1e6:.1f} MB, {rounds} rounds", num_bytes)
-    return [
-        peer.row(tokenizer=kind, num_bytes=num_bytes, mb_per_s=num_bytes / 1e6 / peer.median_s()) for peer in peers
-    ]
+    return [peer.row(tokenizer=kind, num_bytes=num_bytes, mb_per_s=num_bytes / 1e6 / peer.median_s()) for peer in peers]
 
 
 def build(way: str, kind: str, text: Path, vocab_size: int) -> Work:

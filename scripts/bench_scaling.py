@@ -100,9 +100,7 @@ def measured(processes: list[int], rounds: int, steps: int, model: str, threads:
     return rows
 
 
-def train(
-    processes: int, text: Path, run: Path, steps: int, model: str, threads: int | None
-) -> dict[str, int | float]:
+def train(processes: int, text: Path, run: Path, steps: int, model: str, threads: int | None) -> dict[str, int | float]:
     """Train once by that many processes; speed, memory and what they trained."""
     command = [
         *("-m", "lmkit", "pretrain", "dataset=text", f"dataset.path={text}", "tokenizer=byte"),

@@ -239,7 +239,9 @@ def execute(job: Job) -> dict[str, Any]:
         job.run.journal("changed", {"keys": changes})
     result = read_result(job.run.path)
     longer = any(change.startswith(LENGTH) for change in changes)
-    if result is not None and found is not None and not longer:
+    # a result may be of an end that the run had before it was given more steps
+    ended = result is not None and found is not None and result.get("step", found[1].step) == found[1].step
+    if result is not None and found is not None and ended and not longer:
         job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
         return result
     if found is not None:

@@ -447,6 +447,21 @@ def test_row_74_a_checkpoint_can_be_continued_twice_to_the_same_bytes_and_a_fini
     assert content(trained) == before
 
 
+def test_row_74_a_finished_run_that_was_given_more_steps_and_stopped_among_them_goes_on(
+    small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = shutil.copytree(trained, tmp_path / "twin")
+    words = [*small, "resume=true", "train.max_steps=20"]
+    assert lmkit(*words, f"run.dir={trained}").code == 0
+    with monkeypatch.context() as patch:
+        stop_after(15, patch)
+        assert lmkit(*words, f"run.dir={twin}").code == 75
+    done = lmkit(*words, f"run.dir={twin}")
+    assert done.code == 0, done.err
+    assert digests(twin) == digests(trained)
+    assert "nothing to do" in lmkit(*words, f"run.dir={twin}").err
+
+
 def test_row_78_the_batch_of_any_step_is_found_without_reading_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order itself is timed in test_batches.py; here: one position is asked for, whatever the step."""
 

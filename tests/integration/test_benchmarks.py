@@ -307,9 +307,7 @@ def test_rows_of_several_processes_and_what_is_computed_lie_side_by_side(
         }
 
     monkeypatch.setattr(bench_scaling, "train", train)
-    monkeypatch.setattr(
-        bench_scaling, "time_collectives", lambda *_: {"agree_ms": 0.5, "sum_gradients_ms": 1.0}
-    )
+    monkeypatch.setattr(bench_scaling, "time_collectives", lambda *_: {"agree_ms": 0.5, "sum_gradients_ms": 1.0})
     words = ("--processes", "1", "2", "--rounds", "2", "--json", str(tmp_path / "rows.json"))
     call_scaling(bench_scaling, monkeypatch, *words)
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
