@@ -33,11 +33,10 @@ class Due:
         """What the first process finds due, and the end of the run as it sees it; a request may come to any of them."""
         if world.size == 1:
             return self, line
-        found = [self.done, self.log, self.evaluate, self.save, self.offer]
-        found += [line.per_step, line.fit_step, line.fit_progress]
-        found, requests = world.agree(found, [self.stop is not None, self.asked is not None])
+        end = line.per_step, line.fit_step, line.fit_progress
+        own = [self.done, self.log, self.evaluate, self.save, self.offer, *end]
+        found, requests = world.agree(own, [self.stop is not None, self.asked is not None])
         done, log, evaluate, save, offer = map(bool, found[:5])
-        stop, asked = (
-            own or ANOTHER if made else None for own, made in zip((self.stop, self.asked), requests, strict=True)
-        )
+        mine = self.stop, self.asked
+        stop, asked = (name or ANOTHER if made else None for name, made in zip(mine, requests, strict=True))
         return Due(done, log, evaluate, save, offer, stop, asked), Horizon(found[5], int(found[6]), found[7])

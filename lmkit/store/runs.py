@@ -182,8 +182,8 @@ class Run:
             new = {"seed": seed, **digests}
             if "base_sha256" in info:  # older versions did not write it down
                 old["base_sha256"], new["base_sha256"] = info["base_sha256"], base_sha256
-            if new_data and (data := old.pop("data", None)) not in (None, digests.get("data"), *self.former_data):
-                self.former_data.append(str(data))
+            if new_data:
+                old.pop("data", None)
             self.refuse_changes(old, new, show)
             self.journal("resume", {"command": list(command)})
         self.digests = digests

@@ -355,6 +355,11 @@ def test_rows_70_71_another_vocabulary_is_refused_although_other_data_are_allowe
     assert "cannot be resumed because this changed: tokenizer: " in done.error
     assert "data" not in done.error.replace(str(tmp_path), "")
     assert content(tmp_path / "run") == before
+    (tmp_path / "run" / "run.json").unlink()  # so that the checkpoints alone tell
+    done = lmkit(*words, "resume=true", "train.max_steps=20", NEW_DATA)
+    assert done.code == 2, done.err
+    assert "cannot be resumed because this changed: tokenizer: " in done.error
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize("why", ["fitted", "counted", "not resumed"])
