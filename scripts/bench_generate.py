@@ -48,6 +48,10 @@ def main() -> None:
 
 
 def lmkit_work(shape: str, batch: int, sampled: bool, threads: int | None) -> Work:
+    from lmkit.cli import limit_spinning
+
+    limit_spinning("generate")  # as the command does before torch is loaded
+
     from lmkit.config.commands import SamplingConfig
     from lmkit.config.machine import DeviceConfig, DeviceType
     from lmkit.config.model import Activation, Norm, Positions, TransformerConfig

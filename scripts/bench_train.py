@@ -216,6 +216,10 @@ def on_device(work: Work, device: str) -> Work:
 
 
 def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
+    from lmkit.cli import limit_spinning
+
+    limit_spinning("pretrain")  # as the command does before torch is loaded
+
     import torch
 
     from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch

@@ -73,10 +73,11 @@ def _main(words: list[str], output: Path, setup: list[Setup], after: list[Setup]
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for number in (1, 2):
         os.dup2(descriptor, number)
-    from lmkit import cli, session
+    from lmkit import cli
+    from lmkit.commands import training
     from lmkit.store import saving
 
-    session.plot_curves = no_plot
+    training.plot_run = no_plot
     saving.CHEAP_S = 1e9  # as in tests/conftest.py, which does not reach this process
     for prepare in setup:
         prepare()

@@ -18,7 +18,8 @@ import pytest
 from children import Child, environment
 from harness import Lmkit, Start, digests
 
-from lmkit import plots, session
+from lmkit import plots
+from lmkit.commands import training
 from lmkit.store import runs, storage
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
@@ -125,7 +126,7 @@ def test_row_47_a_link_in_place_of_a_runs_file_leaves_its_target_alone(
         path.unlink(missing_ok=True)
         path.symlink_to(victim)
     if what == "loss.png":
-        monkeypatch.setattr(session, "plot_curves", plots.plot_curves)
+        monkeypatch.setattr(training, "plot_run", plots.plot_run)
     done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=14")
     assert done.code in (0, 4, 6), done.err
     assert victim.read_text(encoding="utf-8") == "precious\n"

@@ -96,6 +96,18 @@ def end_in_the_middle(_: Session) -> None:
     sharding.whole = counted
 
 
+def end_before_agreeing() -> None:
+    """End when all parts are given, and the processes tell each other which step they are of."""
+    check = distributed.World.check_step
+
+    def instead(self: distributed.World, step: int) -> None:
+        if step == STEP:
+            die()
+        check(self, step)
+
+    distributed.World.check_step = instead  # type: ignore[method-assign]
+
+
 def hang(_: Session) -> None:
     time.sleep(3600)
 
@@ -159,10 +171,11 @@ def goes_on(job: Job, parallel: str, run_dir: Path, undisturbed: dict[str, dict[
     [
         ("ddp", 1, partial(before_snapshot, end), [4]),
         ("fsdp", 1, partial(before_snapshot, end_in_the_middle), [4]),
+        ("ddp", 1, end_before_agreeing, [4]),
         ("ddp", 0, partial(at_the_rename, die), [4]),
         ("ddp", 1, None, [4, 8]),  # after all have given their parts, while the first one writes: it may go on to do so
     ],
-    ids=["before its part", "in its part", "the writing one", "after its part"],
+    ids=["before its part", "in its part", "before it agrees", "the writing one", "after its part"],
 )
 def test_row_17_a_process_that_ends_in_a_save_leaves_the_checkpoint_before_and_is_named_by_the_other(
     job: Job,

@@ -49,8 +49,13 @@ def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None]) 
 
 
 def table(tensors: dict[str, str]) -> Attack:
-    """The manifest lists other tensors than the file has."""
-    return lambda checkpoint: change_manifest(checkpoint, lambda found: found["tensors"].update({MODEL: tensors}))
+    """The manifest lists other tensors than the file has, and none of them twice."""
+
+    def change(found: dict[str, Any]) -> None:
+        found["tensors"][MODEL] = tensors
+        found["aliases"].pop(MODEL, None)
+
+    return lambda checkpoint: change_manifest(checkpoint, change)
 
 
 def raw_table(entries: Callable[[], str]) -> Attack:
@@ -70,7 +75,6 @@ def tensors(specs: dict[str, TensorSpec]) -> Attack:
 
     def attack(checkpoint: Path) -> None:
         forge(checkpoint, MODEL, header_bytes(specs) + bytes(sum(spec.num_bytes for spec in specs.values())))
-        change_manifest(checkpoint, lambda found: found["aliases"].pop(MODEL, None))
         table({name: str(spec) for name, spec in specs.items()})(checkpoint)
 
     return attack

@@ -1,7 +1,8 @@
-"""Killed at every storage operation of a save, a run that goes on ends with the bytes of one that was never killed.
+"""Killed in the middle of a save, a run that goes on ends with the bytes of one that was never killed.
 
-test_checkpoint_faults.py kills at the same places and looks at what is left; here each run is continued and trained to
-its end. The operations are those of a whole save in the background: files, commit, and the retirement of an older one.
+test_checkpoint_faults.py kills at every storage operation and looks at what is left; here runs that were killed at each
+kind of operation are continued and trained to their end. The save is a whole one in the background: files, commit, and
+the retirement of an older checkpoint.
 """
 
 from __future__ import annotations
@@ -69,23 +70,39 @@ def train(cfg: PretrainConfig, at: int | None = None, found: Path | None = None)
 
 
 def kill_and_go_on(cfg: PretrainConfig, at: int) -> None:
-    """Train in a process that dies, as in ``train``, and in this one go on to the end."""
+    """Go on in a process that dies, as in ``train``, and again in this one, to the end."""
+    cfg = replace(cfg, resume=True)
     assert in_child(partial(train, cfg, at)) == -signal.SIGKILL
-    pretrain.run(replace(cfg, resume=True))
+    pretrain.run(cfg)
+
+
+def places(calls: list[str]) -> list[int]:
+    """Where each kind of operation is used first and last: before the commit, at it and after it.
+
+    A kill right behind syncs leaves the same files as one before them, and is that one.
+    """
+
+    def before_syncs(at: int) -> int:
+        return before_syncs(at - 1) if at > 0 and calls[at - 1].startswith("sync") else at
+
+    last = {name: at for at, name in enumerate(calls)}
+    return sorted({before_syncs(at) for at in (*map(calls.index, last), *last.values())})
 
 
 @pytest.mark.slow
-def test_rows_1_to_10_34_killed_at_every_storage_operation_of_a_save_a_run_ends_as_if_it_had_not_been(
+def test_rows_1_to_10_34_killed_at_every_kind_of_operation_of_a_save_a_run_ends_as_if_it_had_not_been(
     corpus: Path, start: Start, tmp_path: Path
 ) -> None:
     alone = start(setup=[partial(train, config(tmp_path / "alone", corpus), found=tmp_path / "calls")])
     assert alone.wait() == 0, alone.text
+    expected = digests(tmp_path / "alone")
     calls = json.loads((tmp_path / "calls").read_bytes())
     assert {"write_all", "sync_file", "sync_directory", "rename", "remove_file", "remove_directory"} <= set(calls)
     commit = calls.index("rename")
-    expected = digests(tmp_path / "alone")
-    for at in range(len(calls)):
-        run_dir = tmp_path / f"run{at}"
+    begun = start(setup=[partial(train, config(tmp_path / "begun", corpus), 0)])  # so that not each trains from scratch
+    assert begun.wait() == -signal.SIGKILL, begun.text
+    for at in places(calls):
+        run_dir = Path(shutil.copytree(tmp_path / "begun", tmp_path / f"run{at}"))
         child = start(setup=[partial(kill_and_go_on, config(run_dir, corpus), at)])
         assert child.wait() == 0, child.text
         assert f"resuming {run_dir} after step {KILLED - 2 if at <= commit else KILLED}\n" in child.text
