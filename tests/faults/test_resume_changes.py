@@ -286,7 +286,7 @@ def test_row_70_a_run_with_new_data_goes_on_without_the_key_to_the_same_bytes(
         assert lmkit(*words, f"run.dir={tmp_path}/stopped", NEW_DATA).code == 75
     with monkeypatch.context() as patch:  # before the first checkpoint of the new data
 
-        def killed(*_: Any) -> None:
+        def killed(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
         patch.setattr(training, "_train", killed)

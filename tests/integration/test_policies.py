@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lmkit import horizon, products, session
-from lmkit.commands import finetune, pretrain
+from lmkit.commands import finetune, pretrain, training
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.machine import Precision
@@ -247,7 +247,7 @@ def test_row_50_a_signal_after_the_last_step_ends_the_command_and_loses_nothing(
 ) -> None:
     cfg = config()
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "plot", lambda self: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(training, "plot_run", lambda *_: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(StoppedError, match=r"stopped by SIGTERM after the last step, which is saved in"):
             pretrain.run(cfg)
     assert read_result(path_of(cfg)) is None
