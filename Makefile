@@ -54,9 +54,9 @@ smoke: $(STAMP)  ## the five commands through the installed lmkit
 test-all: lint types $(WITH_EXTRAS)  ## every test: the slow ones, the extras (llama.cpp is compiled), the corpora (LMKIT_DATA)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-# Two workers leave half of two cores idle: most of these tests wait for processes of their own.
+# Two workers leave half of two cores idle: most of these tests wait for processes of their own. The longest come first.
 faults: $(STAMP)  ## every fault: kills, power cuts, damage, full disks, hostile input; a longer soak with LMKIT_SOAK_S=600
-	$(TEST_ENV) $(BIN)/python -m pytest -n 3 tests/faults tests/golden $(FAULTS_ELSEWHERE)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist worksteal tests/faults/test_soak.py tests/faults tests/golden $(FAULTS_ELSEWHERE)
 
 fuzz: $(STAMP)  ## a minute of coverage-guided fuzzing of what reads files of others (installs atheris; Linux)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-extras.txt atheris
