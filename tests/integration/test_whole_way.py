@@ -171,14 +171,24 @@ class Clock:
         return self.now_s
 
 
-def test_a_time_budget_is_kept_and_the_rate_is_annealed(
-    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of a training run."""
     clock = Clock()
     for module in (session, training):
         monkeypatch.setattr(module, "time", clock)
-    free = checkpoint_writer.Cost(copy_s=0.0, cpu_s=0.0, wall_s=0.0)  # saves have a clock of their own
+    return clock
+
+
+@pytest.fixture
+def _free_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves, which have a clock of their own, take no time."""
+    free = checkpoint_writer.Cost(copy_s=0.0, cpu_s=0.0, wall_s=0.0)
     monkeypatch.setattr(checkpoint_writer, "Cost", lambda *_: free)
+
+
+@pytest.mark.usefixtures("clock", "_free_saves")
+def test_a_time_budget_is_kept_and_the_rate_is_annealed(config: MakeConfig, tmp_path: Path) -> None:
     result = pretrain.run(config(max_steps=None, budget="20s"))
     assert 10 < result["elapsed_s"] < 20
     rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row]
@@ -186,14 +196,8 @@ def test_a_time_budget_is_kept_and_the_rate_is_annealed(
     assert rows[-1]["lr"] < 0.01 * max(row["lr"] for row in rows)
 
 
-def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(
-    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    for module in (session, training):
-        monkeypatch.setattr(module, "time", clock)
-    free = checkpoint_writer.Cost(copy_s=0.0, cpu_s=0.0, wall_s=0.0)
-    monkeypatch.setattr(checkpoint_writer, "Cost", lambda *_: free)
+@pytest.mark.usefixtures("clock", "_free_saves")
+def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(config: MakeConfig, tmp_path: Path) -> None:
     first = pretrain.run(config(max_steps=None, budget="20s"))
     same = pretrain.run(config(max_steps=None, budget="20s", resume=True))
     assert same["step"] == first["step"]
@@ -213,12 +217,9 @@ def test_an_average_that_never_began_is_told(
 
 
 def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_than_the_one_before(
-    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    config: MakeConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock()
     clock.tick_s = 5.0
-    for module in (session, training):
-        monkeypatch.setattr(module, "time", clock)
     judge = session.Session._judge
     took_s = [200.0]
 
