@@ -1,4 +1,4 @@
-"""Configuration of training in more than one process. torchrun starts the processes; see the README."""
+"""Configuration of training in more than one process. torchrun starts the processes; see docs/running.md."""
 
 from __future__ import annotations
 
