@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, TooLong
-from lmkit.data.batches import Permutation, to_device
+from lmkit.data.batches import to_device
 from lmkit.data.chat import Conversation, Encoded, Turn
+from lmkit.data.order import Permutation
 from lmkit.data.rows import Record, as_text, read_records
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE

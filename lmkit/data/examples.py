@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmkit.config.tasks import RowsTaskConfig, Truncation
-from lmkit.data.batches import Permutation, to_device
+from lmkit.data.batches import to_device
+from lmkit.data.order import Permutation
 from lmkit.data.rows import HUB, Record, read_records
 from lmkit.errors import DataError
 from lmkit.rng import derive_key

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmkit.data.batches import Batch, Permutation
+from lmkit.data.batches import Batch
+from lmkit.data.order import Permutation
 from lmkit.errors import DataError
 from lmkit.ids import check_ids, check_text
 from lmkit.models.base import IGNORE

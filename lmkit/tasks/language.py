@@ -15,7 +15,8 @@ from lmkit.config.commands import SamplingConfig
 from lmkit.config.optimization import InitConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import Order, Shuffle, TrainConfig
 from lmkit.console import format_number
-from lmkit.data.batches import Batch, Batches, Lanes, Mixed, Pieces, Windows
+from lmkit.data.batches import Batch, Batches, Lanes, Mixed, Windows
+from lmkit.data.order import Pieces
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.errors import ConfigError

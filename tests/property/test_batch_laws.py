@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmkit.data.batches import Batch, Lanes, Permutation, Restarted, Windows
+from lmkit.data.batches import Batch, Lanes, Restarted, Windows
+from lmkit.data.order import Permutation
 from lmkit.models.base import IGNORE
 
 LAW = settings(max_examples=50, deadline=None)

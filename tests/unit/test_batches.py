@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmkit.data.batches import Lanes, Permutation, Restarted, Windows, to_device
+from lmkit.data.batches import Lanes, Restarted, Windows, to_device
+from lmkit.data.order import Permutation
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
 

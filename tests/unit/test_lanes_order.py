@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmkit.config.training import Shuffle, TrainConfig
-from lmkit.data import batches
-from lmkit.data.batches import Lanes, Pieces, jittered_edges
+from lmkit.data import batches, order
+from lmkit.data.batches import Lanes
+from lmkit.data.order import Pieces, jittered_edges
 from lmkit.errors import ConfigError
 from lmkit.explain import explain
 from lmkit.models.base import IGNORE
@@ -92,7 +93,7 @@ def test_what_an_epoch_needs_is_made_once_for_all_its_batches(monkeypatch: pytes
         return make
 
     monkeypatch.setattr(batches, "jittered_edges", counted("edges", batches.jittered_edges))
-    monkeypatch.setattr(batches, "PieceOrder", counted("order", batches.PieceOrder))
+    monkeypatch.setattr(order, "PieceOrder", counted("order", order.PieceOrder))
     stream = lanes(text(300), 3, 10, "documents+jitter", 1)
     seen = [stream[step].targets_BT for step in range(stream.steps_per_epoch)]
     assert sorted(made) == ["edges", "order"]
