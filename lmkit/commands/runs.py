@@ -26,10 +26,10 @@ from lmkit.errors import CheckpointError, ConfigError, RunLockedError
 from lmkit.store import storage
 from lmkit.store.browse import RunSummary, find_runs, named_run, read_summary
 from lmkit.store.listing import list_checkpoints
+from lmkit.store.lock import acquire
 from lmkit.store.manifest import step_directory, step_of
 from lmkit.store.pins import read_pins, write_pins
 from lmkit.store.records import encode
-from lmkit.store.runs import acquire
 
 
 def run(cfg: RunsConfig) -> None:

@@ -19,9 +19,9 @@ from lmkit.store import manifest as mf
 from lmkit.store import storage
 from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, read_info, read_result
 from lmkit.store.listing import list_checkpoints, read_json_entry
+from lmkit.store.lock import acquire
 from lmkit.store.manifest import Manifest, read_manifest
 from lmkit.store.records import parse_row, read_rows
-from lmkit.store.runs import acquire
 
 MAX_DEPTH = 3
 """Folders below the root in which runs are looked for: a multirun makes a folder of runs."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 
 import filelock
 
-from lmkit.errors import CheckpointError, ConfigError, LmkitError, ResourceError, RunLockedError, StoppedError
+from lmkit.errors import ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.store import storage
 from lmkit.store.found import (
     CHECKPOINTS,
@@ -33,12 +33,11 @@ from lmkit.store.found import (
     absolute,
     parse_row,
 )
+from lmkit.store.lock import LOOK_S, NoLocksError, acquire
 from lmkit.store.records import LineFile, read_object, to_json
 
 Change = tuple[str, Any, Any]
 """What has changed, from what to what."""
-LOOK_S = 0.5
-"""Whoever looks whether a run is training holds its lock for a moment; so long does a run that begins wait for it."""
 
 
 def _utc_now() -> str:
@@ -53,10 +52,6 @@ class Listener(Protocol):
 
     def end(self, error: BaseException | None) -> None:
         """The process's part of the run is over; ``error`` is what ended it early."""
-
-
-class NoLocksError(ResourceError):
-    """The run directory is on a file system that has no locks."""
 
 
 class Run:
@@ -378,37 +373,3 @@ def _check_usable(path: Path, *, resume: bool) -> None:
     is_run = RUN_INFO in present or (path / CHECKPOINTS).is_dir()
     if present and not is_run:
         raise ConfigError(f"run.dir={path} is not a run directory", "choose another run.dir")
-
-
-def acquire(path: Path, *, patience_s: float = 0.0) -> filelock.BaseFileLock:
-    """Take the run's kernel lock, which the system frees when the process ends in whatever way.
-
-    ``patience_s``: how long to wait for one that is held. Raises RunLockedError naming the holder, NoLocksError, or
-    ResourceError.
-    """
-    lock = filelock.FileLock(path / LOCK, timeout=patience_s, thread_local=False, fallback_to_soft=False)
-    try:
-        if (path / LOCK).is_symlink():
-            raise OSError(None, "LOCK is a symbolic link")
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunLockedError(
-            f"{path} is in use by {_holder(path)}", "wait for it or stop it, or choose another run.dir"
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and not storage.has_no_locks(error):
-            raise storage.resource_error("lock", path, error) from error
-        raise NoLocksError(
-            f"{path} is on a file system without locks ({error})",
-            "choose a run.dir on a local disk, or train without one: run.lock=off",
-        ) from error
-    return lock
-
-
-def _holder(path: Path) -> str:
-    """Who holds the lock, as far as LOCK.info says."""
-    try:
-        info = read_object(path / LOCK_INFO) or {}
-    except CheckpointError:
-        info = {}
-    return f"process {info.get('pid', '?')} on {info.get('host', '?')}, started {info.get('started', '?')}"

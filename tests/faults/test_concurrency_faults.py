@@ -20,7 +20,8 @@ from harness import Lmkit, Start, digests
 
 from lmkit import plots
 from lmkit.commands import training
-from lmkit.store import runs, storage
+from lmkit.store import storage
+from lmkit.store.lock import acquire
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
 
@@ -219,7 +220,7 @@ def test_row_48_with_the_lock_off_it_is_taken_where_there_are_locks_and_other_er
     small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*small, f"run.dir={trained}", "resume=true", "run.lock=off"]
-    holder = runs.acquire(trained)
+    holder = acquire(trained)
     done = lmkit(*words)
     assert done.code == 5, done.err
     holder.release()

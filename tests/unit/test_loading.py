@@ -29,7 +29,8 @@ from lmkit.errors import CheckpointError, ConfigError
 from lmkit.loading import load_run
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.runs import Run, acquire
+from lmkit.store.lock import acquire
+from lmkit.store.runs import Run
 from lmkit.tokenizers import WordTokenizer
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)

@@ -26,7 +26,7 @@ from lmkit.errors import (
     RunLockedError,
     StoppedError,
 )
-from lmkit.store import records, runs, storage
+from lmkit.store import lock, records, runs, storage
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.found import FoundRun, newest_finished_run, open_run, read_metrics, read_result
@@ -133,7 +133,7 @@ def test_a_run_begins_although_somebody_looks_at_its_lock_just_then(
 ) -> None:
     monkeypatch.setattr(runs, "LOOK_S", 60.0)
     create(tmp_path, tmp_path / "run").close()
-    looking = runs.acquire(tmp_path / "run")
+    looking = lock.acquire(tmp_path / "run")
     after_a_moment = threading.Timer(0.1, looking.release)
     after_a_moment.start()
     try:
