@@ -139,7 +139,8 @@ class _Decoding:
         self.state: Any = None
         self.num_cached = 0
         self.unread_BT = torch.tensor([prompt.ids], device=device.torch_device)
-        self.recent_BT = self.unread_BT.expand(batch, -1)
+        self.recent = [self.unread_BT.expand(batch, -1)]
+        """What has been read since the context was last cut, in pieces (B, T); kept for a model with a limited one."""
         self.seen_BV: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self.seen_BV = torch.zeros(batch, model.vocab_size, dtype=torch.bool, device=self.sampling_device)
@@ -149,7 +150,8 @@ class _Decoding:
         """Draw and remember one token of each."""
         if self.context is not None and self.num_cached + self.unread_BT.shape[1] > self.context:
             self.state, self.num_cached = None, 0
-            self.unread_BT = self.recent_BT[:, -max(1, self.context // 2) :]
+            self.unread_BT = torch.cat(self.recent, 1)[:, -max(1, self.context // 2) :]
+            self.recent = [self.unread_BT]
         if self.step is not None and self.state is not None:
             logits_BV, self.state = self.step(self.unread_BT[:, 0], self.state)
         else:
@@ -167,7 +169,7 @@ class _Decoding:
             self.seen_BV.scatter_(1, next_B[:, None], True)
         self.unread_BT = next_B[:, None].to(self.device.torch_device)
         if self.context is not None:
-            self.recent_BT = torch.cat([self.recent_BT, self.unread_BT], 1)[:, -self.context :]
+            self.recent.append(self.unread_BT)
         return next_B.tolist()
 
 

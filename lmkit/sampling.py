@@ -21,11 +21,12 @@ def sample(logits_NV: Tensor, config: SamplingConfig, uniforms_N: Tensor, seen_N
     best_N1 = logits_NV.amax(1, keepdim=True)
     if not bool(torch.isfinite(best_N1).all()):
         raise DivergedError("the model's logits are not finite", "the model has diverged: use an earlier checkpoint")
-    logits_NV = filtered(logits_NV, config, seen_NV)
+    filtered_NV = filtered(logits_NV, config, seen_NV)
     if config.temperature == 0.0:
-        return logits_NV.argmax(1)
-    best_N1 = logits_NV.amax(1, keepdim=True)
-    cumulative_NV = (logits_NV - best_N1).double().exp_().cumsum_(1)
+        return filtered_NV.argmax(1)
+    if filtered_NV is not logits_NV:
+        best_N1 = filtered_NV.amax(1, keepdim=True)
+    cumulative_NV = (filtered_NV - best_N1).exp_().cumsum(1, dtype=torch.float64)
     total_N1 = cumulative_NV[:, -1:]
     below_total_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
     threshold_N1 = torch.minimum(uniforms_N[:, None] * total_N1, below_total_N1)

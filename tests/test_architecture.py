@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lmkit"
 
 LAYERS = [
-    {"errors", "rng", "config", "products", "ids"},
+    {"errors", "rng", "config", "products", "ids", "pages"},
     {
         *(
             "models",

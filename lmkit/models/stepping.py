@@ -2,12 +2,14 @@
 
 At one token a time most of Transformer.forward is the cost of calling, and products of few rows with (out, in) matrices
 read them slowly. Here every matrix is copied once into an order that is read fast, with the gain of the RMSNorm before
-it, and queries and keys are rotated together. The result is that of Transformer.forward up to rounding.
+it and the scale of the queries, and queries and keys are rotated together. The result is that of Transformer.forward
+up to rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,41 +22,64 @@ from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel
 from lmkit.models.dropout import Dropout, DropPath, LockedDropout
 from lmkit.models.transformer import Attention, Block, FeedForward, KVCache, RMSNorm, Transformer, activate
+from lmkit.pages import Shelf
 
 MAX_ROOM = 1024
 """Tokens for which room is made at once; who asks for more may meet the end of the text long before."""
 MIN_TOKENS = 32
 """From so many new tokens on the copies pay: making them costs about as much as they save in 20."""
-MIN_TEXTS = 8
-"""From so many texts on, attention as two products of all heads at once reads the cache faster than torch's own."""
 
 KNOWN_PARTS = {Block, Attention, FeedForward, nn.Linear, RMSNorm, nn.LayerNorm, Dropout, LockedDropout, DropPath}
 KNOWN_PARTS |= {nn.Sequential, nn.Identity}
 
 
-class Product:
-    """x W + b with a copy of W in oneDNN's order or as (in, out), where it helps with its columns cut into parts."""
+Product = Callable[[Tensor], Tensor]
+"""x W + b: (B, I) -> (B, O)."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, batch: int) -> None:
-        self.bias_O = None if bias_O is None else bias_O.detach()
-        self.packed_OI: Tensor | None = None
-        if batch > 1 and products.by_onednn(weight_OI, products.MIN_ROWS):
-            self.packed_OI = products.packed(weight_OI.detach(), batch)
-            return
-        weight_IO, num_out = weight_OI.detach().T, len(weight_OI)
-        self.parts = 1 if products.is_intel() else math.gcd(torch.get_num_threads(), num_out)
-        """Elsewhere MKL reads a matrix with one thread where there are few rows, but several at once with several."""
-        self.weight_PIO = weight_IO.reshape(len(weight_IO), self.parts, -1).transpose(0, 1).contiguous()
 
-    def __call__(self, x_BI: Tensor) -> Tensor:
-        if self.packed_OI is not None:
-            return products.onednn(x_BI, self.packed_OI, self.bias_O)
-        if self.parts == 1:
-            weight_IO = self.weight_PIO[0]
-            return x_BI @ weight_IO if self.bias_O is None else torch.addmm(self.bias_O, x_BI, weight_IO)
-        y_PBO = torch.bmm(x_BI.expand(self.parts, -1, -1), self.weight_PIO)
-        y_BO = y_PBO.transpose(0, 1).reshape(len(x_BI), -1)
-        return y_BO if self.bias_O is None else y_BO.add_(self.bias_O)
+def product(weight_OI: Tensor, bias_O: Tensor | None, batch: int, shelf: Shelf) -> Product:
+    """x W + b with a copy of W in the order in which products of ``batch`` rows read it fastest."""
+    weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()
+    if not products.by_onednn(weight_OI, products.MIN_ROWS):
+        weight_IO = shelf.copy(weight_OI.T)
+        if bias_O is None:
+            return lambda x_BI: x_BI @ weight_IO
+        return lambda x_BI: torch.addmm(bias_O, x_BI, weight_IO)
+    if batch > 1:
+        packed_OI = products.packed(weight_OI, batch)
+        return lambda x_BI: products.onednn(x_BI, packed_OI, bias_O)
+    return OneRow(weight_OI, bias_O, shelf)
+
+
+class OneRow:
+    """x W + b for one row: the sum of the rows of W, each times its x, as torch sums the embeddings of a bag.
+
+    MKL and oneDNN, made for more rows, take 1.1 to 2 times as long (AMD, torch 2.13). The columns of W are cut into S
+    stripes, a bag for each, which the threads share.
+    """
+
+    MAX_COLUMNS = 512
+    """The sums of wider stripes do not stay in registers."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, shelf: Shelf) -> None:
+        self.bias_O = bias_O
+        self.num_out, num_in = weight_OI.shape
+        threads = torch.get_num_threads()
+        self.num_stripes = threads * math.ceil(self.num_out / (threads * self.MAX_COLUMNS))
+        columns = math.ceil(self.num_out / self.num_stripes)
+        weight_OI = F.pad(weight_OI, (0, 0, 0, self.num_stripes * columns - self.num_out))
+        self.rows = shelf.copy(weight_OI.view(self.num_stripes, columns, num_in).transpose(1, 2)).flatten(0, 1)
+        """(S x I, columns): the rows of each stripe one below the other."""
+        self.numbers = torch.arange(len(self.rows), dtype=torch.int32)
+        self.begins_S = self.numbers[::num_in].clone()
+
+    def __call__(self, x_1I: Tensor) -> Tensor:
+        factors = x_1I.expand(self.num_stripes, -1).reshape(-1)
+        stripes_SC = torch.embedding_bag(self.rows, self.numbers, self.begins_S, False, 0, False, factors)[0]
+        y_1O = stripes_SC.view(1, -1)
+        if y_1O.shape[1] > self.num_out:
+            y_1O = y_1O[:, : self.num_out]
+        return y_1O if self.bias_O is None else y_1O.add_(self.bias_O)
 
 
 class Norm:
@@ -69,8 +94,11 @@ class Norm:
             self.eps = torch.tensor(norm.eps)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
-        if not isinstance(self.norm, RMSNorm):
-            y_BD: Tensor = self.norm(x_BD)
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm):
+            return torch.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        if not isinstance(norm, RMSNorm):
+            y_BD: Tensor = norm(x_BD)
             return y_BD
         squares_B1 = torch.linalg.vecdot(x_BD, x_BD).unsqueeze(1)
         rate_B1 = torch.add(self.eps, squares_B1, alpha=1 / self.width).rsqrt_()
@@ -81,6 +109,12 @@ class Norm:
 def with_gain(weight_OI: Tensor, norm: nn.Module) -> Tensor:
     """The matrix that gives for a normed vector without gain what ``weight_OI`` gives for one with it."""
     return weight_OI * norm.weight if isinstance(norm, RMSNorm) else weight_OI
+
+
+def with_scale(qkv: Tensor, attention: Attention) -> Tensor:
+    """Rows of queries, keys and values, those of the queries divided by the square root of the channels."""
+    num_rows = attention.num_heads * attention.channels
+    return torch.cat([qkv[:num_rows] * attention.channels**-0.5, qkv[num_rows:]])
 
 
 @dataclass(frozen=True)
@@ -96,20 +130,21 @@ class Layer:
     down: Product
 
     @classmethod
-    def of(cls, block: Block, batch: int) -> Layer:
+    def of(cls, block: Block, batch: int, shelf: Shelf) -> Layer:
         attention, feed_forward = block.attention, block.feed_forward
         rise = feed_forward.gate_up if feed_forward.gated else feed_forward.up
-        qkv_weight, rise_weight = attention.qkv.weight, rise.weight
+        qkv_weight, qkv_bias = with_scale(attention.qkv.weight, attention), attention.qkv.bias
+        rise_weight = rise.weight
         if block.pre_norm:
             qkv_weight = with_gain(qkv_weight, block.attention_norm)
             rise_weight = with_gain(rise_weight, block.feed_forward_norm)
         return cls(
             Norm(block.attention_norm, gain=not block.pre_norm),
-            Product(qkv_weight, attention.qkv.bias, batch),
-            Product(attention.out.weight, attention.out.bias, batch),
+            product(qkv_weight, None if qkv_bias is None else with_scale(qkv_bias, attention), batch, shelf),
+            product(attention.out.weight, attention.out.bias, batch, shelf),
             Norm(block.feed_forward_norm, gain=not block.pre_norm),
-            Product(rise_weight, rise.bias, batch),
-            Product(feed_forward.down.weight, feed_forward.down.bias, batch),
+            product(rise_weight, rise.bias, batch, shelf),
+            product(feed_forward.down.weight, feed_forward.down.bias, batch, shelf),
         )
 
 
@@ -130,8 +165,9 @@ class TokenStep:
     def __init__(self, model: Transformer, head: SoftmaxHead, batch: int, num_tokens: int) -> None:
         """The model must not change while this is in use; see ``token_step`` for which can be given."""
         self.model, self.config, self.num_tokens = model, model.config, num_tokens
-        self.layers = [Layer.of(block, batch) for block in model.blocks]  # type: ignore[arg-type]
-        self.head = Product(with_gain(head.weight, model.final_norm), head.bias, batch)
+        shelf = Shelf()
+        self.layers = [Layer.of(block, batch, shelf) for block in model.blocks]  # type: ignore[arg-type]
+        self.head = product(with_gain(head.weight, model.final_norm), head.bias, batch, shelf)
         self.final_norm = Norm(model.final_norm, gain=False)
         self.num_heads = model.config.num_heads
         self.num_kv_heads = model.config.num_kv_heads or model.config.num_heads
@@ -149,12 +185,13 @@ class TokenStep:
         turn = None
         if self.config.positions is Positions.rotary:
             turn = self.model.cos_TC[position], self.signed_sin_TC[position]
+        keys_LNSC, values_LNSC = cache.keys_LBKSC.flatten(1, 2), cache.values_LBKSC.flatten(1, 2)
         layers = zip(
             self.layers,
-            cache.keys_LBKSC[:, :, :, : position + 1].unbind(0),
-            cache.keys_LBKSC[:, :, :, position].unbind(0),
-            cache.values_LBKSC[:, :, :, : position + 1].unbind(0),
-            cache.values_LBKSC[:, :, :, position].unbind(0),
+            keys_LNSC[:, :, : position + 1].transpose(2, 3).unbind(0),
+            keys_LNSC[:, :, position].unbind(0),
+            values_LNSC[:, :, : position + 1].unbind(0),
+            values_LNSC[:, :, position].unbind(0),
             strict=True,
         )
         for layer, *slot in layers:
@@ -171,7 +208,7 @@ class TokenStep:
 
     def _embed(self, tokens_B: Tensor, position: int) -> Tensor:
         config = self.config
-        x_BD = self.model.embedding.weight[tokens_B]
+        x_BD = self.model.embedding.weight.index_select(0, tokens_B)
         if config.scale_embeddings:
             x_BD *= math.sqrt(config.d_model)
         if config.positions is Positions.learned:
@@ -184,30 +221,27 @@ class TokenStep:
         self,
         qkv_BM: Tensor,
         turn: tuple[Tensor, Tensor] | None,
-        keys_BKTC: Tensor,
-        key_BKC: Tensor,
-        values_BKTC: Tensor,
-        value_BKC: Tensor,
+        keys_NCT: Tensor,
+        key_NC: Tensor,
+        values_NTC: Tensor,
+        value_NC: Tensor,
     ) -> Tensor:
-        """What each query sees (B, H x C). New key and value are written to their place, which is the last of the T."""
+        """What each query sees (B, H x C); N = B x K. New key and value go to their place, the last of the T."""
         batch, heads, kv_heads = len(qkv_BM), self.num_heads, self.num_kv_heads
-        qk_BHC, v_BKC = qkv_BM.view(batch, heads + 2 * kv_heads, -1).split_with_sizes((heads + kv_heads, kv_heads), 1)
-        if turn is not None:
+        heads_BMC = qkv_BM.view(batch, heads + 2 * kv_heads, -1)
+        if turn is None:
+            q_BHC, k_BKC, v_BKC = heads_BMC.split_with_sizes((heads, kv_heads, kv_heads), 1)
+        else:
+            qk_BMC, v_BKC = heads_BMC.split_with_sizes((heads + kv_heads, kv_heads), 1)
             cos_C, sin_C = turn
-            qk_BHC = torch.addcmul(qk_BHC * cos_C, qk_BHC.roll(qk_BHC.shape[2] // 2, -1), sin_C)
-        q_BHC, k_BKC = qk_BHC.split_with_sizes((heads, kv_heads), 1)
-        key_BKC.copy_(k_BKC)
-        value_BKC.copy_(v_BKC)
-        if batch < MIN_TEXTS:
-            seen_BHTC = F.scaled_dot_product_attention(
-                q_BHC.unsqueeze(2), keys_BKTC, values_BKTC, enable_gqa=kv_heads != heads
-            )
-            return seen_BHTC.reshape(batch, -1)
-        # G = H / K queries share a key
-        q_NGC = q_BHC.reshape(batch * kv_heads, heads // kv_heads, -1).mul(self.config.channels**-0.5)
-        share_NGT = torch.bmm(q_NGC, keys_BKTC.flatten(0, 1).transpose(1, 2))
+            qk_BMC = torch.addcmul(qk_BMC * cos_C, qk_BMC.roll(qk_BMC.shape[2] // 2, -1), sin_C)
+            q_BHC, k_BKC = qk_BMC.split_with_sizes((heads, kv_heads), 1)
+        key_NC.view(k_BKC.shape).copy_(k_BKC)
+        value_NC.view(v_BKC.shape).copy_(v_BKC)
+        q_NGC = q_BHC.reshape(batch * kv_heads, heads // kv_heads, -1)  # G = H / K queries share a key
+        share_NGT = torch.bmm(q_NGC, keys_NCT)
         torch.softmax(share_NGT, 2, out=share_NGT)
-        return torch.bmm(share_NGT, values_BKTC.flatten(0, 1)).view(batch, -1)
+        return torch.bmm(share_NGT, values_NTC).view(batch, -1)
 
     def _activate(self, up_BF: Tensor) -> Tensor:
         if not self.config.gated:

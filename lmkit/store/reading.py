@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader, FileIO
 from typing import TYPE_CHECKING, TypeVar
 
+from lmkit import pages
 from lmkit.store.storage import drop_cache
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ def read_whole(file: BufferedReader, num_bytes: int, use: Use, *, once: bool) ->
         num_read = yield from _read_cached(file, num_bytes, use, lambda number: _part(memory.numpy().data, number))
         return memory[:num_read]
     with direct:
-        room = _room(num_bytes, mmap.MAP_PRIVATE)
-        with contextlib.suppress(OSError):
-            room.madvise(mmap.MADV_HUGEPAGE)  # a page for each 4 KiB takes longer to get than to read
+        room = pages.memory(num_bytes)
         view = memoryview(room)
         num_read = yield from _read_direct(direct, file, num_bytes, use, lambda number: _part(view, number))
     drop_cache(file)  # the few pages that reading its start has brought in, or else the next look would be misled
@@ -101,24 +100,12 @@ def read_through(file: BufferedReader, num_bytes: int, use: Use, *, from_disk: b
         return side_by_side([_read_cached(file, num_bytes, use, lambda number: piece)])[0]
     with direct:
         # shared memory: with O_DIRECT a fork meanwhile would let bytes go astray in private memory (open(2), "NOTES")
-        rooms = [memoryview(_room(PIECE_BYTES, mmap.MAP_SHARED)) for _ in range(AHEAD + 1)]
+        rooms = [memoryview(pages.memory(PIECE_BYTES, shared=True)) for _ in range(AHEAD + 1)]
         return side_by_side([_read_direct(direct, file, num_bytes, use, lambda number: rooms[number % len(rooms)])])[0]
-
-
-def _room(num_bytes: int, flags: int) -> mmap.mmap:
-    """Memory of whole pages, as direct reading wants it. Raises MemoryError."""
-    try:
-        return mmap.mmap(-1, _whole_pages(num_bytes), flags=flags | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{num_bytes / 1e6:.1f} MB to read a checkpoint into") from error
 
 
 def _part(memory: memoryview, number: int) -> memoryview:
     return memory[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
-
-
-def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _read_cached(file: BufferedReader, num_bytes: int, use: Use, room: Callable[[int], memoryview]) -> Job[int]:
@@ -168,7 +155,7 @@ def _read_at(direct: int, other: int, room: memoryview, start: int, wanted: int)
     """``wanted`` bytes from ``start`` on, fewer at the end of the file. What ``direct`` cannot do, ``other`` does."""
     done = 0
     try:
-        done = min(wanted, os.preadv(direct, [room[: _whole_pages(wanted)]], start))
+        done = min(wanted, os.preadv(direct, [room[: pages.in_whole_pages(wanted)]], start))
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
