@@ -73,6 +73,7 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
         raise ConfigError("device.compile=on does not go with parallel=fsdp", "leave it out, or use parallel=ddp")
     if world.shards and config.precision is Precision.fp16:
         raise ConfigError("device.precision=fp16 does not go with parallel=fsdp", "use bf16, or parallel=ddp")
+    set_determinism(config.deterministic)
     kind = config.type
     if kind is DeviceType.auto:
         kind = DeviceType.cpu
@@ -102,7 +103,7 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
         name = f"cpu, {torch.get_num_threads()} threads"
     compiled = config.compile is Switch.on
     fused = config.fused is not Switch.off
-    return Device(torch.device(kind.name), precision, compiled, fused, _describe(name, precision, compiled))
+    return Device(torch.device(kind.name), precision, compiled, fused, _describe(name, precision, compiled, config))
 
 
 def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
@@ -132,7 +133,7 @@ def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
         raise ResourceError(f"device.compile=on needs {lack}, which is not here", "install it, or leave compile out")
     compiled = compiled and lack is None
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-    description = _describe(name, precision, compiled)
+    description = _describe(name, precision, compiled, config)
     if lack is not None:
         description += f", not compiled for want of {lack}"
     fused = config.fused is not Switch.off
@@ -150,8 +151,20 @@ def compiler_lack() -> str | None:
     return None
 
 
-def _describe(name: str, precision: Precision, compiled: bool) -> str:
-    return f"{name}, {precision.name}{', compiled' if compiled else ''}"
+def _describe(name: str, precision: Precision, compiled: bool, config: DeviceConfig) -> str:
+    parts = [name, precision.name, *["compiled"] * compiled, *["deterministic"] * config.deterministic]
+    return ", ".join(parts)
+
+
+def set_determinism(wanted: bool) -> None:
+    """Allow only operations whose result is the same each time, or all; see ``errors.undetermined``."""
+    if wanted == torch.are_deterministic_algorithms_enabled():
+        return
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs, and reads when it begins
+    torch.use_deterministic_algorithms(wanted)
+    # to fill it takes time, and nothing here reads memory before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,8 @@ A message names the file, key or value that is wrong; ``remedy`` says what to do
 
 from __future__ import annotations
 
+import re
+
 
 class LmkitError(Exception):
     """Base of every error that lmkit raises for people. Exit code 1 is left to bugs and is never raised on purpose."""
@@ -53,6 +55,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or any(text in str(error) for text in texts)
+
+
+def undetermined(error: BaseException) -> ConfigError | None:
+    """The error for people where torch refuses an operation under ``device.deterministic``; torch is not imported."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "torch.use_deterministic_algorithms(True)" not in text:
+        return None
+    found = re.match(r"(\S+) does not have a deterministic implementation", text)
+    return ConfigError(
+        f"device.deterministic=true, but torch has no deterministic {found[1] if found else 'product'} there",
+        "leave device.deterministic out, or use device=cpu",
+    )
 
 
 class DivergedError(LmkitError):

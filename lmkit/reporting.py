@@ -8,7 +8,7 @@ import os
 import select
 import sys
 
-from lmkit.errors import LmkitError, ResourceError, is_out_of_memory
+from lmkit.errors import LmkitError, ResourceError, is_out_of_memory, undetermined
 from lmkit.store.storage import MORE_FILES
 
 LESS_MEMORY = {
@@ -44,6 +44,8 @@ def _described(error: BaseException, command: str) -> tuple[str, int]:
         return "interrupted", 130
     if is_out_of_memory(error):
         return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
+    if (refused := undetermined(error)) is not None:
+        return str(refused), refused.exit_code
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         remedy = f"; {MORE_FILES}" if _lacks_descriptors(error) else ""

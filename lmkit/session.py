@@ -16,7 +16,7 @@ from lmkit.console import Console, Progress, format_duration, format_number
 from lmkit.data.batches import Ahead
 from lmkit.device import give_back_freed_memory
 from lmkit.due import ANOTHER, Due
-from lmkit.errors import DivergedError, StoppedError, is_out_of_memory
+from lmkit.errors import DivergedError, StoppedError, is_out_of_memory, undetermined
 from lmkit.horizon import Budget, Horizon, last_step, steps_between_evals
 from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
@@ -414,11 +414,13 @@ class Session:
 
     @contextlib.contextmanager
     def _saved_without_memory(self, saves: Saves, bar: Progress) -> Iterator[None]:
-        """Where memory runs out, save the last whole step and say what would fit."""
+        """Where memory runs out, save the last whole step and say what would fit; save it, too, where torch refuses an
+        operation under device.deterministic."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            refused = undetermined(error)
+            if refused is None and not is_out_of_memory(error):
                 raise
             trainer, state = self.trainer, self.state
             trainer.optimizer.zero_grad(set_to_none=True)
@@ -428,6 +430,8 @@ class Session:
                 saves.finish(self._snapshot(), best=self._is_best())
             else:
                 saves.flush()
+            if refused is not None:
+                raise refused from error
             where = f"the validation after step {state.step}" if state.eval_pending else f"step {state.step + 1}"
             shape = (self.train.batch_size, trainer.micro_batch_size, self.train.seq_len)
             path, saved = self.run.path, self._first_step if saves.step is None else saves.step

@@ -48,6 +48,9 @@ class DeviceConfig:
     """torch.compile; auto: on for CUDA, off elsewhere."""
     fused: Switch = Switch.auto
     """Fused optimizer kernels; auto: wherever torch has them."""
+    deterministic: bool = False
+    """Only operations that give the same bytes each time (torch.use_deterministic_algorithms), for an exact resume on
+    CUDA; one that has no such version ends the command. On CPUs the bytes are the same without it."""
     threads: int | None = None
     """CPU threads (>= 1); null: one per physical core that this process may use."""
 

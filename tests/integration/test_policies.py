@@ -558,6 +558,31 @@ def test_row_35_out_of_memory_saves_the_last_step_and_says_what_would_fit(
     assert_same(tensors_of(plain), tensors_of(other))
 
 
+def test_row_65_an_operation_without_a_deterministic_version_is_named_and_the_last_step_saved(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, other = config(), config(run="other")
+    pretrain.run(plain)
+    original = Trainer.run_micro_batch
+
+    def run_micro_batch(self: Trainer, batch: Batch, micro: int, progress: float) -> Any:
+        if self.state.step == 6:
+            torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # which of the two it is is not defined
+        return original(self, batch, micro, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_micro_batch", run_micro_batch)
+        with pytest.raises(ConfigError, match="torch has no deterministic put_") as caught:
+            pretrain.run(replace(other, device=replace(other.device, deterministic=True)))
+    assert caught.value.exit_code == 2
+    newest = latest_checkpoint(path_of(other))
+    assert newest is not None
+    assert newest.name == "step-000000000006"
+    pretrain.run(replace(other, resume=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert_same(tensors_of(plain), tensors_of(other))
+
+
 def test_row_35_memory_that_runs_out_within_the_update_does_not_save_a_half_made_step(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
 from lmkit.device import available_cores, resolve_device
-from lmkit.errors import ResourceError
+from lmkit.errors import ResourceError, undetermined
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
@@ -48,6 +48,20 @@ def test_what_is_not_there_is_refused_by_name(config: DeviceConfig) -> None:
         resolve_device(config)
     assert caught.value.exit_code == 6
     assert caught.value.remedy
+
+
+def test_determinism_is_what_the_last_configuration_asks_for() -> None:
+    device = resolve_device(DeviceConfig(type=DeviceType.cpu, deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert device.description.endswith("deterministic")
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    refused = undetermined(caught.value)
+    assert refused is not None
+    assert "put_" in str(refused)
+    assert undetermined(RuntimeError("shapes differ")) is None
+    assert "deterministic" not in resolve_device(DeviceConfig(type=DeviceType.cpu)).description
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_threads_are_set_as_asked() -> None:
