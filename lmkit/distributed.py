@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -236,6 +236,23 @@ class World:
                 "go on from the last checkpoint with resume=true",
             )
 
+    def check_same(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError unless all processes, which call this at once, hold the same bits of these weights.
+
+        By the sum of the bits of each: one that was flipped in memory changes it. Pieces are not compared.
+        """
+        if self.size == 1 or self.shards:
+            return
+        sums = self.gather(torch.stack([_sum_of_bits(weight) for weight in weights.values()]).cpu())
+        for rank, found in enumerate(sums):
+            differing = (found != sums[0]).nonzero()
+            if len(differing):
+                raise CheckpointError(
+                    f"process {rank} holds other weights than process 0, the first of them"
+                    f" {list(weights)[int(differing[0])]!r}; nothing is saved",
+                    "go on from the last checkpoint with resume=true, and have the memory of its machine tested",
+                )
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
         """Replace ``total`` and the gradients by their sums over the processes, the same bits in all of them.
 
@@ -290,6 +307,12 @@ def find_world(config: ParallelConfig) -> World:
             raise SystemExit(ConfigError.exit_code)  # the first process says it
         raise ConfigError(f"torchrun has started {size} processes, but parallel=none", "add parallel=ddp or fsdp")
     return SINGLE
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """The sum of the elements of a tensor, read as integers; int64, no dimension."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integers).sum(dtype=torch.int64)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -327,7 +327,7 @@ class Session:
         return state.valid_steps[-1:] == [state.step] and state.valid_losses[-1] == min(state.valid_losses)
 
     def _snapshot(self) -> Snapshot:
-        """What there is to save, in the first process, when all have given what they have of it and are as far."""
+        """What there is to save, in the first process, when all have given what they have of it and agree about it."""
         state = self.state
         state.scaler = self.trainer.scaler.state_dict()
         data = state.to_json()
@@ -335,6 +335,7 @@ class Session:
             data[VALID_LOSS] = state.valid_losses[-1]
         model, extra = trainer_tensors(self.trainer)
         self.world.check_step(state.step)
+        self.world.check_same(dict(self.trainer.model.named_parameters()))
         return Snapshot(step=state.step, model=model, optimizer=extra, state=data, config=self.stored_config)
 
     def _raise_stopped(self, name: str) -> None:

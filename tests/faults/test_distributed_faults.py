@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from children import Child, Setup, environment
 from harness import Start, digests, names
 
@@ -114,6 +115,12 @@ def hang(_: Session) -> None:
 
 def go_ahead(session: Session) -> None:
     session.state.step += 1
+
+
+def flip_a_bit(session: Session) -> None:
+    """As a cosmic ray does: the lowest bit of one weight of this process."""
+    weight = next(session.trainer.model.parameters()).detach()
+    weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
 
 def at_the_rename(action: Callable[[], None]) -> None:
@@ -241,3 +248,13 @@ def test_row_18_processes_that_are_at_different_steps_save_nothing(
     assert names(tmp_path / "run") == [step_directory(4)]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")] == []
     goes_on(job, "ddp", tmp_path / "run", undisturbed)
+
+
+def test_row_61_a_bit_that_flips_in_the_memory_of_one_process_is_found_before_the_save(
+    job: Job, tmp_path: Path
+) -> None:
+    children = job("ddp", "run", [[], [partial(before_snapshot, flip_a_bit)]])
+    codes = [child.wait() for child in children]
+    assert codes == [4, 4], [child.text for child in children]
+    assert error_of(children[0]).startswith("error: process 1 holds other weights than process 0, the first of them '")
+    assert names(tmp_path / "run") == [step_directory(4)]
