@@ -165,7 +165,10 @@ def _run(line: Line) -> int:
 
 
 def run_command(line: Line, config: Any) -> Any:
-    """Import the command and run it."""
+    """Import the command and run it, if the libraries that it needs are there."""
+    from lmkit.requirements import check_installed
+
+    check_installed()
     module = importlib.import_module(f"lmkit.commands.{line.command.replace('-', '_')}")
     if line.command != "generate":
         return module.run(config)

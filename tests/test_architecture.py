@@ -37,7 +37,7 @@ LAYERS = [
     {"commands", "lm_eval"},
     {
         *("cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "launch", "explain"),
-        "__main__",
+        *("__main__", "requirements"),
     },
 ]
 
@@ -57,6 +57,7 @@ DOORS = {
     "onnxruntime": {"hf"},
     "huggingface_hub": {"hf", "data"},
     "filelock": {"store", "data"},
+    "packaging": {"requirements"},
     "tensorboard": {"loggers"},
     "wandb": {"loggers"},
     "mlflow": {"loggers"},

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import time
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -500,6 +501,25 @@ def test_row_122_an_ascii_terminal_and_locale_do_not_reach_files_or_stop_the_out
     assert b"Traceback" not in done.stderr
     (tokenizer,) = (tmp_path / "cache" / "prepared").glob("*/tokenizer/tokenizer.json")
     assert "Grüße" in tokenizer.read_text(encoding="utf-8")
+
+
+def test_row_124_libraries_that_are_missing_or_too_old_are_named_before_anything_is_done(
+    small: list[str], lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = metadata.version
+
+    def others(name: str) -> str:
+        if name == "safetensors":
+            raise metadata.PackageNotFoundError(name)
+        return "2.1.0+cpu" if name == "torch" else version(name)
+
+    monkeypatch.setattr(metadata, "version", others)
+    done = lmkit(*small, f"run.dir={tmp_path}/run")
+    assert done.code == 2, done.err
+    assert "torch 2.1.0+cpu is installed, lmkit needs >=2.9" in done.error
+    assert "safetensors is not installed, lmkit needs >=0.5" in done.error
+    assert done.error.endswith("; pip install 'safetensors<1,>=0.5' 'torch<3,>=2.9'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_row_125_a_clock_that_goes_backwards_changes_no_result_and_no_duration(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
 ALL_ROWS = range(1, 127)
-LEAST = 124
+LEAST = 125
 """So many rows had a test when this was last raised; the project asks for 100."""
 
 ELSEWHERE = {
@@ -71,7 +71,6 @@ ELSEWHERE = {
 
 WITHOUT_TEST = {
     84: "no command reads a foreign .pt file (row 81 gives one to each of them)",
-    124: "the installer keeps the versions of pyproject.toml; nothing checks them again at start",
 }
 
 
