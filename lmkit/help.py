@@ -43,7 +43,7 @@ OPTIONS = """\
 SWEEPS = {
     "prepare": "tokenizer=char,byte",
     "pretrain": "model=tiny,small seed=1,2 run.dir=DIR (each run in a folder of DIR)",
-    "finetune": "optimizer=adamw,sgd seed=1,2 run.dir=DIR (each run in a folder of DIR)",
+    "finetune": "run=RUN optimizer=adamw,sgd seed=1,2 run.dir=DIR (each in a folder of DIR)",
     "eval-ppl": "run=runs/A,runs/B",
     "generate": "sampling.temperature=0.5,1",
     "export": "run=runs/A,runs/B to=DIR",

@@ -224,11 +224,25 @@ def compose_all(jobs: Sequence[Line]) -> tuple[list[DictConfig], list[Any]]:
         try:
             composed.append(compose(job))
             made.append(to_dataclass(composed[-1]))
+            _check_base(made[-1])
         except ConfigError as error:
             problems |= dict.fromkeys(str(error).split("; "))
     if problems:
         raise ConfigError("; ".join(problems))
     return composed, made
+
+
+def _check_base(made: Any) -> None:
+    """Raise ConfigError for a finetuning that would start from the newest finished run: the job before may be that."""
+    from lmkit.config.commands import FinetuneConfig
+    from lmkit.config.tasks import LmTaskConfig, RegressTaskConfig
+
+    if not isinstance(made, FinetuneConfig) or made.run.path is not None or made.init.weights is not None:
+        return
+    only_predicts = made.predict is not None and isinstance(made.task, LmTaskConfig)
+    only_numbers = isinstance(made.task, RegressTaskConfig) and made.task.text is None
+    if not only_predicts and not only_numbers:
+        raise ConfigError("jobs of a multirun start from one run, and the newest changes as they finish", "add run=DIR")
 
 
 def _words(job: Line) -> str:

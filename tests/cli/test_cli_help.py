@@ -123,8 +123,16 @@ def test_jobs_do_not_overwrite_each_others_output(lmkit: Any) -> None:
     assert [Path(config.output).as_posix() for config in lmkit.configs] == ["out/x-0.json", "out/x-1.json"]
     assert lmkit("eval-ppl", "-m", "run=a,b", "output=x.json,y.json") == 0
     assert [config.output for config in lmkit.configs] == ["x-0.json", "y-1.json", "x-2.json", "y-3.json"]
-    assert lmkit("finetune", "-m", "run.dir=a,b") == 0
+    assert lmkit("finetune", "-m", "run=x", "run.dir=a,b") == 0
     assert [config.run.dir for config in lmkit.configs] == ["a", "b"]
+
+
+def test_jobs_that_finetune_never_start_from_one_another(lmkit: Any) -> None:
+    said = lmkit.refused("finetune", "-m", "seed=1,2", "run.dir=x")
+    assert said == "jobs of a multirun start from one run, and the newest changes as they finish; add run=DIR"
+    for words in (["run=x"], ["init=hf:x"], ["task=regress", "task.data=x", "task.numeric=z"]):
+        assert lmkit("finetune", "-m", "seed=1,2", *words) == 0, lmkit.err
+    assert lmkit("finetune", "-m", "predict=a.csv,b.csv") == 0, lmkit.err  # which trains nothing
 
 
 def test_a_list_in_brackets_is_one_value(lmkit: Any) -> None:
