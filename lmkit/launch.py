@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import ConfigError, ResourceError, StoppedError
-from lmkit.sweep import SEARCH, Job, Outcome, Runner, compose_all, here, run_job, summed_up, take
+from lmkit.sweep import SEARCH, Job, Outcome, Runner, compose_all, here, is_given, run_job, summed_up, take
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -122,6 +122,8 @@ def search(line: Line) -> int:
     searched = {key: value for key, value in both.items() if _is_searched(value) and key != "run.dir"}
     if not searched:
         raise ConfigError("sweeper=optuna has nothing to choose", "add KEY=interval(A,B) or KEY=a,b")
+    if is_given(line, "predict"):
+        raise ConfigError("each run of a search would write its predictions over those before", "leave out predict")
     names = {key.replace(".", "__"): key for key in searched}  # a key and the group it is in can both be searched
     plugins = {"hydra.sweeper.max_failure_rate": "1.0"} | line.plugins
     if LAUNCHER not in line.plugins:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SEARCH = re.compile(r"(tag|choice|range|interval|int|float|shuffle|sort)\(.*\)")
 """A value that leaves the choice to a sweeper."""
+FOLDERS, FILES = ("run.dir", "to"), ("output", "report", "word_probs")
+"""Keys that name what a job writes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def combinations(line: Line) -> list[Line]:
     """One line for every job; a value with commas stands for several, and the last one varies fastest.
 
     A value in brackets, ``stop=[a,b]``, is one list. Where jobs would share a ``run.dir`` or ``to`` each gets a folder
-    in it, and where they would share an ``output`` each gets a number in its name.
+    in it, and where they would share a file that they write each gets a number in its name. Raises ConfigError for
+    predictions that would replace one another.
     """
     choices = {**line.groups, **line.values}
     jobs = []
@@ -65,18 +68,26 @@ def combinations(line: Line) -> list[Line]:
         groups = {key: chosen[key] for key in line.groups}
         values = {key: chosen[key] for key in line.values}
         jobs.append(dataclasses.replace(line, groups=groups, values=values))
-    for key in ("run.dir", "to", "output"):
+    for key in (*FOLDERS, *FILES):
         alike = len({job.values.get(key) for job in jobs}) < len(jobs)
         shared = alike or (len(jobs) == 1 and "hydra/launcher" in line.plugins)
         for number, job in enumerate(jobs if shared else []):
-            if job.values.get(key, "null") not in ("", "null"):
+            if is_given(job, key):
                 job.values[key] = _own(key, job.values[key], number)
+    read = [job.values["predict"] for job in jobs if is_given(job, "predict") and not is_given(job, "output")]
+    if len(set(read)) < len(read):
+        raise ConfigError("the jobs would write their predictions into one file", "add output=FILE: each gets a number")
     return jobs
+
+
+def is_given(job: Line, key: str) -> bool:
+    """Whether a line gives a key a value other than null."""
+    return job.values.get(key, "null") not in ("", "null", "None")
 
 
 def _own(key: str, name: str, number: int) -> str:
     path = Path(name)
-    return str(path / str(number) if key != "output" else path.with_stem(f"{path.stem}-{number}"))
+    return str(path / str(number) if key in FOLDERS else path.with_stem(f"{path.stem}-{number}"))
 
 
 def _split(value: str) -> list[str]:

@@ -123,8 +123,24 @@ def test_jobs_do_not_overwrite_each_others_output(lmkit: Any) -> None:
     assert [Path(config.output).as_posix() for config in lmkit.configs] == ["out/x-0.json", "out/x-1.json"]
     assert lmkit("eval-ppl", "-m", "run=a,b", "output=x.json,y.json") == 0
     assert [config.output for config in lmkit.configs] == ["x-0.json", "y-1.json", "x-2.json", "y-3.json"]
+    assert lmkit("eval-ppl", "-m", "run=a,b", "report=r.html", "word_probs=p.gz") == 0
+    written = [(config.report, config.word_probs) for config in lmkit.configs]
+    assert written == [("r-0.html", "p-0.gz"), ("r-1.html", "p-1.gz")]
     assert lmkit("finetune", "-m", "run=x", "run.dir=a,b") == 0
     assert [config.run.dir for config in lmkit.configs] == ["a", "b"]
+
+
+def test_jobs_do_not_overwrite_each_others_predictions(
+    lmkit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["finetune", "-m", "run=x", "task=classify", "task.data=x", "run.dir=d", "predict=a/new.csv"]
+    assert "add output=FILE" in lmkit.refused(*words, "seed=1,2")
+    assert lmkit(*words, "seed=1,2", "output=new.jsonl") == 0
+    assert [config.output for config in lmkit.configs] == ["new-0.jsonl", "new-1.jsonl"]
+    assert lmkit("finetune", "-m", "run=x,y", "predict=a/new.csv,b/new.csv") == 2
+    assert lmkit("finetune", "-m", "run=x", "predict=a/new.csv,b/new.csv") == 0
+    assert lmkit(*words, "seed=1") == 0
 
 
 def test_jobs_that_finetune_never_start_from_one_another(lmkit: Any) -> None:
