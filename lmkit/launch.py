@@ -72,9 +72,12 @@ class _Task:
     """What a worker calls with Hydra's configuration of a job."""
 
     jobs: dict[int, Job] = field(default_factory=dict)
+    words: list[str] = field(default_factory=lambda: sys.argv[1:])
+    """Those of the command line, which runs note down; a worker may be another program, started with other words."""
 
     def __call__(self, config: Any) -> Outcome:
         job = self.jobs[config.number]
+        sys.argv[1:] = self.words
         try:
             return run_job(job)
         except StoppedError as error:

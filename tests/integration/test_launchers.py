@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lmkit import cli, launch
+from lmkit.commands.training import command_line
+from lmkit.distributed import SINGLE
 from lmkit.store.browse import read_summary
 from lmkit.store.sweeps import read
+from lmkit.sweep import Outcome
 
 WORDS = ["pretrain", "-m", "dataset=text", "tokenizer=byte", "model=tiny", "device=cpu", "train.max_steps=2"]
 WORDS += ["train.batch_size=2", "train.seq_len=8", "model.d_model=16", "model.num_layers=1", "model.num_heads=2"]
@@ -86,6 +91,21 @@ def test_a_job_that_fails_in_a_launcher_is_noted_and_the_others_are_done(lmkit: 
     table = capsys.readouterr().out
     assert re.search(r"^0 +seed=1 +not started .*exit 2: run.dir=", table, re.MULTILINE)
     assert re.search(r"^1 +seed=2 +done", table, re.MULTILINE)
+
+
+def test_a_job_in_a_worker_notes_the_command_line_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    command, seen = ["lmkit", "pretrain", "-m", "seed=1,2"], []
+
+    def run_job(job: str) -> Outcome:
+        seen.append((job, command_line(SINGLE)))
+        return Outcome()
+
+    monkeypatch.setattr(launch, "run_job", run_job)
+    monkeypatch.setattr(sys, "argv", command)
+    task = launch._Task({0: "the job"})  # type: ignore[dict-item]
+    monkeypatch.setattr(sys, "argv", ["worker.py", "--address", "10.0.0.1"])
+    task(SimpleNamespace(number=0))
+    assert seen == [("the job", command)]
 
 
 @pytest.mark.extra("optuna")
