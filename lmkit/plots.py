@@ -16,26 +16,32 @@ Curve = tuple[Sequence[float], Sequence[float]]
 """xs, ys."""
 
 
-def plot_run(run_dir: Path, warn: Callable[[str], None]) -> None:
-    """Draw the curves of a run's metrics.jsonl into its loss.png; a failure is only a warning."""
+def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str = "token") -> None:
+    """Draw the curves of a run's metrics.jsonl into its loss.png; a failure is only a warning.
+
+    unit: what the losses are of; perplexities go with those of tokens only.
+    """
     rows = read_metrics(run_dir)
     curves = {
         name: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
         for name, key in (("train loss", "loss"), ("valid loss", "valid_loss"), ("learning rate", "lr"))
     }
     try:
-        plot_curves(run_dir / "loss.png", curves, title=run_dir.name)
+        plot_curves(run_dir / "loss.png", curves, title=run_dir.name, per_token=unit == "token")
     except (OSError, ValueError) as error:
         warn(f"no plot: {error}")
 
 
-def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_label: str = "step") -> None:
+def plot_curves(
+    path: Path, curves: Mapping[str, Curve], *, title: str = "", x_label: str = "step", per_token: bool = True
+) -> None:
     """Write a PNG of a run's curves, name -> (xs, ys): losses above, learning rate below.
 
     A name that begins with ``train`` is drawn thin, with its running mean on top; one that begins with ``valid`` with
     a mark at each point and its lowest value named; ``learning rate`` (or ``lr``) gets a panel of its own. Where there
-    are several of either, ``train X`` and ``valid X`` share the colour of X. Losses are in nats per token, so the right
-    axis reads as perplexity. Values that are not finite are left out; an empty curve or a single point is no error.
+    are several of either, ``train X`` and ``valid X`` share the colour of X. Where losses are in
+    nats per token (``per_token``) the right axis reads as perplexity. Values that are not finite are left out; an empty
+    curve or a single point is no error.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,7 +63,7 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_l
     else:
         axes = figure.subplots()
         axes.set_xlabel(x_label)
-    _plot_losses(axes, losses)
+    _plot_losses(axes, losses, per_token=per_token)
     if title:
         axes.set_title(title, loc="left", fontsize=11)
     drawn = io.BytesIO()
@@ -65,7 +71,7 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str = "", x_l
     storage.replace_file(path, drawn.getvalue())
 
 
-def _plot_losses(axes: Any, losses: Mapping[str, Curve]) -> None:
+def _plot_losses(axes: Any, losses: Mapping[str, Curve], *, per_token: bool) -> None:
     own = _run_colors(losses)
     colors = iter(["#ef5675", "#2f9e77", "#ffa600", "#955196"])
     for name, (xs, ys) in losses.items():
@@ -77,16 +83,18 @@ def _plot_losses(axes: Any, losses: Mapping[str, Curve]) -> None:
             color = shared or "#003f5c"
             axes.plot(xs, _smoothed(ys), color=color, linewidth=width, marker=marker, markersize=4, label=name)
         else:
-            best = f"{name}, lowest {min(ys):.3f} (perplexity {_perplexity_text(min(ys))})"
+            lowest = f"{min(ys):.3f} (perplexity {_perplexity_text(min(ys))})" if per_token else f"{min(ys):.4g}"
             marker = "o" if len(xs) <= 60 else ""
             color = shared or next(colors, "#555555")
-            axes.plot(xs, ys, color=color, linewidth=1.6, marker=marker, markersize=4, label=best)
+            axes.plot(xs, ys, color=color, linewidth=1.6, marker=marker, markersize=4, label=f"{name}, lowest {lowest}")
     low, high = _loss_limits(losses)
     axes.set_ylim(low, high)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss (nats per token)" if per_token else "loss")
     _plain_look(axes)
     if losses:
         axes.legend(frameon=False, loc="upper right")
+    if not per_token:
+        return
     right = axes.secondary_yaxis("right")
     right.set_ylabel("perplexity")
     places = _perplexity_ticks(low, high)

@@ -24,7 +24,7 @@ from lmkit.commands.runs_verify import verify
 from lmkit.config.runs import DEFAULT_PLOT, DEFAULT_ROOT, RunsConfig
 from lmkit.errors import CheckpointError, ConfigError, RunLockedError
 from lmkit.store import storage
-from lmkit.store.browse import RunSummary, find_runs, named_run, read_summary
+from lmkit.store.browse import PER_TOKEN, RunSummary, find_runs, named_run, read_summary
 from lmkit.store.listing import list_checkpoints
 from lmkit.store.lock import acquire
 from lmkit.store.manifest import step_directory, step_of
@@ -114,7 +114,8 @@ def _plain(summary: RunSummary, root: Path) -> dict[str, Any]:
         "model": summary.model,
         "num_parameters": summary.num_parameters,
         "step": summary.step,
-        "best_valid_nats_per_token": summary.best_valid_loss,
+        "best_valid_loss": summary.best_valid_loss,
+        "best_valid_nats_per_token": summary.best_valid_loss if summary.loss_unit == PER_TOKEN else None,
         "best_valid_ppl_per_token": summary.token_ppl,
         "best_valid_ppl_per_word": summary.word_ppl,
         "last_log": None if summary.last_log is None else summary.last_log.isoformat(timespec="seconds"),

@@ -17,7 +17,7 @@ from lmkit.commands.runs_text import NOTHING, columns, format_step
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.plots import Curve, plot_curves
-from lmkit.store.browse import RunSummary, read_newest_config, read_summary, readable, section
+from lmkit.store.browse import PER_TOKEN, RunSummary, read_newest_config, read_summary, readable, section
 from lmkit.store.found import read_info, read_metrics, read_result
 
 LONGEST = 36
@@ -35,7 +35,7 @@ class Facts:
     config: dict[str, Any]
     digests: dict[str, Any]
     losses: list[tuple[int, float]] = field(default_factory=list)
-    """Step and validation loss, nats per token."""
+    """Step and validation loss, in the summary's ``loss_unit``."""
     last_row: dict[str, Any] = field(default_factory=dict)
     """The last row of metrics about training."""
     tokens_per_s: float | None = None
@@ -176,7 +176,7 @@ def _starred(values: Sequence[float | None], groups: Sequence[str], show: Any) -
 
 def _notes(runs: Sequence[Facts], tokens: Sequence[str], words: Sequence[str]) -> list[str]:
     """What may be compared with what, and why not."""
-    lines = ["losses are of valid, in nats per token"]
+    lines = [f"losses: {unit}" for unit in dict.fromkeys(run.summary.loss_unit for run in runs)]
     if len(set(tokens)) > 1:
         lines.append(
             "NOT comparable per token under different letters: other data or another tokenizer "
@@ -224,12 +224,14 @@ def plot(run_dirs: Sequence[Path], to: str) -> str:
                 curves[f"{title} {name}"] = ([x for x, _ in points], [y for _, y in points])
     if not curves:
         raise CheckpointError(f"{', '.join(map(str, run_dirs))}: no losses in metrics.jsonl to draw", "train first")
-    groups = {read_facts(run_dir, "").tokens_key or str(run_dir) for run_dir in run_dirs}
+    runs = [read_facts(run_dir, "") for run_dir in run_dirs]
+    groups = {run.tokens_key or str(run_dir) for run, run_dir in zip(runs, run_dirs, strict=True)}
+    per_token = all(run.summary.loss_unit == PER_TOKEN for run in runs)
     title = names[0] if len(names) == 1 else ""
     if len(groups) > 1:
         title = "different data or tokenizers: losses cannot be compared"
     try:
-        plot_curves(path, curves, title=title)
+        plot_curves(path, curves, title=title, per_token=per_token)
     except OSError as error:
         raise ResourceError(f"cannot write to={path}: {error.strerror or error}", "name another file") from error
     return f"wrote {path}\n"

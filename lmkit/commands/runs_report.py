@@ -23,7 +23,7 @@ from lmkit.commands.runs_text import (
 from lmkit.config.runs import DEFAULT_REPORT
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
-from lmkit.store.browse import read_journal, read_newest_config, readable, section
+from lmkit.store.browse import PER_TOKEN, read_journal, read_newest_config, readable, section
 from lmkit.store.found import read_info, read_metrics
 
 ROUTINE = ("save", "verify", "retire", "finished", "start")
@@ -32,12 +32,13 @@ MOST_SAMPLES = 20
 """Samples that are shown, spread over the run."""
 
 CHARTS = [
-    ("loss", "Loss", "nats per token", {"train": "loss", "valid": "valid_loss"}, False),
+    ("loss", "Loss", "", {"train": "loss", "valid": "valid_loss"}, False),
     ("lr", "Learning rate", "of the first parameter group", {"learning rate": "lr"}, True),
     ("grad-norm", "Gradient norm", "before clipping", {"gradient norm": "grad_norm"}, True),
     ("speed", "Speed", "training tokens per second", {"tokens/s": "tokens_per_s"}, True),
 ]
-"""Id, heading, unit, name of each curve -> its key in metrics.jsonl, whether the axis begins at zero."""
+"""Id, heading, unit (empty: that of the run), name of each curve -> its key in metrics.jsonl, whether the axis begins
+at zero."""
 
 
 def write_report(run_dir: Path, to: str | None) -> str:
@@ -61,7 +62,7 @@ def gather(run_dir: Path) -> RunPage:
         lead=f"{summary.status.name} at step {format_step(summary.step)}; begun {begun}, last log {last}",
         numbers=_numbers(facts),
         protocol=[*_protocol(facts), ("run id", str(info.get("run_id", NOTHING)))],
-        charts=_charts(run_dir),
+        charts=_charts(run_dir, summary.loss_unit),
         samples=_samples(run_dir),
         incidents=_incidents(read_journal(run_dir)),
         environment=[(key, str(value)) for key, value in sorted(environment.items())],
@@ -72,12 +73,13 @@ def gather(run_dir: Path) -> RunPage:
 
 def _numbers(facts: Facts) -> list[tuple[str, str]]:
     summary, result = facts.summary, facts.result
+    unit = f" ({PER_TOKEN})" if summary.loss_unit == PER_TOKEN else ""
     values: dict[str, Any] = {
-        "valid loss, lowest (nats per token)": summary.best_valid_loss,
+        f"valid loss, lowest{unit}": summary.best_valid_loss,
         "valid perplexity per token": summary.token_ppl,
         "valid perplexity per word, ends of line counted": summary.word_ppl,
         "valid bits per byte, at the end": result.get("bits_per_byte"),
-        "train loss, last (nats per token)": facts.last_row.get("loss"),
+        f"train loss, last{unit}": facts.last_row.get("loss"),
         "parameters": summary.num_parameters,
         "steps": summary.step,
         "epochs": result.get("epochs", facts.last_row.get("epoch")),
@@ -108,7 +110,7 @@ def _protocol(facts: Facts) -> list[tuple[str, str]]:
     return rows + [(f"{name} digest", str(digest)) for name, digest in sorted(facts.digests.items())]
 
 
-def _charts(run_dir: Path) -> list[Chart]:
+def _charts(run_dir: Path, loss_unit: str) -> list[Chart]:
     try:
         rows = read_metrics(run_dir)
     except CheckpointError:
@@ -119,7 +121,7 @@ def _charts(run_dir: Path) -> list[Chart]:
         return [x for x, _ in points], [y for _, y in points]
 
     return [
-        Chart(id, heading, unit, {name: curve(key) for name, key in keys.items()}, from_zero=from_zero)
+        Chart(id, heading, unit or loss_unit, {name: curve(key) for name, key in keys.items()}, from_zero=from_zero)
         for id, heading, unit, keys, from_zero in CHARTS
     ]
 

@@ -23,7 +23,7 @@ from lmkit.commands.runs_text import (
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
 from lmkit.store.audit import audit_checkpoint
-from lmkit.store.browse import Status, read_journal, read_newest_config, read_summary, readable, section
+from lmkit.store.browse import PER_TOKEN, Status, read_journal, read_newest_config, read_summary, readable, section
 from lmkit.store.found import LOCK_INFO, METRICS, read_info, read_metrics, read_result
 from lmkit.store.listing import best_first, list_checkpoints, valid_loss
 from lmkit.store.manifest import step_of
@@ -182,13 +182,14 @@ def _numbers(run_dir: Path) -> dict[str, str]:
     result = readable(read_result, run_dir)
     metrics = read_metrics(run_dir)
     speeds = [row["tokens_per_s"] for row in metrics if isinstance(row.get("tokens_per_s"), float)]
+    title = "best valid nats per token" if summary.loss_unit == PER_TOKEN else "best valid loss"
     values = {
         "status": summary.status.name,
         "parameters": NOTHING if summary.num_parameters is None else f"{summary.num_parameters:,}",
         "step": format_step(summary.step),
         "best valid ppl per word": NOTHING if summary.word_ppl is None else format_number(summary.word_ppl),
         "best valid ppl per token": NOTHING if summary.token_ppl is None else format_number(summary.token_ppl),
-        "best valid nats per token": NOTHING if summary.best_valid_loss is None else f"{summary.best_valid_loss:.4f}",
+        title: NOTHING if summary.best_valid_loss is None else f"{summary.best_valid_loss:.4f}",
     }
     if speeds:
         values["tokens/s (median)"] = format_number(sorted(speeds)[len(speeds) // 2])

@@ -14,7 +14,7 @@ from lmkit.commands.runs_show import settings
 from lmkit.commands.runs_text import NOTHING, columns, format_step
 from lmkit.console import format_number
 from lmkit.errors import CheckpointError
-from lmkit.store.browse import Status, find_runs
+from lmkit.store.browse import PER_TOKEN, Status, find_runs
 from lmkit.store.sweeps import Job, read, read_failures
 
 SEED = "seed"
@@ -117,15 +117,16 @@ def _folded_lines(rows: Sequence[_Row], groups: Sequence[str]) -> list[str]:
     losses = [[row.loss for row in same if row.loss is not None] for same in folded.values()]
     means = [mean(values) if values else None for values in losses]
     best = lowest(means, [group for _, group in folded])
-    for number, ((shown, _), values) in enumerate(zip(folded, losses, strict=True)):
+    for number, (((shown, _), same), values) in enumerate(zip(folded.items(), losses, strict=True)):
         middle = means[number]
+        have_ppl = all(row.facts is not None and row.facts.summary.token_ppl is not None for row in same)
         table.append(
             [
                 shown,
                 str(len(values)),
                 _loss_text(middle),
                 f"{stdev(values):.4f}" if len(values) > 1 else NOTHING,
-                NOTHING if middle is None else format_number(math.exp(min(middle, 700.0))),
+                NOTHING if middle is None or not have_ppl else format_number(math.exp(min(middle, 700.0))),
                 "best" if number in best else "",
             ]
         )
@@ -141,7 +142,8 @@ def _num_texts(rows: Sequence[_Row], groups: Sequence[str]) -> int:
 def _comparable(groups: Sequence[str], rows: Sequence[_Row]) -> str:
     if _num_texts(rows, groups) > 1:
         return "jobs of different data or tokenizers are NOT compared with each other"
-    return "all on the same data and tokens; losses in nats per token"
+    units = dict.fromkeys(row.facts.summary.loss_unit for row in rows if row.facts is not None)
+    return f"all on the same data and tokens; losses in {' or '.join(units) or PER_TOKEN}"
 
 
 def _loss_text(loss: float | None) -> str:

@@ -349,7 +349,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         )
     try:
         if job.world.is_first:
-            plot_run(job.run.path, job.console.warn)
+            plot_run(job.run.path, job.console.warn, job.task.unit)
         with session.judged():
             if forgetting is not None:
                 validation = forgetting.added_to(validation)

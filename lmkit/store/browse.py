@@ -44,8 +44,13 @@ class Status(Enum):
     """Whether it is running cannot be found out here."""
 
 
-_NO_LIKELIHOOD = ("classify", "regress", "prefer")
-"""Tasks whose validation loss is another thing than nats per token."""
+PER_TOKEN = "nats per token"
+_OTHER_LOSSES = {
+    "classify": "nats per example in training, 1 - task.metric on valid",
+    "regress": "squared error of the standardised target in training, task.metric on valid",
+    "prefer": "nats per pair",
+}
+"""Task whose losses are another thing than nats per token -> what they are."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class RunSummary:
     step: int | None
     """Optimizer steps completed, as far as the log goes."""
     best_valid_loss: float | None
-    """Lowest validation loss so far, nats per token."""
+    """Lowest validation loss so far, in ``loss_unit``."""
     objective: str
     """What was learnt; only ``lm`` is validated by exact likelihoods, so that only its runs have perplexities."""
     tokens_per_word: float | None
@@ -73,6 +78,11 @@ class RunSummary:
     last_log: datetime | None
     """When metrics.jsonl was last written, or the journal where there are no metrics (UTC)."""
     num_bytes: int
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses of training and validation are, for people."""
+        return _OTHER_LOSSES.get(self.objective, PER_TOKEN)
 
     @property
     def token_ppl(self) -> float | None:
@@ -265,7 +275,7 @@ def _num_parameters(manifest: Manifest | None) -> int | None:
 def _learnt(config: dict[str, Any]) -> str:
     """The objective, or the task where its validation loss is no likelihood."""
     task = str(section(config, "task").get("kind", "lm"))
-    return task if task in _NO_LIKELIHOOD else str(section(config, "objective").get("kind", "lm"))
+    return task if task in _OTHER_LOSSES else str(section(config, "objective").get("kind", "lm"))
 
 
 def _tokens_per_word(result: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:

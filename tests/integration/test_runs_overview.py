@@ -140,6 +140,23 @@ def test_a_run_without_numbers_is_shown_with_gaps(lmkit: Lmkit, capsys: Output) 
     assert row_of(capsys.readouterr().out, "valid loss, best")[1] == "-"
 
 
+def test_losses_that_are_no_nats_per_token_are_not_called_so(lmkit: Lmkit, capsys: Output) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        make_run(name, {2: 0.25}, seed=seed, command="finetune", config={"task": {"kind": "classify"}}, words=None)
+    begin(Path("runs"), ["lmkit"], [Job("a", {"seed": "1"}), Job("b", {"seed": "2"})])
+    for words in (["compare", "a", "b"], ["diff", "a", "b"], ["sweep", "runs"], ["report", "a", "to=a.html"]):
+        assert lmkit(*words) == 0
+    out = capsys.readouterr().out
+    assert "1 - task.metric on valid" in out
+    assert re.search(r"^- +2 +0.2500 +0.0000 +-$", out, re.MULTILINE)  # seeds folded: no perplexity
+    for text in (out, Path("a.html").read_text(encoding="utf-8")):
+        assert "nats per token" not in text
+        assert "1.2840" not in text  # exp(0.25)
+    assert lmkit("ls", "--json") == 0
+    (row, _) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["best_valid_loss"], row["best_valid_nats_per_token"]) == (0.25, None)
+
+
 # plot
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
 
 import pytest
 
-from lmkit.plots import plot_curves
+from lmkit.plots import plot_curves, plot_run
 
 CURVES = {
     "a run": {
@@ -45,3 +46,17 @@ def test_a_plot_follows_no_link_that_waits_for_it(tmp_path: Path) -> None:
     plot_curves(path, CURVES["flat"])
     assert victim.read_text(encoding="utf-8") == "precious"
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("unit", ["token", "example"])
+def test_only_losses_of_tokens_have_perplexities(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes._base import _AxesBase
+
+    labels: list[str] = []
+    monkeypatch.setattr(_AxesBase, "set_ylabel", lambda axes, text, **_: labels.append(text))
+    rows = ({"step": 1, "loss": 0.7, "lr": 0.1}, {"step": 1, "valid_loss": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    plot_run(tmp_path, pytest.fail, unit)
+    losses = ["loss (nats per token)", "perplexity"] if unit == "token" else ["loss"]
+    assert labels == ["learning rate", *losses]
+    assert (tmp_path / "loss.png").is_file()
