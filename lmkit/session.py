@@ -97,7 +97,6 @@ class Session:
         checkpoint untouched; ResourceError if memory ran out or the last state could not be saved.
         """
         give_back_freed_memory()
-        self._window.started = time.monotonic()
         if self.budget is not None:
             with unsharded(self.trainer.model):
                 self.budget.eval_s = self.task.validation_s(
@@ -110,6 +109,8 @@ class Session:
             over = self.state.eval_pending and self._finish_step(self._due(saves), saves, bar)
             if over or self._out_of_patience():
                 return self._last_validation()
+            self._window.started = time.monotonic()
+            self._count_time(self._window.started)  # what has come before is no part of the first step
             for report in fit(self.trainer, self.batches):
                 self._window.reports.append(report)
                 self._follow_clock()
@@ -177,10 +178,14 @@ class Session:
     def _follow_clock(self) -> None:
         """Count the time of the step and, under a time budget, fit the horizon to the time that is left."""
         now, state = time.monotonic(), self.state
-        elapsed_s = self.elapsed_before_s + now - self.started
-        self._last_step_s, state.elapsed_s = elapsed_s - state.elapsed_s, elapsed_s
+        self._last_step_s = self._count_time(now)
         if self.budget is not None:
-            state.horizon = self.budget.refit(state.horizon, state.step, elapsed_s, now)
+            state.horizon = self.budget.refit(state.horizon, state.step, state.elapsed_s, now)
+
+    def _count_time(self, now: float) -> float:
+        """Bring the time of the run up to ``now`` (time.monotonic()); returns the seconds that were not counted yet."""
+        before, self.state.elapsed_s = self.state.elapsed_s, self.elapsed_before_s + now - self.started
+        return self.state.elapsed_s - before
 
     def _eval_due(self, step: int) -> bool:
         if self.eval.every_steps is not None:
@@ -412,6 +417,7 @@ class Session:
         saves.step = None
         if self.budget is not None:
             self.budget.restart()
+        self._count_time(time.monotonic())  # since that checkpoint more than a step has passed
 
     @contextlib.contextmanager
     def _saved_without_memory(self, saves: Saves, bar: Progress) -> Iterator[None]:

@@ -757,6 +757,16 @@ def test_a_time_limit_stops_and_saves_like_a_signal(config: MakeConfig) -> None:
     assert journal(cfg, "stopped")[0]["step"] == load_checkpoint(newest, with_optimizer=False).step > 0
 
 
+def test_what_comes_before_the_first_step_is_not_taken_for_its_time(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared_for_long(**parts: Any) -> Session:
+        return Session(**{**parts, "started": parts["started"] - 5000.0})
+
+    monkeypatch.setattr(training, "Session", prepared_for_long)
+    assert pretrain.run(config(time_limit="1h"))["step"] == 12  # a step of 5000 s would have to end before the limit
+
+
 def test_the_end_of_a_slurm_job_stops_and_saves_too(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
