@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.config.runs import DEFAULT_ROOT
-from lmkit.errors import CheckpointError, ResourceError, RunLockedError
+from lmkit.errors import CheckpointError, DivergedError, ResourceError, RunLockedError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
 from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, read_info, read_result
@@ -159,9 +159,15 @@ def status_of(run_dir: Path) -> Status:
             return Status.running
     except ResourceError:
         return Status.unknown
-    if any(event.get("event") == "nonfinite" and event.get("policy") == "stop" for event in session):
+    if any(map(_is_divergence, session)):
         return Status.diverged
     return Status.finished if has_result and names <= {"changed", "error", "no lock"} else Status.crashed
+
+
+def _is_divergence(event: Mapping[str, Any]) -> bool:
+    """Whether an event of the journal says that the run ended since something was not finite."""
+    what = (event.get("event"), event.get("policy"), event.get("code"))
+    return what in (("nonfinite", "stop", None), ("error", None, DivergedError.exit_code))
 
 
 def is_locked(run_dir: Path) -> bool:

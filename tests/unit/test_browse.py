@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit.errors import CheckpointError, ConfigError
+from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store.browse import Status, find_runs, is_locked, named_run, read_journal, read_summary, status_of
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
@@ -67,11 +67,14 @@ def test_finished_and_stopped_runs_are_told_from_those_that_just_ended(tmp_path:
         run.journal("stopped", {"signal": "SIGTERM", "step": 1})
     with open_run(tmp_path / "diverged") as run:
         run.journal("nonfinite", {"step": 5, "policy": "stop"})
+    with contextlib.suppress(DivergedError), open_run(tmp_path / "diverged after skips") as run:
+        run.journal("nonfinite", {"step": 5, "policy": "skip"})
+        raise DivergedError("more batches than train.max_skips were left out")
     with open_run(tmp_path / "crashed") as run:
         run.journal("nonfinite", {"step": 5, "policy": "skip"})
         save(run, 6)
-    for name in ("finished", "stopped", "diverged", "crashed"):
-        assert status_of(tmp_path / name).name == name
+    for name in ("finished", "stopped", "diverged", "diverged after skips", "crashed"):
+        assert status_of(tmp_path / name).name == name.partition(" ")[0]
 
 
 def test_a_finished_run_that_had_nothing_more_to_do_is_finished_and_one_that_broke_later_crashed(
