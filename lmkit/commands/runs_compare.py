@@ -58,7 +58,12 @@ class Facts:
     @property
     def span(self) -> str:
         """How validation while training reads the text."""
-        if section(self.config, "model").get("kind") == "transformer":
+        model = section(self.config, "model")
+        if memory := model.get("memory_tokens"):
+            return f"{memory} tokens in each layer, across all segments"
+        if model.get("kind") in ("vae_lstm", "relgan"):
+            return "each sentence on its own"
+        if model.get("kind") == "transformer":
             return f"windows of {section(self.config, 'train').get('seq_len', '?')} tokens side by side"
         return "state carried over the whole text"
 

@@ -98,9 +98,10 @@ def _numbers(facts: Facts) -> list[tuple[str, str]]:
 
 def _protocol(facts: Facts) -> list[tuple[str, str]]:
     """How validation was taken while training, and on what."""
-    rows = [("scored", "every token of valid once, the first given the end token")]
-    if facts.config:
-        rows.append(("text before a token", facts.span))
+    rows: list[tuple[str, str]] = []
+    if facts.summary.loss_unit == PER_TOKEN:
+        rows.append(("scored", "every token of valid once, the first given the end token"))
+        rows += [("text before a token", facts.span)] if facts.config else []
     result = facts.result
     for name, key in (("tokens", "num_tokens"), ("words, ends of line included", "num_words"), ("bytes", "num_bytes")):
         if isinstance(result.get(key), int):

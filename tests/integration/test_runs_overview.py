@@ -131,6 +131,14 @@ def test_another_tokenizer_is_compared_per_word_only(lmkit: Lmkit, capsys: Outpu
     assert "per word under different letters" not in out
 
 
+def test_validation_with_a_carried_memory_is_told_from_that_of_windows(lmkit: Lmkit, capsys: Output) -> None:
+    make_run("a", {2: 3.0})
+    make_run("b", {2: 2.0}, config={"model": {"kind": "transformer", "d_model": 32, "memory_tokens": 64}})
+    assert lmkit("compare", "a", "b") == 0
+    said = "64 tokens in each layer, across all segments, windows of 16 tokens side by side"
+    assert f"under A validation saw different text before a token: {said}" in capsys.readouterr().out
+
+
 def test_a_run_without_numbers_is_shown_with_gaps(lmkit: Lmkit, capsys: Output) -> None:
     make_run("a", {2: 3.0})
     with Run.create("runs/new", root="runs", dataset="d", model="m", resume=False, warn=pytest.fail) as run:
