@@ -120,8 +120,10 @@ def note_asked(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the result, the run that it starts from included."""
-    return {**_computed(config), "base": config["run"].get("path")}
+    """What decides the result, the checkpoint that it starts from included."""
+    run = config["run"]
+    named = {} if run.get("checkpoint", "best") == "best" else {"checkpoint": run["checkpoint"]}
+    return {**_computed(config), "base": run.get("path"), **named}
 
 
 def _digest(config: Mapping[str, Any]) -> str:

@@ -176,8 +176,9 @@ def test_finished_jobs_of_finetune_are_skipped_and_those_of_another_base_are_not
     capsys.readouterr()
     assert cli.main([*tune, "run=jobs/0"]) == 0
     assert capsys.readouterr().err.count("finished before, skipped") == 2
-    assert cli.main([*tune, "run=jobs/1"]) == 2
-    assert "finished before" not in capsys.readouterr().err
+    for other in (["run=jobs/1"], ["run=jobs/0", "run.checkpoint=latest"]):
+        assert cli.main([*tune, *other]) == 2
+        assert "finished before" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
