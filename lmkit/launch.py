@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import ConfigError, ResourceError, StoppedError
-from lmkit.sweep import SEARCH, Job, Outcome, Runner, compose_all, here, is_given, run_job, summed_up, take
+from lmkit.sweep import SEARCH, Job, Outcome, Runner, compose_all, here, is_finished, is_given, run_job, summed_up, take
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -204,14 +204,18 @@ class _Trials:
         ]
 
     def _failed_before(self, jobs: Sequence[Job]) -> dict[int, str]:
-        """Number -> problem of jobs that failed before others were chosen: those would be chosen differently now."""
+        """Number -> problem of jobs that failed before others were chosen: those would be chosen differently now.
+
+        One that was the last job then, and has ended well since, is what the others were chosen by.
+        """
         from lmkit.store.sweeps import read, read_failures
 
         root = _root(self._line)
         sweep, failures = read(root), read_failures(root)
         if sweep is None or len(sweep.jobs) <= jobs[-1].number + 1:
             return {}
-        failed = {job.number: failures[str(job.number)] for job in jobs if str(job.number) in failures}
+        tried = [job for job in jobs if str(job.number) in failures and not is_finished(job.made)]
+        failed = {job.number: failures[str(job.number)] for job in tried}
         for job in jobs:
             if job.number in failed:
                 print(f"{job.name}: failed before, not tried again", file=sys.stderr)

@@ -145,7 +145,7 @@ def take(jobs: Sequence[Job], runner: Runner, noted: Sequence[StoredJob]) -> lis
     """Run the jobs that have not finished before, and note which fail; ``noted``: the jobs as they are written down."""
     from lmkit.store.sweeps import note_failure
 
-    outcomes = {job.number: Outcome() for job in jobs if _is_finished(job.made)}
+    outcomes = {job.number: Outcome() for job in jobs if is_finished(job.made)}
     for job in jobs:
         if job.number in outcomes:
             print(f"{job.name}: finished before, skipped: {_words(job.line)}", file=sys.stderr)
@@ -204,7 +204,7 @@ def _note(line: Line, jobs: Sequence[Line]) -> list[StoredJob]:
     return stored
 
 
-def _is_finished(made: Any) -> bool:
+def is_finished(made: Any) -> bool:
     """Whether the run that a job would make has come to its end before, with the same configuration."""
     from lmkit.config.plain import to_plain
     from lmkit.store.sweeps import has_finished

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from lmkit import cli, launch
+from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
 from lmkit.store.browse import read_summary
-from lmkit.store.sweeps import read
-from lmkit.sweep import Outcome
+from lmkit.store.sweeps import Job as StoredJob
+from lmkit.store.sweeps import begin, note_failure, read
+from lmkit.sweep import Job, Outcome, here
 
 WORDS = ["pretrain", "-m", "dataset=text", "tokenizer=byte", "model=tiny", "device=cpu", "train.max_steps=2"]
 WORDS += ["train.batch_size=2", "train.seq_len=8", "model.d_model=16", "model.num_layers=1", "model.num_heads=2"]
@@ -94,7 +96,8 @@ def test_a_job_that_fails_in_a_launcher_is_noted_and_the_others_are_done(lmkit: 
 
 
 def test_a_job_in_a_worker_notes_the_command_line_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    command, seen = ["lmkit", "pretrain", "-m", "seed=1,2"], []
+    command = ["lmkit", "pretrain", "-m", "seed=1,2"]
+    seen: list[tuple[str, list[str]]] = []
 
     def run_job(job: str) -> Outcome:
         seen.append((job, command_line(SINGLE)))
@@ -148,6 +151,19 @@ def test_a_search_goes_on_after_a_failed_job_and_counts_it_as_failed_again(lmkit
     said = capsys.readouterr().err
     assert "job 1: failed before, not tried again" in said
     assert "job 2: finished before, skipped" in said
+
+
+def test_a_job_of_a_search_that_has_ended_well_after_a_failure_is_not_counted_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = parse("pretrain", ["-m", f"run.dir={tmp_path}"])
+    stored = [StoredJob(str(number), {"seed": str(number)}) for number in range(3)]
+    begin(tmp_path, ["lmkit"], stored)
+    for job in stored[:2]:
+        note_failure(tmp_path, job, 6, "the disk is full", pytest.fail)
+    monkeypatch.setattr(launch, "is_finished", lambda made: made == "done")
+    jobs = [Job(0, "job 1", line, "done"), Job(1, "job 2", line, "failed")]
+    assert launch._Trials(line, {}, here)._failed_before(jobs) == {1: "exit 6: the disk is full"}
 
 
 def test_finished_jobs_are_skipped_where_the_stored_configuration_is_not_the_asked_one(
