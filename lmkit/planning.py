@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import psutil
@@ -161,17 +161,31 @@ class Plan:
         return f"no: train.micro_batch_size={self.largest_fitting} would, with the same updates"
 
 
-def plan(trainer: Trainer, train: TrainConfig, evaluation: EvalConfig, save: SaveConfig, *, timed: bool = True) -> Plan:
+def plan(
+    trainer: Trainer,
+    train: TrainConfig,
+    evaluation: EvalConfig,
+    save: SaveConfig,
+    *,
+    num_processes: int = 1,
+    timed: bool = True,
+) -> Plan:
     """What the run of a trainer that has done no step will take. It is of no further use: its weights change here.
+
+    num_processes: so many share the micro-batches of a step, each with the whole model; the memory is that of one of
+    them, and the time is without the sums of the gradients.
 
     Nothing larger than two rows is tried before it is known that a step fits; ``timed=False`` tries nothing larger.
     """
     memory = estimate_memory(trainer)
+    if num_processes > 1:
+        several = trainer.num_micro_batches(trainer.task.batches[0]) > num_processes
+        memory = replace(memory, accumulates=several)
     room = room_bytes(trainer.device)
-    largest = largest_fitting(memory, train.batch_size, int(ROOM_SHARE * room))
+    largest = largest_fitting(memory, train.batch_size // num_processes, int(ROOM_SHARE * room))
     step_s, validation_s = None, None
     if timed and trainer.micro_batch_size <= largest:
-        step_s = time_steps(trainer)
+        step_s = time_steps(trainer) / num_processes  # here it makes the micro-batches of all
         validation_s = trainer.task.validation_s(device=trainer.device, micro_batch_size=trainer.micro_batch_size)
     steps_per_epoch = trainer.task.batches.steps_per_epoch
     times = None if step_s is None or validation_s is None else (step_s, validation_s)

@@ -15,7 +15,6 @@ from lmkit.config.plain import kind_of, to_plain
 from lmkit.config.training import STREAM_KEYS
 from lmkit.console import Console
 from lmkit.data.prepared import PreparedData, prepare
-from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
 from lmkit.hf import ImportedModel, import_hf, resolve_hf
@@ -50,7 +49,7 @@ def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
     if cfg.plan and not world.is_first:
         return {}
     if cfg.plan:
-        return _plan(cfg, prepared, imported, device, console)
+        return _plan(cfg, prepared, imported, place)
     with open_run(cfg, prepared.name, kind_of(cfg.model), world, console) as this_run:
         model = build_model(cfg, imported, vocab_size)
         stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}
@@ -87,16 +86,16 @@ def _check_softmax(cfg: PretrainConfig) -> None:
     check_head(cfg.softmax, head)
 
 
-def _plan(
-    cfg: PretrainConfig, prepared: PreparedData, imported: ImportedModel | None, device: Device, console: Console
-) -> dict[str, Any]:
+def _plan(cfg: PretrainConfig, prepared: PreparedData, imported: ImportedModel | None, place: Place) -> dict[str, Any]:
     """Say what the run would take; nothing is written."""
     if cfg.model.trains_by_counting:
         raise ConfigError("plan=true: a model that counts takes seconds", "leave plan out")
+    if place.world.shards and place.world.size > 1:
+        raise ConfigError("plan=true does not know what a model in pieces takes", "plan with parallel=ddp")
     model = build_model(cfg, imported, prepared.tokenizer.vocab_size)
-    trainer = build_trainer(cfg, build_task(cfg, model, prepared), model, device, None)
-    rows = list(plan(trainer, cfg.train, cfg.eval, cfg.save).rows())
-    console.table("Plan", rows)
+    trainer = build_trainer(cfg, build_task(cfg, model, prepared), model, place.device, None)
+    rows = list(plan(trainer, cfg.train, cfg.eval, cfg.save, num_processes=place.world.size).rows())
+    place.console.table("Plan", rows)
     return dict(rows)
 
 

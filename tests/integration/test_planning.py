@@ -226,5 +226,16 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPat
     assert dict(made.rows())["fits"].startswith("no, not even one row")
 
 
+def test_processes_share_the_micro_batches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(batch_size=8, micro_batch_size=4)
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer: 3.0)
+    monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 0.0)
+    train = TrainConfig(batch_size=8, micro_batch_size=4, seq_len=16, max_steps=100)
+    alone, shared = (plan(trainer, train, EvalConfig(), SaveConfig(), num_processes=number) for number in (1, 2))
+    assert (alone.total_s, shared.total_s) == (300.0, 150.0)
+    assert (alone.memory.accumulates, shared.memory.accumulates) == (True, False)
+    assert (alone.largest_fitting, shared.largest_fitting) == (8, 4)
+
+
 if __name__ == "__main__":
     measure(sys.argv[1])
