@@ -115,7 +115,9 @@ def _verify_resume(config: RunsConfig) -> None:
     line = parse(command, given)
     if line.multirun or line.show_config:
         raise ConfigError("verify-resume trains one configuration", "leave out -m and --cfg")
-    line.values |= runs_resume.fixed_values(config.steps)
+    line.groups["logger"] = "none"  # the copies send nothing anywhere
+    own = {key: value for key, value in line.values.items() if not key.startswith("logger.")}
+    line.values = own | runs_resume.fixed_values(config.steps)
     if command == "finetune":
         line.values |= {"predict": "null", "output": "null"}  # the copies write nothing into the user's folder
     made = to_dataclass(compose(line))

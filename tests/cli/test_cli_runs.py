@@ -107,6 +107,13 @@ def test_verify_resume_of_finetune_writes_no_predictions(lmkit: Any, monkeypatch
     assert {"predict=null", "output=null", "task=classify", "task.data=x.jsonl"} <= set(given)
 
 
+def test_verify_resume_sends_no_metrics_of_its_copies(lmkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(runs_resume, "run", lambda cfg, words, steps: given.extend(words))
+    assert lmkit("runs", "verify-resume", "logger=wandb", "logger.project=mine", "log.every_steps=5") == 0, lmkit.err
+    assert [word for word in given if word.startswith("log")] == ["logger=none", "log.every_steps=1"]
+
+
 @pytest.mark.usefixtures("two_runs")
 @pytest.mark.parametrize(
     ("line", "expected"),
