@@ -44,7 +44,9 @@ def lr_factor(config: ScheduleConfig, step: int, progress: float, valid_losses: 
     if isinstance(config, WsdConfig):
         left = min(1.0, (1.0 - progress) / config.decay_ratio)
         return config.final_ratio + (1.0 - config.final_ratio) * max(0.0, left)
-    start = config.warmup_ratio if config.warmup_steps is None else 0.0
+    start = config.warmup_ratio
+    if config.warmup_steps is not None:
+        start = progress * config.warmup_steps / max(step, 1)  # how far the run was when the warm-up ended
     done = min(1.0, max(0.0, (progress - start) / max(1.0 - start, 1e-9)))
     if isinstance(config, LinearConfig):
         return config.final_ratio + (1.0 - config.final_ratio) * (1.0 - done)

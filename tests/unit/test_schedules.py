@@ -74,6 +74,16 @@ def test_warmup_steps_count_updates() -> None:
     assert [lr_factor(config, step, 0.0) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
+@pytest.mark.parametrize("kind", [CosineConfig, LinearConfig])
+def test_a_decay_begins_at_the_peak_whether_the_warm_up_is_given_in_steps_or_as_a_share(
+    kind: type[CosineConfig | LinearConfig],
+) -> None:
+    by_steps, by_share = kind(warmup_steps=400), kind(warmup_ratio=0.4)
+    assert lr_factor(by_steps, 400, 0.4) == 1.0
+    for step in range(400, 1001):
+        assert lr_factor(by_steps, step, step / 1000) == pytest.approx(lr_factor(by_share, step, step / 1000))
+
+
 def test_plateau_falls_once_per_stretch_without_improvement() -> None:
     assert num_plateaus([5.0, 4.0, 3.0], patience=1) == 0
     assert num_plateaus([5.0, 5.1, 5.2], patience=1) == 1
