@@ -170,6 +170,7 @@ class _Trials:
         jobs = self._jobs(job_overrides, initial_job_idx)
         failed = self._failed_before(jobs)
         rest = [job for job in jobs if job.number not in failed]
+        _check_unfinished(rest)
         ended = {job.number: outcome for job, outcome in zip(rest, take(rest, self._runner, self._noted), strict=True)}
         returns = []
         for job in jobs:
@@ -220,6 +221,15 @@ class _Trials:
             if job.number in failed:
                 print(f"{job.name}: failed before, not tried again", file=sys.stderr)
         return failed
+
+
+def _check_unfinished(jobs: Sequence[Job]) -> None:
+    """Raise ConfigError for a job that has begun before and may not go on, since it would count as failed for good."""
+    from lmkit.store.browse import is_run
+
+    for job in jobs:
+        if not job.made.resume and is_run(Path(job.made.run.dir)) and not is_finished(job.made):
+            raise ConfigError(f"{job.name} of the search has begun and not finished", AGAIN)
 
 
 def _plain(override: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from lmkit import cli, launch
 from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
+from lmkit.errors import ConfigError
 from lmkit.store.browse import read_summary
 from lmkit.store.sweeps import Job as StoredJob
 from lmkit.store.sweeps import begin, note_failure, read
@@ -164,6 +165,15 @@ def test_a_job_of_a_search_that_has_ended_well_after_a_failure_is_not_counted_as
     monkeypatch.setattr(launch, "is_finished", lambda made: made == "done")
     jobs = [Job(0, "job 1", line, "done"), Job(1, "job 2", line, "failed")]
     assert launch._Trials(line, {}, here)._failed_before(jobs) == {1: "exit 6: the disk is full"}
+
+
+def test_a_job_of_a_search_that_was_stopped_does_not_count_as_failed(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "run.json").write_text("{}", encoding="utf-8")
+    line = parse("pretrain", ["-m", "seed=1,2", f"run.dir={tmp_path}"])
+    trials = launch._Trials(line, {"seed": "seed"}, lambda jobs: pytest.fail("a job was run"))
+    with pytest.raises(ConfigError, match=r"job 1 of the search has begun and not finished; .*resume=true"):
+        trials.launch([["seed=1"]], 0)
 
 
 def test_finished_jobs_are_skipped_where_the_stored_configuration_is_not_the_asked_one(
