@@ -178,8 +178,7 @@ class _Writer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, stop: Sequence[str]) -> None:
         self.decoder = tokenizer.decoder()
-        for token in prompt.text_ids:
-            self.decoder.push(token)
+        self.decoder.skip(prompt.text_ids)
         self.stop = [text for text in stop if text]
         self.text = ""
         self.held = ""

@@ -28,7 +28,7 @@ HEADER_FILE = "tokenizer.json"
 class StreamDecoder(ABC):
     """Decodes a growing sequence of ids. The pieces it returns, joined, equal ``decode`` of all the ids.
 
-    Text that continues a prompt needs the prompt's ids pushed first: a word's blank depends on what stands before it.
+    Text that continues a prompt needs the prompt's ids skipped first: a word's blank depends on what stands before it.
     """
 
     @abstractmethod
@@ -38,6 +38,11 @@ class StreamDecoder(ABC):
     @abstractmethod
     def flush(self) -> str:
         """What was held back, with U+FFFD for bytes that are not UTF-8. The decoder is as new afterwards."""
+
+    def skip(self, ids: Sequence[int]) -> None:
+        """Begin behind the ids of a whole text, of which nothing is given out."""
+        for id in ids:
+            self.push(id)
 
 
 class Tokenizer(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class _WholeDecoder(StreamDecoder):
     def __init__(self, tokenizer: HfTokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
+        self.skipped = ""
 
     def push(self, id: int) -> str:
         self.ids.append(self.tokenizer.check_id(id))
@@ -108,8 +110,14 @@ class _WholeDecoder(StreamDecoder):
 
     def flush(self) -> str:
         text = self.tokenizer.decode(self.ids)
-        self.ids = []
-        return text
+        # what follows may have changed the end of what was skipped
+        new = text[len(commonprefix([self.skipped, text])) :]
+        self.ids, self.skipped = [], ""
+        return new
+
+    def skip(self, ids: Sequence[int]) -> None:
+        super().skip(ids)
+        self.skipped = self.tokenizer.decode(self.ids)
 
 
 class _HfStyle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from lmkit.device import Device
 from lmkit.errors import DivergedError
 from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt
 from lmkit.models.base import Head, LanguageModel, Scores, State
-from lmkit.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
+from lmkit.tokenizers import ByteTokenizer, CharTokenizer, HfTokenizer, Tokenizer, WordTokenizer
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 BYTES = ByteTokenizer()
@@ -188,6 +189,24 @@ def test_an_end_of_document_ends_a_sample_unless_it_is_told_not_to() -> None:
 def test_the_eos_of_a_word_tokenizer_only_ends_a_line() -> None:
     script = [2, 3, WORDS.eos_id, 2]
     assert say(WORDS, script)[0] == Sample("the company\nthe", 4, "length")
+
+
+def test_a_decoder_that_gives_its_text_at_the_end_does_not_repeat_the_prompt() -> None:
+    vocab = {"[UNK]": 0, "the": 1, "cat": 2, "##s": 3}
+    spec = {
+        "version": "1.0",
+        "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+        | {"max_input_chars_per_word": 100},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    }
+    pieces = HfTokenizer(json.dumps(spec).encode())
+    prompt = read_prompt(pieces, "the cat", context=None, max_new_tokens=9)
+    options: dict[str, Any] = {"sampling": GREEDY, "device": CPU, "max_new_tokens": 3, "num_samples": 2}
+    said = generate(Script(pieces, [3, 1, 2], num_read=3), pieces, prompt, **options)
+    assert said == [Sample("s the cat", 3, "length")] * 2
+    said = generate(Script(pieces, [3, 1, 2], num_read=3), pieces, prompt, stop=["the"], **options)
+    assert said == [Sample("s ", 3, "stop")] * 2
 
 
 def test_the_samples_of_a_batch_end_each_on_its_own() -> None:
