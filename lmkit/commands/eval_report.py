@@ -19,7 +19,7 @@ from lmkit.evaluation.scoring import own_scores, score
 from lmkit.heads import rows_per_chunk
 from lmkit.ids import check_text
 from lmkit.models.base import Scores
-from lmkit.tokenizers.base import BytesTokenizer
+from lmkit.tokenizers.base import BytesDecoder
 
 NUM_ALTERNATIVES = 5
 
@@ -77,16 +77,16 @@ def _shown_tokens(evaluator: Evaluator, passage: Passage, outcome: Outcome, show
 
 
 def _texts(evaluator: Evaluator, tokens: NDArray[Any]) -> list[str]:
-    """Texts that joined are the text."""
+    """Texts that joined are the text; the names of the tokens where a tokenizer only decodes as a whole."""
     tokenizer = evaluator.loaded.tokenizer
     if tokenizer.ends_lines:
         return [
             f"{tokenizer.token_text(int(i))}\n" if int(i) == tokenizer.eos_id else f"{tokenizer.token_text(int(i))} "
             for i in tokens
         ]
-    if not isinstance(tokenizer, BytesTokenizer):
-        return [tokenizer.token_text(int(i)) for i in tokens]
     decoder = tokenizer.decoder()
+    if not isinstance(decoder, BytesDecoder):  # what a token adds to the text is not known
+        return [f"{tokenizer.token_text(int(i))} " for i in tokens]
     return [tokenizer.token_text(int(i)) if i == tokenizer.eos_id else decoder.push(int(i)) for i in tokens]
 
 

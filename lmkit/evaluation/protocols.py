@@ -38,7 +38,6 @@ from lmkit.evaluation.plan import (
     unbroken,
 )
 from lmkit.tokenizers import Tokenizer
-from lmkit.tokenizers.base import BytesTokenizer
 
 ALL_SCORED = "given the end token"
 FIRST_LEFT_OUT = "not scored"
@@ -347,8 +346,6 @@ def line_enders(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     """(V,) whether a token ends a line: the end token of a word-level tokenizer, else any with a newline in it."""
     if tokenizer.ends_lines:
         return np.isin(np.arange(tokenizer.vocab_size), [tokenizer.eos_id])
-    if isinstance(tokenizer, BytesTokenizer):
-        return np.array([b"\n" in tokenizer.bytes_of[i] for i in range(tokenizer.vocab_size)])
     return np.array(["\n" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
 
 

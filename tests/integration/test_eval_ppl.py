@@ -17,7 +17,13 @@ import torch
 
 from lmkit.commands import eval_ppl, pretrain
 from lmkit.config.commands import EvalPplConfig, PretrainConfig
-from lmkit.config.data import ByteTokenizerConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
+from lmkit.config.data import (
+    ByteTokenizerConfig,
+    HfTokenizerConfig,
+    TextConfig,
+    TokenizerConfig,
+    WordTokenizerConfig,
+)
 from lmkit.config.evaluation import (
     AwdLstmProtocolConfig,
     DynamicRmsConfig,
@@ -70,21 +76,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Fol
         patch.delenv("LMKIT_DATA", raising=False)
         torch.set_num_threads(1)
         for name, (model, tokenizer, seed) in RUNS.items():
-            pretrain.run(
-                PretrainConfig(
-                    dataset=TextConfig(path=str(corpus), valid_fraction=0.1, test_fraction=0.1),
-                    tokenizer=tokenizer,
-                    model=model,
-                    optimizer=AdamwConfig(lr=1e-2),
-                    schedule=CosineConfig(),
-                    device=CPU,
-                    train=TrainConfig(batch_size=4, seq_len=16, max_steps=20 if name == "other_step" else 25),
-                    eval=EvalConfig(every_steps=25),
-                    run=RunConfig(dir=str(folder / name), root=str(folder)),
-                    seed=seed,
-                )
-            )
+            train_run(folder / name, corpus, model, tokenizer, seed, 20 if name == "other_step" else 25)
         yield folder
+
+
+def train_run(
+    run: Path, corpus: Path, model: ModelConfig, tokenizer: TokenizerConfig, seed: int = 1, steps: int = 25
+) -> None:
+    """A run of a few steps on ``corpus``."""
+    pretrain.run(
+        PretrainConfig(
+            dataset=TextConfig(path=str(corpus), valid_fraction=0.1, test_fraction=0.1),
+            tokenizer=tokenizer,
+            model=model,
+            optimizer=AdamwConfig(lr=1e-2),
+            schedule=CosineConfig(),
+            device=CPU,
+            train=TrainConfig(batch_size=4, seq_len=16, max_steps=steps),
+            eval=EvalConfig(every_steps=25),
+            run=RunConfig(dir=str(run), root=str(run.parent)),
+            seed=seed,
+        )
+    )
 
 
 def evaluate(runs: Folder, name: str, **fields: Any) -> dict[str, Any]:
@@ -575,6 +588,20 @@ def test_a_report_is_one_page_without_the_network(run: str, runs: Folder, tmp_pa
     assert page.lower().startswith("<!doctype html>")
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_a_tokenizer_that_only_decodes_as_a_whole_is_scored_and_shown(
+    runs: Folder, corpus: Path, tmp_path: Path
+) -> None:
+    words = sorted({word for path in corpus.iterdir() for word in re.findall(r"\w+|[^\w\s]+", path.read_text())})
+    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(["[UNK]", *words])}, "unk_token": "[UNK]"}
+    spec = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    train_run(runs / "whole", corpus, LSTM, HfTokenizerConfig(path=str(tmp_path)))
+    found = evaluate(runs, "whole", report=str(tmp_path / "page.html"))
+    assert (found["unk"]["count"], found["num_types"]) == (0, len(words) + 2)
+    assert found["interval"] is None, "no token ends a line"
+    assert f'<span class="s0">{words[0]}</span>' in re.sub(r'"s\d"', '"s0"', (tmp_path / "page.html").read_text())
 
 
 def test_without_resamples_there_is_no_interval(runs: Folder, capfd: pytest.CaptureFixture[str]) -> None:
