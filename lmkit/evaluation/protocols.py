@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from io import StringIO
 from typing import Any, ClassVar
 
 import numpy as np
@@ -229,7 +230,7 @@ class HfStrided(Protocol):
         if source.tokenizer.ends_lines:
             return material
         is_wikitext = source.name.startswith("wikitext")
-        rows = [_hub_row(line, is_wikitext) for line in source.read().splitlines(keepends=True)]
+        rows = [_hub_row(line, is_wikitext) for line in StringIO(source.read(), newline="\n")]
         tokens = source.tokenizer.encode("\n\n".join(rows))
         changes = "rows joined by two newlines"
         return replace(material, tokens=tokens, document_ends=np.array([len(tokens)]), changes=changes)

@@ -223,6 +223,13 @@ def test_hf_strided_equals_the_published_loop(
     assert ppl(headline) == pytest.approx(math.exp(nll_sum / n_tokens), rel=1e-5)
 
 
+def test_rows_of_hf_strided_end_at_newlines_only() -> None:
+    text = "one\x0ctwo\rthree\n\nfour\x85five\u2028six\n"
+    src = source(text, ByteTokenizer())
+    tokens = build_protocol(HfStridedProtocolConfig(), word_level=False).material(src).tokens
+    assert src.tokenizer.decode(tokens) == "one\x0ctwo\rthree\n\n\n\nfour\x85five\u2028six"
+
+
 def test_hf_strided_leaves_out_one_token_a_window_without_overlap() -> None:
     src = source("abcdefghijklmnopqrst\n", ByteTokenizer())
     _, num_scored = run_protocol(HfStridedProtocolConfig(max_length=5, stride=5), src, lstm(257))
