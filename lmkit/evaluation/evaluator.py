@@ -190,26 +190,25 @@ class Evaluator:
             choice.on_valid.append("theta")
         if fits_weights:
             choice.on_valid.append("weights")
-        if wants_theta or fits_weights:
-            self._fit(choice, fits_weights)
         if not fits_weights:
             equal = [1 / len(names)] * len(names)
             choice.weights = equal if cfg.weights in ("valid", "equal") else list(map(float, cfg.weights.split(",")))
+        if wants_theta or fits_weights:
+            self._fit(choice, fits_weights)
         return choice
 
     def _fit(self, choice: Choice, fits_weights: bool) -> None:
-        """Theta and weights: of each theta the best weights, of these the best."""
+        """Theta and weights: of each theta the best weights (or those of the choice), of these the best."""
         passage = self.passage("valid")
         own, caches = self._own(passage, choice.temperature, self._thetas(choice, passage))
         others = self._other_members(passage)
         base = [self._with_ensemble(passage, own.nats_N)]
-        best = np.inf
+        fits: list[tuple[float, float | None, list[float]]] = []
         for theta, cache in caches.items():
             members = base + ([filled(cache, base[0])] if cache is not None else []) + others
-            weights = best_weights(members) if fits_weights else [1 / len(members)] * len(members)
-            nats = float(np.nansum(mixed(members, weights), dtype=np.float64))
-            if nats < best:
-                best, choice.theta, choice.weights = nats, theta, weights
+            weights = best_weights(members) if fits_weights else choice.weights
+            fits.append((float(np.nansum(mixed(members, weights), dtype=np.float64)), theta, weights))
+        _, choice.theta, choice.weights = min(fits, key=lambda fit: fit[0])
 
     def _best_temperature(self) -> float:
         passage = self.passage("valid")

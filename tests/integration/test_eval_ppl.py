@@ -336,6 +336,19 @@ def test_only_what_was_fitted_on_valid_says_so(runs: Folder) -> None:
     assert found["theta"] > 0
 
 
+def test_theta_is_the_best_one_for_the_weights_that_are_given(runs: Folder) -> None:
+    def found(weights: str, theta: float | None = None, split: str = "valid") -> dict[str, Any]:
+        cache = NeuralCacheConfig(window=100, theta=theta)
+        return evaluate(runs, "lstm", split=split, checks=False, cache=cache, weights=weights)
+
+    some, much = found("0.999,0.001"), found("0.001,0.999")
+    thetas = some["chosen"]["theta"], much["chosen"]["theta"]
+    assert thetas[0] != thetas[1]
+    assert some["nats"] < found("0.999,0.001", thetas[1])["nats"]
+    assert much["nats"] < found("0.001,0.999", thetas[0])["nats"]
+    assert found("0,1", split="test")["nats"] == math.inf, "most words are not in the cache, whatever theta is"
+
+
 def test_mixing_with_kn5_is_the_weighted_sum_of_probabilities(runs: Folder, tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     own = probs_of(runs, "lstm", path)
