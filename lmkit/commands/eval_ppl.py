@@ -182,6 +182,7 @@ NOT_COMPARED = ("model_sha256", "memory", "precision", "members", "tokenizer", "
 
 def protocol_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """In what two protocols differ so that their numbers must not be compared; empty: they may be."""
+    ours, theirs = _without_fitted(ours), _without_fitted(theirs)
     names = [name for name in (*ours, *theirs) if name not in NOT_COMPARED]
     if ours.get("context") and theirs.get("context"):
         names += ["context", "stride"]
@@ -190,6 +191,17 @@ def protocol_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
         for name in dict.fromkeys(names)
         if ours.get(name) != theirs.get(name)
     ]
+
+
+def _without_fitted(protocol: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The protocol with what was fitted on valid named as such: the value, as a weight, belongs to a model."""
+    fitted, cache = protocol.get("fitted_on_valid"), protocol.get("cache")
+    named: dict[str, Any] = {}
+    if isinstance(fitted, list) and "temperature" in fitted:
+        named["temperature"] = "valid"
+    if isinstance(fitted, list) and "theta" in fitted and isinstance(cache, Mapping):
+        named["cache"] = {**cache, "theta": "valid"}
+    return {**protocol, **named}
 
 
 def _short(value: Any) -> str:

@@ -546,6 +546,19 @@ def test_results_of_different_protocols_are_not_compared(
     assert f"{other['ppl']:.4f}" not in shown
 
 
+@pytest.mark.parametrize("what", ["temperature", "neural cache"])
+def test_what_was_fitted_on_valid_belongs_to_a_model_and_not_to_the_protocol(
+    what: str, runs: Folder, tmp_path: Path
+) -> None:
+    path = tmp_path / "result.json"
+    other = evaluate(runs, "lstm2", output=str(path), **BEYOND[what])
+    found = evaluate(runs, "lstm", compare=[str(path)], **BEYOND[what])
+    key = "temperature" if what == "temperature" else "theta"
+    assert found["chosen"][key] != other["chosen"][key]
+    assert found["comparisons"][0]["not_comparable"] == []
+    assert found["comparisons"][0]["other_ppl"] == other["ppl"]
+
+
 def test_windows_of_another_size_are_another_protocol(runs: Folder, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     evaluate(runs, "transformer", output=str(path), stride=1)
