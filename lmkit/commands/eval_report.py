@@ -17,7 +17,7 @@ from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.report import Report, ShownToken, by_frequency, by_length, by_position, render
 from lmkit.evaluation.scoring import own_scores, score
 from lmkit.heads import rows_per_chunk
-from lmkit.ids import check_text
+from lmkit.initialise import token_counts
 from lmkit.models.base import Scores
 from lmkit.tokenizers.base import BytesDecoder
 
@@ -31,8 +31,7 @@ def page(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mappi
     counts_V = None
     if "train" in evaluator.prepared.splits:
         train = evaluator.prepared.splits["train"].tokens
-        check_text(train, evaluator.loaded.tokenizer.vocab_size)
-        counts_V = np.bincount(train, minlength=evaluator.loaded.tokenizer.vocab_size)
+        counts_V = token_counts(train, evaluator.loaded.tokenizer.vocab_size).numpy()
     shown = min(evaluator.cfg.report_tokens, len(tokens))
     warnings = []
     if result["kind"] != "static":

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lmkit.config.model import NgramConfig
 from lmkit.errors import DataError
 from lmkit.ids import check_text
+from lmkit.initialise import token_counts
 from lmkit.models.ngram import KneserNey
 
 Tokens = NDArray[np.integer[Any]]
@@ -35,9 +36,8 @@ def unigram_nats(train_tokens: Tokens, tokens: Tokens, vocab_size: int) -> NDArr
     That is, with N tokens of train and U of the V types not in it, P(w) = max(c(w), 1) / (N + U), which sums to one.
     Raises DataError for a token that is not in the vocabulary.
     """
-    check_text(train_tokens, vocab_size)
     check_text(tokens, vocab_size)
-    counts_V = np.maximum(np.bincount(train_tokens, minlength=vocab_size), 1)
+    counts_V = np.maximum(token_counts(train_tokens, vocab_size).numpy(), 1)
     nats_V: NDArray[np.float32] = (np.log(counts_V.sum()) - np.log(counts_V)).astype(np.float32)
     return nats_V[tokens]
 

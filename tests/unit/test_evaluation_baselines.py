@@ -6,6 +6,7 @@ import gzip
 import lzma
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -27,6 +28,18 @@ def test_unigrams_are_relative_frequencies_with_each_unseen_type_counted_once() 
 def test_unigrams_are_exactly_relative_frequencies_when_train_has_all_types() -> None:
     nats = unigram_nats(np.array([0, 1, 1, 1]), np.array([0, 1]), 2)
     assert np.exp(-nats).tolist() == pytest.approx([1 / 4, 3 / 4])
+
+
+def test_unigrams_of_a_long_train_are_counted_in_bounded_memory() -> None:
+    train = np.ones(1 << 26, dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        nats = unigram_nats(train, np.array([1, 0]), 2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.exp(-nats).tolist() == pytest.approx([1.0, 2**-26], rel=1e-5)
+    assert peak < 4 * len(train), "eight bytes a token would be a corpus of its own"
 
 
 @pytest.mark.parametrize("vocab_size", [5, 6, 1000])
