@@ -26,7 +26,7 @@ from lmkit.evaluation.baselines import compressed_bits_per_byte
 from lmkit.evaluation.evaluator import Evaluator, Outcome, Passage, as_json
 from lmkit.evaluation.numbers import Units, bootstrap, summary, units_of
 from lmkit.evaluation.protocols import describe, line_enders
-from lmkit.evaluation.published import standing
+from lmkit.evaluation.published import published_kind, standing
 from lmkit.evaluation.scoring import TokenScores, exp
 from lmkit.evaluation.wordprobs import (
     aligned,
@@ -100,8 +100,10 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         for name, nats in zip(outcome.members, outcome.member_nats, strict=True)
     }
     rank = None
-    if isinstance(evaluator.dataset, BenchmarkConfig) and result["ppl"] is not None:
-        rank = standing(evaluator.dataset.name.value, protocol.name, result["kind"], cfg.split, result["ppl"])
+    if isinstance(evaluator.dataset, BenchmarkConfig) and result["ppl"] is not None and cfg.adapter is None:
+        name = evaluator.dataset.name.value
+        kind = published_kind(result["kind"], loaded.config, name)
+        rank = standing(name, protocol.name, kind, cfg.split, result["ppl"])
     result["standing"] = [] if rank is None else rank.lines()
     return result | {
         "dataset": evaluator.prepared.name,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
+from typing import Any
 
 from lmkit.errors import DataError
 
@@ -136,6 +137,20 @@ def _number(name: str, text: str, line: int, *, above: float) -> float | None:
 def _require(holds: bool, line: int, problem: str) -> None:
     if not holds:
         raise DataError(f"{FILE} line {line}: {problem}", "correct the line")
+
+
+def published_kind(kind: str, config: Mapping[str, Any], dataset: str) -> str:
+    """Under which kind a run's number stands among published ones; ``config``: what the run has stored of itself.
+
+    A run that has learnt anything but ``dataset`` alone (other text, or a model to begin with, whatever that had read)
+    is a pretrained one: its number is not that of a model which saw nothing else.
+    """
+    corpora = [config.get("dataset"), *([] if config.get("base") is None else [config.get("corpus")])]
+    known = [(corpus or {}).get("name") for corpus in corpora if (corpus or {}).get("kind") == "benchmark"]
+    task, init = config.get("task") or {}, config.get("init") or {}
+    if known == [dataset] * len(corpora) and task.get("kind", "lm") == "lm" and init.get("weights") is None:
+        return kind
+    return "pretrained" if kind == "static" else f"pretrained + {kind}"
 
 
 def standing(dataset: str, protocol: str, kind: str, split: str, ppl: float, neighbours: int = 3) -> Standing | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from lmkit.errors import DataError
-from lmkit.evaluation.published import KINDS, PROTOCOLS, load, parse, standing
+from lmkit.evaluation.published import KINDS, PROTOCOLS, load, parse, published_kind, standing
 
 HEADER = "dataset,model,params_millions,valid,test,kind,protocol,source"
 ROW = "ptb,LSTM,24,60.0,57.3,static,mikolov,Someone 2017"
@@ -126,6 +127,30 @@ def test_a_number_that_nothing_published_compares_with_has_no_standing(
     dataset: str, protocol: str, kind: str, split: str
 ) -> None:
     assert standing(dataset, protocol, kind, split, 50.0) is None
+
+
+PTB = {"kind": "benchmark", "name": "ptb", "path": None}
+WIKITEXT2 = {"kind": "benchmark", "name": "wikitext2", "path": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"dataset": PTB}, "static"),
+        ({"dataset": PTB | {"path": "elsewhere"}, "init": {"weights": None}}, "static"),
+        ({"dataset": PTB, "base": "runs/a", "corpus": PTB, "task": {"kind": "lm"}}, "static"),
+        ({"dataset": PTB, "init": {"weights": "hf:gpt2"}}, "pretrained"),
+        ({"dataset": WIKITEXT2}, "pretrained"),
+        ({"dataset": {"kind": "hub", "name": "ptb"}}, "pretrained"),
+        ({"dataset": PTB, "base": "runs/a", "corpus": WIKITEXT2, "task": {"kind": "lm"}}, "pretrained"),
+        ({"dataset": PTB, "base": "runs/a", "corpus": None, "task": {"kind": "lm"}}, "pretrained"),
+        ({"dataset": PTB, "base": "runs/a", "corpus": PTB, "task": {"kind": "instruct"}}, "pretrained"),
+    ],
+)
+def test_a_run_that_has_learnt_more_than_the_corpus_is_a_pretrained_one(config: dict[str, Any], kind: str) -> None:
+    assert published_kind("static", config, "ptb") == kind
+    expected = "dynamic" if kind == "static" else "pretrained + dynamic"
+    assert published_kind("dynamic", config, "ptb") == expected
 
 
 def test_what_is_not_a_number_has_no_place() -> None:
