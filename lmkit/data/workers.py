@@ -17,16 +17,15 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, TypeVar
 
 import numpy as np
 
-import lmkit
 from lmkit.data.cleaning import Piece
 from lmkit.errors import DataError, ResourceError
 from lmkit.tokenizers import KINDS, SentencePieceTokenizer, Tokenizer, basic
 from lmkit.tokenizers.base import Ids, one_line
+from lmkit.tokenizers.probe import environment
 
 HERE_CHARS = 8 << 20
 MAX_CHILDREN = 8
@@ -160,15 +159,13 @@ class _Children:
 
 @contextlib.contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    # where this process found lmkit, a child finds it, too
-    paths = [str(Path(lmkit.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=environment(),
             start_new_session=True,  # signals of the terminal are for the process that asks
         )
     except OSError as error:

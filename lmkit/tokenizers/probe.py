@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lmkit
 from lmkit.errors import DataError
 from lmkit.store.cache import cache_dir
 from lmkit.tokenizers.base import Tokenizer, digest_of, one_line
@@ -44,7 +45,9 @@ def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
     command = [sys.executable, "-P", "-c", f"from {__name__} import child; child()", cls.kind]
     command += [str(CPU_SECONDS), str(MEMORY_BYTES)]
     try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=WALL_SECONDS, check=False)
+        done = subprocess.run(
+            command, input=content, capture_output=True, env=environment(), timeout=WALL_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         raise DataError(f"it takes more than {WALL_SECONDS:.0f} s to load and try") from None
     if done.returncode == _REFUSED:
@@ -55,6 +58,12 @@ def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
             f" (exit code {done.returncode} of the child that tried it)"
         )
     _make(note)
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: where this one found lmkit, the child finds it, too."""
+    paths = [str(Path(lmkit.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def vouch(tokenizer: Tokenizer) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from lmkit.config.data import (
     WordTokenizerConfig,
 )
 from lmkit.errors import DataError
-from lmkit.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer, train_tokenizer
+from lmkit.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer, probe, train_tokenizer
 from lmkit.tokenizers.sentencepiece import _draw
 
 TEXT = "the cat sat on the mat .\nthe dog <unk> on the cat ,  N times\n\nthe end .\n"
@@ -272,6 +274,22 @@ def test_hf_refuses_ids_that_no_model_could_hold(tmp_path: Path) -> None:
     spec["model"]["vocab"]["far"] = 2**31
     with pytest.raises(DataError, match="largest token id"):
         read_hf(tmp_path, json.dumps(spec))
+
+
+def test_the_child_that_tries_a_file_finds_lmkit_where_this_process_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        found.append(options["env"]["PYTHONPATH"])
+        return subprocess.CompletedProcess(command, 0, b"", b"")
+
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path))  # where it was not found good
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(probe.subprocess, "run", run)
+    read_hf(tmp_path, byte_level_json(None))
+    assert found == [str(Path(probe.__file__).parents[2])]
 
 
 def test_loading_gives_back_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
