@@ -19,6 +19,7 @@ from lmkit.commands.output import output_path, write_file, write_json, write_tex
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig
 from lmkit.console import Console
+from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError
 from lmkit.evaluation import checks
@@ -144,7 +145,7 @@ def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: 
         "tokenizer_sha256": loaded.tokenizer.digest,
         "model_sha256": loaded.checkpoint_digest,
         "eos": "scored and counted" if result["eos"]["count"] else "none in the text",
-        "unk": "scored and counted" if loaded.tokenizer.unk_id is not None else "none in the vocabulary",
+        "unk": _unk(evaluator, result),
         "per": result["ppl_per"],
         "kind": result["kind"],
         "temperature": outcome.choice.temperature,
@@ -158,6 +159,14 @@ def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: 
         "fitted_on_valid": outcome.choice.on_valid,
         "precision": evaluator.device.precision.name,
     }
+
+
+def _unk(evaluator: Evaluator, result: Mapping[str, Any]) -> str:
+    """What <unk> stands for: words of the text itself, in word-level sets, or those that the vocabulary lacks."""
+    dataset, number = evaluator.dataset, result["num_unk"]
+    if isinstance(dataset, BenchmarkConfig) and BENCHMARKS[dataset.name].word_level:
+        return "scored and counted"
+    return f"{number:,} scored and counted" if number else "none in the text"
 
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from lmkit.config.commands import EvalPplConfig, PretrainConfig
 from lmkit.config.data import (
     ByteTokenizerConfig,
     HfTokenizerConfig,
+    SentencePieceTokenizerConfig,
     TextConfig,
     TokenizerConfig,
     WordTokenizerConfig,
@@ -557,6 +558,23 @@ def test_what_was_fitted_on_valid_belongs_to_a_model_and_not_to_the_protocol(
     assert found["chosen"][key] != other["chosen"][key]
     assert found["comparisons"][0]["not_comparable"] == []
     assert found["comparisons"][0]["other_ppl"] == other["ppl"]
+
+
+def test_results_of_different_tokenizers_are_compared_unless_one_has_words_that_it_does_not_know(
+    runs: Folder, corpus: Path, tmp_path: Path
+) -> None:
+    spelled, few = tmp_path / "spelled.json", tmp_path / "few.json"
+    evaluate(runs, "byte_lstm", output=str(spelled))
+    train_run(runs / "pieces", corpus, LSTM, SentencePieceTokenizerConfig(vocab_size=300))
+    train_run(runs / "few", corpus, LSTM, WordTokenizerConfig(vocab_size=8))
+    number = evaluate(runs, "few", output=str(few))["num_unk"]
+    assert number > 0
+    for name in ("lstm", "pieces"):
+        found = evaluate(runs, name, compare=[str(spelled), str(few)])
+        first, second = (one["not_comparable"] for one in found["comparisons"])
+        assert first == []
+        assert second == [f"unk: none in the text here, {number:,} scored and counted there"]
+        assert "; <unk> none in the text;" in found["protocol_line"]
 
 
 def test_windows_of_another_size_are_another_protocol(runs: Folder, tmp_path: Path) -> None:
