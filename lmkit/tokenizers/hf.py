@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -111,9 +111,9 @@ class _WholeDecoder(StreamDecoder):
     def flush(self) -> str:
         text = self.tokenizer.decode(self.ids)
         # what follows may have changed the end of what was skipped
-        new = text[len(commonprefix([self.skipped, text])) :]
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.skipped, text, strict=False)))
         self.ids, self.skipped = [], ""
-        return new
+        return text[kept:]
 
     def skip(self, ids: Sequence[int]) -> None:
         super().skip(ids)
