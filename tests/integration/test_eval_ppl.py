@@ -18,7 +18,10 @@ import torch
 from lmkit.commands import eval_ppl, pretrain
 from lmkit.config.commands import EvalPplConfig, PretrainConfig
 from lmkit.config.data import (
+    BenchmarkConfig,
+    BenchmarkName,
     ByteTokenizerConfig,
+    DatasetConfig,
     HfTokenizerConfig,
     SentencePieceTokenizerConfig,
     TextConfig,
@@ -44,6 +47,7 @@ from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig
 from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, TrainConfig
+from lmkit.data.benchmarks import BENCHMARKS, Expected
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.evaluation.scoring import score
 from lmkit.models.transformer import Transformer
@@ -82,12 +86,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Fol
 
 
 def train_run(
-    run: Path, corpus: Path, model: ModelConfig, tokenizer: TokenizerConfig, seed: int = 1, steps: int = 25
+    run: Path,
+    text: Path | DatasetConfig,
+    model: ModelConfig,
+    tokenizer: TokenizerConfig,
+    seed: int = 1,
+    steps: int = 25,
 ) -> None:
-    """A run of a few steps on ``corpus``."""
+    """A run of a few steps on a corpus, or on the files of a folder."""
+    dataset = TextConfig(path=str(text), valid_fraction=0.1, test_fraction=0.1) if isinstance(text, Path) else text
     pretrain.run(
         PretrainConfig(
-            dataset=TextConfig(path=str(corpus), valid_fraction=0.1, test_fraction=0.1),
+            dataset=dataset,
             tokenizer=tokenizer,
             model=model,
             optimizer=AdamwConfig(lr=1e-2),
@@ -575,6 +585,23 @@ def test_results_of_different_tokenizers_are_compared_unless_one_has_words_that_
         assert first == []
         assert second == [f"unk: none in the text here, {number:,} scored and counted there"]
         assert "; <unk> none in the text;" in found["protocol_line"]
+
+
+def test_only_a_run_that_learnt_nothing_else_stands_among_the_static_results_of_a_corpus(
+    runs: Folder, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
+    parts = {"train": "".join(texts[:20]), "valid": "".join(texts[20:25]), "test": "".join(texts[25:])}
+    for split, text in parts.items():
+        (tmp_path / f"ptb.{split}.txt").write_text(text, encoding="utf-8")
+    expected = {split: Expected(text.count("\n")) for split, text in parts.items()}
+    known = replace(BENCHMARKS[BenchmarkName.ptb], expected=expected)
+    monkeypatch.setitem(BENCHMARKS, BenchmarkName.ptb, known)
+    ptb = BenchmarkConfig(path=str(tmp_path))
+    train_run(runs / "ptb", ptb, LSTM, WordTokenizerConfig())
+    (place, *_), other = (evaluate(runs, run, checks=False, dataset=ptb)["standing"] for run in ("ptb", "lstm"))
+    assert place.startswith("published static results, ptb test, protocol mikolov: place ")
+    assert other == []
 
 
 def test_windows_of_another_size_are_another_protocol(runs: Folder, tmp_path: Path) -> None:
