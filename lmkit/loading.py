@@ -61,7 +61,7 @@ class LoadedRun:
     context: int | None
     """Longest sequence to run it on: what it was trained on, at most what it can do; None for carried state."""
     config: dict[str, Any]
-    """The whole stored configuration, as JSON data."""
+    """The whole stored configuration, as JSON data; empty where a model of others does not tell how it was trained."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def load_hf(name: str, dataset: DatasetConfig, *, device: Device, console: Conso
         dataset=dataset,
         tokenizer=imported.tokenizer,
         context=model.context,
-        config={"task": {"kind": "hf"}},
+        config={},
     )
 
 

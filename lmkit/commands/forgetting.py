@@ -24,7 +24,7 @@ SHOWN = ("token_ppl", "word_ppl", "bits_per_byte")
 
 def corpus_of(base: LoadedRun) -> DatasetConfig | None:
     """The text that a run learnt last as a language model; None if that is not known."""
-    if (base.config.get("task") or {}).get("kind", "lm") == "lm":
+    if base.config and (base.config.get("task") or {}).get("kind", "lm") == "lm":
         return base.dataset
     data = base.config.get("corpus")
     try:

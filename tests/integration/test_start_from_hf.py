@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmkit.commands import export, finetune, pretrain, replay
+from lmkit.config.chat import InstructTaskConfig, PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.export import ExportConfig
 from lmkit.config.model import RecurrentConfig, TransformerConfig
@@ -141,6 +142,33 @@ def test_finetuning_starts_from_a_folder_instead_of_a_run(first: PretrainConfig,
     ]
     logged = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert replay.replay(tmp_path / "tuned", 2, Console())["loss"] == logged[2]
+
+
+@pytest.mark.parametrize("kind", ["instruct", "prefer"])
+def test_conversations_are_learnt_from_a_folder_which_has_no_template_of_its_own(
+    kind: str, first: PretrainConfig, folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": str(i), "response": "ab", "chosen": "ab", "rejected": "cd"} for i in range(6)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks = {"instruct": InstructTaskConfig(data=str(data)), "prefer": PreferTaskConfig(data=str(data))}
+    cfg = FinetuneConfig(
+        task=tasks[kind],
+        dataset=first.dataset,
+        optimizer=first.optimizer,
+        schedule=first.schedule,
+        device=first.device,
+        train=first.train,
+        save=SaveConfig(every_steps=3),
+        init=StartConfig(weights=f"hf:{folder}"),
+        run=RunConfig(root=first.run.root, dir=str(tmp_path / "tuned")),
+    )
+    finetune.run(replace(cfg, train=replace(cfg.train, max_steps=3)))
+    result = finetune.run(replace(cfg, resume=True))
+    assert result["step"] == 6
+    assert "forgetting" not in result
+    stored = load_checkpoint(list_checkpoints(tmp_path / "tuned")[-1], with_optimizer=False).config
+    assert (stored["task"]["kind"], stored["task"]["template"]) == (kind, "plain")
 
 
 def test_a_run_and_a_folder_at_once_are_refused(first: PretrainConfig) -> None:
