@@ -19,6 +19,8 @@ class Objective(ABC):
 
     ar_alpha = tar_beta = 0.0
     """Weights of the two parts of ``penalty``."""
+    changes_at: tuple[float, ...] = ()
+    """Shares of the run (0 to 1) from which on ``at`` gives another one."""
 
     @abstractmethod
     def __call__(self, head: Head, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -110,6 +112,7 @@ class SampledSoftmax(Objective):
         self.draw_V = draw_V.float()
         self.log_missed_V = torch.log1p(-share_V).float()
         self.exact_from, self.exact = config.exact_from, ExactSoftmax()
+        self.changes_at = (config.exact_from,) if config.exact_from < 1.0 else ()
 
     def at(self, progress: float) -> Objective:
         return self if progress < self.exact_from else self.exact

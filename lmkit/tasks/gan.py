@@ -67,6 +67,7 @@ class AdversarialSentences(Task):
         self.data_digest = sentences_digest(prepared, config.name)
         self.counts_V = token_counts(prepared.splits["train"].tokens, prepared.tokenizer.vocab_size)
         self.objective = build_objective(softmax, self.counts_V)
+        self.pace_changes_at = (*self.objective.changes_at, config.pretrain_share)
         learnt = sentences_of(prepared.splits["train"], prepared.tokenizer, train.seq_len)
         # In batches of one length a real sentence and a drawn one could be told apart by it.
         self.batches = SentenceBatches(learnt, train.batch_size, seed, pool_batches=1)
@@ -93,7 +94,7 @@ class AdversarialSentences(Task):
         """Nats of all targets; in the adversarial part the two losses per sentence, times the number of targets."""
         if not self.config.is_adversarial(progress):
             hidden_BTD, read = forward(batch.inputs_BT)
-            return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
+            return self.objective.at(progress).of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
         generator, discriminator = adversarial_losses(
             self.model, batch, self.config.length, self.tokenizer.eos_id, self.config.inverse_temperature(progress)
         )

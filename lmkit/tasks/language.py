@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkit.config.commands import SamplingConfig
-from lmkit.config.optimization import InitConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.optimization import InitConfig, SoftmaxConfig
 from lmkit.config.training import Order, Shuffle, TrainConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch, Batches, Lanes, Mixed, Windows
@@ -89,8 +89,7 @@ class LanguageModelling(NextToken):
         self.carries_state = carries_state
         self.tokenizer, self.data_name, self.data_digest = prepared.tokenizer, prepared.name, prepared.key
         self.num_targets = prepared.splits["train"].num_tokens
-        if isinstance(softmax, SampledSoftmaxConfig) and softmax.exact_from < 1.0:
-            self.pace_changes_at = (softmax.exact_from,)
+        self.pace_changes_at = self.objective.changes_at
 
     def lr_scale(self, batch: Batch, progress: float) -> float:
         return batch.inputs_BT.shape[1] / self.train.seq_len if self.train.seq_len_jitter else 1.0

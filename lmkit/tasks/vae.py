@@ -72,6 +72,7 @@ class SentenceVae(Task):
         tokens = prepared.splits["train"].tokens
         self.counts_V = token_counts(tokens, prepared.tokenizer.vocab_size)
         self.objective = build_objective(softmax, self.counts_V)
+        self.pace_changes_at = (*self.objective.changes_at, config.plain_share)
         learnt = sentences_of(prepared.splits["train"], prepared.tokenizer, train.seq_len)
         self.batches = SentenceBatches(learnt, train.batch_size, seed)
         self.num_targets = int(learnt.lengths_S.sum())
@@ -90,11 +91,11 @@ class SentenceVae(Task):
         """Reconstruction plus weighted KL of all sentences; what is free of it goes by the means over the rows."""
         if self.config.is_plain(progress):
             hidden_BTD, read = forward(batch.inputs_BT)
-            return self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
+            return self.objective.at(progress).of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
         posterior = self.model.encode(batch.targets_BT)
         latent_BZ = posterior.draw(torch.randn_like(posterior.mean_BZ))
         hidden_BTD, read = forward(batch.inputs_BT, self.model.start(latent_BZ))
-        reconstruction = self.objective.of_batch(self.model.head, hidden_BTD, read, batch.targets_BT)
+        reconstruction = self.objective.at(progress).of_batch(self.model.head, hidden_BTD, read, batch.targets_BT)
         kl_Z = posterior.kl_BZ().mean(0)
         charged_Z = kl_Z.clamp(min=self.config.free_nats / max(1, len(kl_Z)))
         charged = charged_Z.sum().clamp(min=self.config.target_nats if len(kl_Z) else 0.0)

@@ -18,7 +18,7 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import TextConfig, WordTokenizerConfig
 from lmkit.config.model import RelganConfig
 from lmkit.config.objectives import GanObjectiveConfig
-from lmkit.config.optimization import AdamwConfig, ConstantConfig
+from lmkit.config.optimization import AdamwConfig, ConstantConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
@@ -133,6 +133,25 @@ def test_each_part_moves_at_its_own_rate_once_they_are_adversaries(
     for part, factor in zip(("generator.embedding.weight", "discriminator.embedding.weight"), expected, strict=True):
         assert initial[part].shape == trained[part].shape
         assert float((trained[part] - initial[part]).abs().max()) == pytest.approx(1e-2 * factor, rel=0.01)
+
+
+def test_the_sampled_softmax_ends_exact_and_a_budget_knows_where_the_time_of_a_step_changes(gan: MakeConfig) -> None:
+    cfg = gan(pretrain_share=0.8)
+    prepared, _ = pretrain.prepare_data(cfg, Console())
+    losses: dict[bool, list[float]] = {}
+    for sampled in (False, True):
+        softmax = SampledSoftmaxConfig(num_frequent=1, num_sampled=1, exact_from=0.5) if sampled else SoftmaxConfig()
+        own = replace(cfg, softmax=softmax)
+        model = pretrain.build_model(own, None, prepared.tokenizer.vocab_size)
+        task = pretrain.build_task(own, model, prepared)
+        assert set(task.pace_changes_at) == ({0.5, 0.8} if sampled else {0.8})
+        batch = task.batches[0].cut(slice(0, 1), torch.device("cpu"))
+        losses[sampled] = []
+        for progress in (0.4, 0.6):
+            torch.manual_seed(1)
+            losses[sampled].append(float(task.loss(model.train(), batch, None, progress)[0].detach()))
+    assert losses[True][0] != losses[False][0]
+    assert losses[True][1] == losses[False][1]
 
 
 def test_a_short_adversarial_part_leaves_sentences_as_long_as_they_were(gan: MakeConfig) -> None:

@@ -21,7 +21,7 @@ from lmkit.config.evaluation import SentenceProtocolConfig, StreamProtocolConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import VaeLstmConfig
 from lmkit.config.objectives import VaeObjectiveConfig
-from lmkit.config.optimization import AdamwConfig
+from lmkit.config.optimization import AdamwConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError, StoppedError
@@ -176,6 +176,29 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(vae: MakeConfig, monk
     first, second = tensors(whole), tensors(cut)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_the_sampled_softmax_ends_exact_and_a_budget_knows_where_the_time_of_a_step_changes(vae: MakeConfig) -> None:
+    """The first of them turns exact while the decoder learns alone, the second behind that."""
+    cfg = vae(plain_share=0.5)
+    prepared, _ = pretrain.prepare_data(cfg, Console())
+
+    def found(softmax: SoftmaxConfig) -> tuple[list[float], set[float]]:
+        own = replace(cfg, softmax=softmax)
+        model = pretrain.build_model(own, None, prepared.tokenizer.vocab_size)
+        task, losses = pretrain.build_task(own, model, prepared), []
+        for progress in (0.2, 0.4, 0.6, 0.8):
+            torch.manual_seed(1)
+            batch = task.batches[0].cut(slice(0, 2), torch.device("cpu"))
+            losses.append(float(task.loss(model.train(), batch, None, progress)[0].detach()))
+        return losses, set(task.pace_changes_at)
+
+    exact, changes = found(SoftmaxConfig())
+    assert changes == {0.5}
+    for exact_from, ends_exact in ((0.3, [False, True, True, True]), (0.7, [False, False, False, True])):
+        losses, changes = found(SampledSoftmaxConfig(num_frequent=1, num_sampled=1, exact_from=exact_from))
+        assert [loss == expected for loss, expected in zip(losses, exact, strict=True)] == ends_exact
+        assert changes == {exact_from, 0.5}
 
 
 def test_in_its_plain_part_the_decoder_learns_alone(vae: MakeConfig) -> None:
