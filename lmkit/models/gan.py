@@ -52,11 +52,14 @@ class Relgan(LanguageModel):
     def state_from_tensors(self, tensors: dict[str, Tensor]) -> State:
         return self.generator.state_from_tensors(tensors)
 
-    def soft_sentences(self, num_rows: int, length: int, eos_id: int, inverse_temperature: float) -> Tensor:
+    def soft_sentences(
+        self, num_rows: int, length: int, eos_id: int, inverse_temperature: float, ends_V: Tensor | None = None
+    ) -> Tensor:
         """Sentences drawn so that gradients flow through the draw: (B, T, V), rows of probabilities.
 
         y = softmax((logits + Gumbel noise) x inverse temperature) (Jang et al. 2017); the mean embedding under y is the
-        next input. Noise comes from torch's global generator. What follows an end token is zero.
+        next input. Noise comes from torch's global generator. What follows the end of a sentence is zero. ends_V: bool,
+        which types end one; None: eos alone.
         """
         weight_VD, rows = self.generator.embedding.weight, []
         embedded_BD = weight_VD[eos_id].expand(num_rows, -1)
@@ -69,7 +72,8 @@ class Relgan(LanguageModel):
             noise_BV = -torch.empty_like(logits_BV).exponential_().clamp_(min=1e-20).log_()
             soft_BV = torch.softmax((logits_BV + noise_BV) * inverse_temperature, -1)
             rows.append(soft_BV * alive_B1)
-            alive_B1 = alive_B1 * (soft_BV.argmax(1, keepdim=True) != eos_id)
+            best_B1 = soft_BV.argmax(1, keepdim=True)
+            alive_B1 = alive_B1 * ~(best_B1 == eos_id if ends_V is None else ends_V[best_B1])
             embedded_BD = soft_BV.to(weight_VD.dtype) @ weight_VD
         return torch.stack(rows, 1)
 

@@ -26,6 +26,7 @@ from lmkit.data.sentences import SentenceBatches
 from lmkit.device import Device
 from lmkit.evaluation.baselines import kn5_nats
 from lmkit.evaluation.plan import Windows
+from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.scoring import exp, perplexity
 from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import IGNORE, LanguageModel, State
@@ -73,6 +74,10 @@ class AdversarialSentences(Task):
         self.batches = SentenceBatches(learnt, train.batch_size, seed, pool_batches=1)
         self.num_targets = int(learnt.lengths_S.sum())
         self.valid = sentences_of(prepared.splits["valid"], prepared.tokenizer)
+        ends_V = line_enders(prepared.tokenizer)
+        ends_V[prepared.tokenizer.eos_id] = True
+        self.ends_V = torch.from_numpy(ends_V)
+        """Which types end a sentence: where eos ends documents, none that is learnt has one."""
 
     def begin(self) -> None:
         if self.init is not None:
@@ -96,14 +101,24 @@ class AdversarialSentences(Task):
             hidden_BTD, read = forward(batch.inputs_BT)
             return self.objective.at(progress).of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
         generator, discriminator = adversarial_losses(
-            self.model, batch, self.config.length, self.tokenizer.eos_id, self.config.inverse_temperature(progress)
+            self.model,
+            batch,
+            self.config.length,
+            self.tokenizer.eos_id,
+            self.config.inverse_temperature(progress),
+            self.ends_V.to(batch.inputs_BT.device),
         )
         return (generator + discriminator) * (batch.targets_BT != IGNORE).sum(), None
 
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         likelihood = self._likelihood(device, progress)
         drawn = draw_sentences(
-            self.model, self.config.num_samples, eos_id=self.tokenizer.eos_id, seed=self.seed, device=device
+            self.model,
+            self.config.num_samples,
+            eos_id=self.tokenizer.eos_id,
+            seed=self.seed,
+            device=device,
+            ends_V=self.ends_V,
         )
         scores = lm_scores(drawn, self.prepared)
         word_ppl = exp(likelihood / self.prepared.splits["valid"].num_words)
@@ -138,12 +153,15 @@ class AdversarialSentences(Task):
 
 
 def adversarial_losses(
-    model: Relgan, batch: Batch, length: int, eos_id: int, inverse_temperature: float
+    model: Relgan, batch: Batch, length: int, eos_id: int, inverse_temperature: float, ends_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss of the generator, whose gradient reaches it alone, and that of the discriminator, likewise."""
+    """Mean loss of the generator, whose gradient reaches it alone, and that of the discriminator, likewise.
+
+    ends_V: as of ``Relgan.soft_sentences``.
+    """
     judge = model.discriminator
     constants = {name: p.detach() for name, p in judge.named_parameters()}
-    drawn_BTV = model.soft_sentences(batch.num_rows, length, eos_id, inverse_temperature)
+    drawn_BTV = model.soft_sentences(batch.num_rows, length, eos_id, inverse_temperature, ends_V)
     targets_BT = batch.targets_BT[:, :length]
     real_BT1 = (targets_BT != IGNORE)[:, :, None]
     real_BTE = judge.embedding(targets_BT.clamp(min=0)) * real_BT1
@@ -166,10 +184,12 @@ def draw_sentences(
     seed: int,
     device: Device,
     sampling: SamplingConfig | None = None,
+    ends_V: Tensor | None = None,
 ) -> list[NDArray[np.int64]]:
-    """Sentences sampled from a language model, each from eos to the eos that ends it, at most 100 tokens.
+    """Sentences sampled from a language model, each from eos to the token that ends it, at most 100 tokens.
 
     A sentence depends on the seed and its number, and on how many are drawn at once (256).
+    ends_V: bool, which types end one; None: eos alone.
     """
     was_training, found = model.training, []
     model.eval()
@@ -185,7 +205,7 @@ def draw_sentences(
             uniforms_B = torch.rand(number, dtype=torch.float64, generator=generator)
             next_B = sample(logits_BV.cpu(), sampling or SamplingConfig(), uniforms_B)
             drawn.append(torch.where(alive_B, next_B, -1))
-            alive_B &= next_B != eos_id
+            alive_B &= next_B != eos_id if ends_V is None else ~ends_V[next_B]
             if not alive_B.any():
                 break
             tokens_B1 = next_B[:, None].to(device.torch_device)

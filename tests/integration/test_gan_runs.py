@@ -7,7 +7,9 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from lmkit import cli
 from lmkit.commands import pretrain
 from lmkit.config.commands import PretrainConfig
-from lmkit.config.data import TextConfig, WordTokenizerConfig
+from lmkit.config.data import ByteTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.model import RelganConfig
 from lmkit.config.objectives import GanObjectiveConfig
 from lmkit.config.optimization import AdamwConfig, ConstantConfig, SampledSoftmaxConfig, SoftmaxConfig
@@ -24,9 +26,11 @@ from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import StoppedError
 from lmkit.loading import load_run
+from lmkit.models.gan import Relgan
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.manifest import step_directory
+from lmkit.tasks import gan as gan_task
 from lmkit.tasks.gan import draw_sentences
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -152,6 +156,35 @@ def test_the_sampled_softmax_ends_exact_and_a_budget_knows_where_the_time_of_a_s
             losses[sampled].append(float(task.loss(model.train(), batch, None, progress)[0].detach()))
     assert losses[True][0] != losses[False][0]
     assert losses[True][1] == losses[False][1]
+
+
+def test_with_other_tokenizers_a_sentence_ends_with_its_line(gan: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their end of document, which no sentence holds, never comes."""
+    drawn: list[np.ndarray[Any, Any]] = []
+    soft: list[Tensor] = []
+    original = Relgan.soft_sentences
+
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        drawn.extend(found := draw_sentences(*args, **kwargs))
+        return found
+
+    def draw_soft(*args: Any, **kwargs: Any) -> Tensor:
+        soft.append(found := original(*args, **kwargs).detach())
+        return found.requires_grad_()
+
+    monkeypatch.setattr(gan_task, "draw_sentences", draw)
+    monkeypatch.setattr(Relgan, "soft_sentences", draw_soft)
+    pretrain.run(replace(gan(max_steps=4), tokenizer=ByteTokenizerConfig()))
+    ends = [np.flatnonzero(ids == ord("\n")) for ids in drawn]
+    assert any(len(places) for places in ends)
+    assert all(len(places) == 0 or places[0] == len(ids) - 1 for ids, places in zip(drawn, ends, strict=True))
+    ended = 0
+    for soft_BTV in soft:
+        is_end_BT = (soft_BTV.argmax(-1) == ord("\n")) & (soft_BTV.sum(-1) > 0.5)
+        behind_BT = is_end_BT.cumsum(1) - is_end_BT.int() > 0
+        ended += int(behind_BT.sum())
+        assert not soft_BTV[behind_BT].any()
+    assert ended > 0
 
 
 def test_a_short_adversarial_part_leaves_sentences_as_long_as_they_were(gan: MakeConfig) -> None:

@@ -128,6 +128,21 @@ def test_drawn_sentences_end_with_eos_depend_on_the_seed_and_leave_the_global_ge
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_a_sentence_ends_with_whichever_type_ends_one() -> None:
+    model, ends_V = tiny().eval(), torch.zeros(VOCAB, dtype=torch.bool)
+    ends_V[[EOS, 4, 7]] = True
+    drawn = draw_sentences(model, 300, eos_id=EOS, seed=1, device=CPU, ends_V=ends_V)
+    assert all(len(ids) == 100 or ends_V[ids[-1]] for ids in drawn)
+    assert not any(ends_V[ids[:-1]].any() for ids in drawn)
+    assert {int(ids[-1]) for ids in drawn} >= {EOS, 4, 7}
+    torch.manual_seed(1)
+    for row in model.soft_sentences(50, 12, EOS, 30.0, ends_V):
+        ends = ends_V[row.argmax(-1)] & (row.sum(-1) > 0.5)
+        length = int(ends.int().argmax()) + 1 if ends.any() else 12
+        assert not row[length:].any()
+        assert row[:length].sum(-1).min() > 0.99
+
+
 def test_the_gumbel_softmax_sharpens_from_one_to_the_end() -> None:
     config = GanObjectiveConfig(pretrain_share=0.5, sharpness=100.0)
     assert [config.is_adversarial(p) for p in (0.0, 0.49, 0.5, 1.0)] == [False, False, True, True]
