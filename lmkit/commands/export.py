@@ -18,6 +18,7 @@ from lmkit.config.model import TransformerConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, ResourceError
+from lmkit.evaluation.scoring import ratios
 from lmkit.hf.card import Facts, card
 from lmkit.hf.exporting import Source, export_as
 from lmkit.hf.sample import sample_text
@@ -25,6 +26,7 @@ from lmkit.loading import LoadedRun, load_run
 from lmkit.models.transformer import Transformer
 from lmkit.store import storage
 from lmkit.store.found import read_info, read_result
+from lmkit.store.listing import valid_loss
 
 CARD = "README.md"
 PLAIN = re.compile(
@@ -106,10 +108,26 @@ def _facts(cfg: ExportConfig, loaded: LoadedRun, about: dict[str, Any], digests:
         about=about,
         config=loaded.config,
         info=info,
-        result=(read_result(loaded.path) or {}) if cfg.adapter is None else {},
+        result=_numbers_of(loaded) if cfg.adapter is None else {},
         step=loaded.step,
         num_parameters=loaded.model.num_parameters(),
         tokenizer_kind=loaded.tokenizer.kind,
         vocab_size=loaded.tokenizer.vocab_size,
         digests={**data, **origin, **digests},
     )
+
+
+def _numbers_of(loaded: LoadedRun) -> dict[str, Any]:
+    """What the run has found on valid of exactly these weights: result.json is about those of its last step."""
+    result = read_result(loaded.path) or {}
+    if result.get("step") == loaded.step or "token_ppl" not in result:
+        return result
+    num_tokens, *others = (_whole(result.get(f"num_{unit}")) for unit in ("tokens", "words", "bytes", "chars"))
+    loss = valid_loss(loaded.checkpoint)
+    if loss is None or num_tokens is None:
+        return {}
+    return {**result, **ratios(loss * num_tokens, num_tokens, *others)}
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int else None

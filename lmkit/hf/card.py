@@ -57,7 +57,7 @@ class Facts:
     info: Mapping[str, Any]
     """run.json."""
     result: Mapping[str, Any]
-    """result.json, or nothing."""
+    """The numbers of result.json, of these weights; or nothing."""
     step: int
     num_parameters: int
     tokenizer_kind: str
@@ -82,16 +82,16 @@ def card(facts: Facts) -> str:
     if facts.format != "safetensors":
         lines += [EXCEPTIONS.format(pieces=PIECES if facts.tokenizer_kind == "sentencepiece" else "")]
     lines += ["## Data", "", "```json", json.dumps(facts.config["dataset"], ensure_ascii=False, indent=1), "```", ""]
-    lines += ["## Perplexity", "", *_numbers(facts.result), ""]
+    lines += ["## Perplexity", "", *_numbers(facts.result, facts.step), ""]
     if command := facts.info.get("command"):
         lines += ["## Command", "", "```", shlex.join(map(str, command)), "```", ""]
     lines += ["## Checks", "", f"{facts.about['checked']}.", "", "## Digests (SHA-256)", ""]
     return "\n".join([*lines, *_table(facts.digests), ""])
 
 
-def _numbers(result: Mapping[str, Any]) -> list[str]:
+def _numbers(result: Mapping[str, Any], step: int) -> list[str]:
     if not isinstance(result.get("token_ppl"), int | float):
-        return ["No result: the run did not come to its end, or what was merged into it was not evaluated there."]
+        return ["No result: these weights were not evaluated on a text where they were trained."]
     rows = {"split": result.get("split", "valid"), "dataset": result.get("dataset", "?")}
     for key, name in (
         ("word_ppl", "perplexity per word"),
@@ -103,7 +103,7 @@ def _numbers(result: Mapping[str, Any]) -> list[str]:
         value = result.get(key)
         if isinstance(value, int | float):
             rows[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-    how = "Taken at the end of training over every token of the split (an `<eos>` for each line counts as a word)."
+    how = f"Taken after step {step:,} over every token of the split (an `<eos>` for each line counts as a word)."
     return [how, "", *_table(rows)]
 
 

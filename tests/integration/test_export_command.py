@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lmkit.errors import ConfigError, DataError
 from lmkit.hf import exporting, import_hf
 from lmkit.hf.exporting import Source, export_as
 from lmkit.hf.sample import sample_text
-from lmkit.store.checkpoint import Snapshot
+from lmkit.store.checkpoint import VALID_LOSS, Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.runs import Run
 from lmkit.sweep import combinations
@@ -35,8 +36,8 @@ MODEL = TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=16)
 RESULT = {"step": 3, "split": "valid", "dataset": "text", "token_ppl": 12.5, "word_ppl": 12.5, "num_tokens": 73760}
 
 
-def make_run(root: Path, model_config: ModelConfig = MODEL) -> Path:
-    """A finished run of an untrained model."""
+def make_run(root: Path, model_config: ModelConfig = MODEL, losses: dict[int, float | None] | None = None) -> Path:
+    """A finished run of an untrained model; losses: of valid at each step that was saved."""
     model = model_config.build(TOKENIZER.vocab_size, seed=1)
     config = {
         "command": "pretrain",
@@ -48,7 +49,9 @@ def make_run(root: Path, model_config: ModelConfig = MODEL) -> Path:
     }
     with Run.create(None, root=str(root), dataset="text", model="m", resume=False, warn=print) as run:
         run.begin(seed=1, command=["lmkit", "pretrain", "model=small"], digests={"data": "d" * 64})
-        save_checkpoint(run, Snapshot(3, dict(model.state_dict()), {}, {}, config), TOKENIZER, keep=1)
+        for step, loss in (losses or {3: None}).items():
+            state = {} if loss is None else {VALID_LOSS: loss}
+            save_checkpoint(run, Snapshot(step, dict(model.state_dict()), {}, state, config), TOKENIZER, keep=9)
         run.write_result(RESULT)
     return run.path
 
@@ -70,6 +73,24 @@ def test_the_folder_holds_the_model_and_a_card_with_its_origin(tmp_path: Path) -
         assert f"| {name} | {digest} |" in card
         assert result["digests"][name] == digest
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["deep"]
+
+
+def test_the_card_has_the_perplexity_of_the_weights_that_are_exported(tmp_path: Path) -> None:
+    """The best ones are often not the last, of which result.json speaks."""
+    run = make_run(tmp_path / "runs", losses={2: 1.5, 3: 2.0, 4: None})
+    cards = {}
+    for which in ("best", "step-000000000003", "step-000000000004"):
+        cfg = config(run, tmp_path / which, ExportFormat.safetensors)
+        export.run(replace(cfg, run=replace(cfg.run, checkpoint=which)))
+        cards[which] = (tmp_path / which / "README.md").read_text(encoding="utf-8")
+    best, result, unknown = cards.values()
+    assert "Taken after step 2 over" in best
+    assert f"| perplexity per token | {math.exp(1.5):.4f} |" in best
+    assert "12.5" not in best
+    assert "Taken after step 3 over" in result
+    assert "| perplexity per token | 12.5000 |" in result
+    assert "No result" in unknown
+    assert "12.5" not in unknown
 
 
 def test_an_empty_folder_is_used_and_any_other_left_alone(tmp_path: Path) -> None:
