@@ -64,12 +64,17 @@ class Classifier(TextReader):
 
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, C) float32 logits."""
-        logits_BC: Tensor = self.head(self.read(tokens_BT, lengths_B))
-        return logits_BC.float()
+        vectors_BD = self.read(tokens_BT, lengths_B)
+        with torch.autocast(vectors_BD.device.type, enabled=False):
+            logits_BC: Tensor = self.head(vectors_BD.float())
+        return logits_BC
 
 
 class Network(nn.Module):
-    """One hidden layer: w2 act(W1 x + b1) + b2, from P numbers to one."""
+    """One hidden layer: w2 act(W1 x + b1) + b2, from P numbers to one.
+
+    In fp32 also under autocast: bf16 has less than three digits, of what is read and of what is predicted.
+    """
 
     def __init__(self, config: NetworkConfig, width: int, *, seed: int) -> None:
         super().__init__()
@@ -85,13 +90,14 @@ class Network(nn.Module):
 
     def forward(self, x_BP: Tensor) -> Tensor:
         """(B,) float32."""
-        x_BH = self.hidden(x_BP)
-        if self.activation is NetworkActivation.relu:
-            x_BH = F.relu(x_BH)
-        else:
-            x_BH = torch.tanh(x_BH) if self.activation is NetworkActivation.tanh else torch.sigmoid(x_BH)
-        y_B: Tensor = self.out(x_BH).squeeze(1)
-        return y_B.float()
+        with torch.autocast(x_BP.device.type, enabled=False):
+            x_BH = self.hidden(x_BP.float())
+            if self.activation is NetworkActivation.relu:
+                x_BH = F.relu(x_BH)
+            else:
+                x_BH = torch.tanh(x_BH) if self.activation is NetworkActivation.tanh else torch.sigmoid(x_BH)
+            y_B: Tensor = self.out(x_BH).squeeze(1)
+        return y_B
 
 
 def _initial_std(init: NetworkInit, fan_in: int, fan_out: int) -> float:
@@ -133,7 +139,7 @@ class TextRegressor(TextReader):
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor, numeric_BK: Tensor) -> Tensor:
         """(B,) predictions in standard deviations of the target."""
         vectors_BD = self.read(tokens_BT, lengths_B)
-        y_B: Tensor = self.network(torch.cat([vectors_BD, numeric_BK.to(vectors_BD.dtype)], 1))
+        y_B: Tensor = self.network(torch.cat([vectors_BD.float(), numeric_BK], 1))
         return y_B
 
 
