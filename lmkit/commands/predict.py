@@ -23,7 +23,7 @@ from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.loading import StoredRun, put_weights, read_run
 from lmkit.models.base import LanguageModel
 from lmkit.tasks import classify, regress
-from lmkit.tasks.rows import PREDICT_BATCH, all_outputs, cut_note, longest_text
+from lmkit.tasks.rows import PREDICT_BATCH, all_outputs, longest_text, reading_notes
 
 ADDED = ("prediction", "probability")
 """Columns that are added to each row."""
@@ -105,7 +105,7 @@ def _outputs(
     model.to(device.torch_device)
     reader = RowReader(task, stored.tokenizer, longest_text(task, backbone), numeric)
     examples = reader.examples(records)
-    if note := cut_note(reader, len(records)):
+    for note in reading_notes(reader, len(records)):
         console.warn(note)
 
     def forward(module: Any, batch: ExampleBatch) -> Tensor:

@@ -157,6 +157,8 @@ class RowReader:
         self._config, self._tokenizer, self._max_tokens, self._numeric = config, tokenizer, max_tokens, numeric
         self.num_cut = 0
         """Texts that were cut so far."""
+        self.num_read = self.num_unknown = 0
+        """Tokens of texts so far, and those of them that stand for what the tokenizer does not know."""
 
     def examples(self, records: Sequence[Record], targets_N: NDArray[Any] | None = None) -> Examples:
         """The examples of these rows. Raises DataError, naming the row, for what is missing or no number."""
@@ -170,6 +172,9 @@ class RowReader:
     def _tokens(self, record: Record) -> Ids:
         columns = [name for name in (self._config.text, self._config.pair) if name is not None]
         parts = [self._tokenizer.encode(record.text(name)) for name in columns]
+        self.num_read += sum(map(len, parts))
+        if self._tokenizer.unk_id is not None:
+            self.num_unknown += sum(int(np.count_nonzero(part == self._tokenizer.unk_id)) for part in parts)
         room = self._max_tokens - 1 - len(parts)
         if sum(map(len, parts)) > room:
             if self._config.truncation is Truncation.refuse:

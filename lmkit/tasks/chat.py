@@ -79,12 +79,11 @@ def encode_all(
     """
     tokenizer = base.tokenizer
     found: list[Encoded | None] = []
-    cut = unknown = 0
+    cut = unknown = unknown_prompts = 0
     for conversation in conversations:
         encoded = template.encode(conversation, tokenizer)
-        unknown += tokenizer.unk_id is not None and any(
-            i == tokenizer.unk_id for i, learnt in zip(encoded.ids, encoded.learnt, strict=True) if learnt
-        )
+        told = {learnt for i, learnt in zip(encoded.ids, encoded.learnt, strict=True) if i == tokenizer.unk_id}
+        unknown, unknown_prompts = unknown + (True in told), unknown_prompts + (False in told)
         try:
             found.append(fitted(encoded, seq_len, policy))
         except ValueError as error:
@@ -101,6 +100,8 @@ def encode_all(
         console.warn(f"{split}: of {len(found)} examples {cut} were cut and {left_out} left out (task.truncation)")
     if unknown:
         console.warn(f"{split}: {unknown} answers hold text that the tokenizer does not know, learnt as <unk>")
+    if unknown_prompts:
+        console.warn(f"{split}: {unknown_prompts} prompts hold text that the tokenizer does not know, read as <unk>")
     return found
 
 

@@ -24,7 +24,7 @@ from lmkit.errors import DataError
 from lmkit.models.base import LanguageModel
 from lmkit.models.classifier import NumberRegressor, TextRegressor
 from lmkit.tasks.base import Validation
-from lmkit.tasks.rows import Fitted, RowsTask, all_outputs, cut_note, longest_text, table_value
+from lmkit.tasks.rows import Fitted, RowsTask, all_outputs, longest_text, reading_notes, table_value
 from lmkit.tokenizers import Tokenizer
 
 
@@ -103,7 +103,7 @@ def build_task(
         reader.examples(records, target.standardise(values).astype(np.float32))
         for records, values in zip((train_records, valid_records), targets, strict=True)
     )
-    if note := cut_note(reader, len(train) + len(valid)):
+    for note in reading_notes(reader, len(train) + len(valid)):
         console.warn(note)
     model = build_model(config, backbone, seed=seed)
     return Regress(model, config, tokenizer, train, valid, train_config, target, numeric, seed=seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,13 @@ def longest_text(config: RowsTaskConfig, backbone: LanguageModel | None) -> int:
     return config.max_tokens
 
 
-def cut_note(reader: RowReader, num_rows: int) -> str | None:
-    """What to tell people of texts that were cut."""
-    if reader.num_cut == 0:
-        return None
-    return f"{reader.num_cut} of {num_rows} texts are longer than the model reads and were cut (task.max_tokens)"
+def reading_notes(reader: RowReader, num_rows: int) -> Iterator[str]:
+    """What to tell people of texts that were not read as they stand."""
+    if reader.num_cut:
+        yield f"{reader.num_cut} of {num_rows} texts are longer than the model reads and were cut (task.max_tokens)"
+    if reader.num_unknown:
+        told = f"{reader.num_unknown:,} of {reader.num_read:,} tokens of the texts"
+        yield f"{told} stand for what the tokenizer does not know, read as <unk>"
 
 
 def table_value(value: Any) -> Any:
@@ -123,4 +125,4 @@ def table_value(value: Any) -> Any:
 
 Fitted = Mapping[str, Any]
 
-__all__ = ["PREDICT_BATCH", "Fitted", "RowsTask", "all_outputs", "cut_note", "longest_text", "table_value"]
+__all__ = ["PREDICT_BATCH", "Fitted", "RowsTask", "all_outputs", "longest_text", "reading_notes", "table_value"]

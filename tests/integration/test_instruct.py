@@ -184,6 +184,8 @@ def test_from_a_file_to_answers_on_the_command_line(
     assert cli.main(["finetune", "task=instruct", *task, *words, *shape]) == 0
     shown = capsys.readouterr().err
     assert "valid exact match, greedy" in shown
+    # [INST] is no word of the corpus
+    assert ("6 prompts hold text that the tokenizer does not know" in shown) is (name == "word")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["exact_match"] == 1.0
     assert result["num_answered"] == 6

@@ -13,7 +13,8 @@ from lmkit.config.tasks import ClassifyTaskConfig, RegressTaskConfig, Truncation
 from lmkit.data.examples import Examples, RowReader, Scale, ShuffledExamples, cut_to, number_of, read_split
 from lmkit.data.rows import Record
 from lmkit.errors import DataError
-from lmkit.tokenizers import ByteTokenizer
+from lmkit.tasks.rows import reading_notes
+from lmkit.tokenizers import ByteTokenizer, WordTokenizer
 
 END = ByteTokenizer.eos_id
 
@@ -49,6 +50,17 @@ def test_a_text_that_is_too_long_is_cut_but_keeps_its_end_tokens(truncation: Tru
 def test_a_text_that_is_too_long_is_refused_where_that_was_asked_for() -> None:
     with pytest.raises(DataError, match=r"here, line 1 has 8 tokens, more than 5; .*task\.truncation"):
         reader(5, truncation=Truncation.refuse).examples([record(text="abcdef")])
+
+
+def test_tokens_that_stand_for_what_the_tokenizer_does_not_know_are_counted_and_told() -> None:
+    config = ClassifyTaskConfig(data="x", pair="second")
+    reading = RowReader(config, WordTokenizer(["good", "film"]), 100, {})
+    reading.examples([record(text="good", second="film")])
+    assert list(reading_notes(reading, 1)) == []
+    reading.examples([record(text="a good film", second=""), record(text="好 电影", second="film")])
+    (note,) = reading_notes(reading, 3)
+    assert note.startswith("3 of 8 tokens of the texts stand for what the tokenizer does not know")
+    assert list(reading_notes(reader(), 0)) == []
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 40), st.booleans())
