@@ -7,7 +7,10 @@ made of them. Nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,8 +100,13 @@ def read_weights(folder: Path, family: Family) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A new safetensors file, fp32."""
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    """A new safetensors file, fp32. Raises OSError."""
+    try:
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # which is none, and has the number of one in its text
+        found = re.search(r"(?:os error |code: )(\d+)", str(error))
+        number = errno.EIO if found is None else int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library leaves it to the owner alone
 
 

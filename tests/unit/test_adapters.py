@@ -17,6 +17,7 @@ from lmkit.config.model import TransformerConfig
 from lmkit.config.tasks import Pooling
 from lmkit.errors import CheckpointError
 from lmkit.hf.adapters import CONFIG, ORIGIN, WEIGHTS, Origin, read_adapter, write_adapter
+from lmkit.hf.weights import write_weights
 from lmkit.lora import adapter_tensors, add_adapter
 from lmkit.models.base import LanguageModel
 from lmkit.models.classifier import Classifier
@@ -143,6 +144,12 @@ def test_writing_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS, ORIGIN]
     assert "use_dora" in (tmp_path / "a" / CONFIG).read_text(encoding="utf-8")
+
+
+def test_what_the_system_refuses_is_an_error_of_the_system_and_no_bug(tmp_path: Path) -> None:
+    """As a full disk; the library has an error of its own for all of them."""
+    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+        write_weights(tmp_path / "none" / WEIGHTS, {"a": torch.zeros(9)})
 
 
 def test_the_names_are_those_of_peft(tmp_path: Path) -> None:
