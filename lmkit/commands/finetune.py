@@ -22,7 +22,6 @@ from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConf
 from lmkit.config.training import STREAM_KEYS, ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
-from lmkit.data.survey import digest_of
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf.adapters import Origin, write_adapter
@@ -36,7 +35,7 @@ from lmkit.store.manifest import CONFIG
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
 from lmkit.tasks.instruct import build_instruct
-from lmkit.tasks.language import LanguageModelling, with_replay
+from lmkit.tasks.language import LanguageModelling
 from lmkit.tasks.prefer import build_prefer
 from lmkit.tokenizers import ByteTokenizer
 from lmkit.tuning import choose_trainable, language_model_in
@@ -212,7 +211,5 @@ def _language(cfg: FinetuneConfig, base: LoadedRun, console: Console) -> Task:
             raise ConfigError(
                 f"task.replay={share}: it is not known what run={base.path} was trained on", "set it to 0"
             )
-        old = prepare(corpus, base.tokenizer, console)
-        task.batches = with_replay(prepared, old, cfg.train, share, cfg.seed, carries_state=carries_state)
-        task.data_digest = digest_of([prepared.key, old.key, share])
+        task.replay(prepare(corpus, base.tokenizer, console), share)
     return task

@@ -18,6 +18,7 @@ from lmkit.console import format_number
 from lmkit.data.batches import Batch, Batches, Lanes, Mixed, Windows
 from lmkit.data.order import Pieces
 from lmkit.data.prepared import PreparedData
+from lmkit.data.survey import digest_of
 from lmkit.device import Device
 from lmkit.errors import ConfigError
 from lmkit.evaluation.plan import Reach, Segments
@@ -85,11 +86,24 @@ class LanguageModelling(NextToken):
         check_head(softmax, type(model.head))
         batches = build_batches(prepared, train, seed, carries_state=carries_state)
         super().__init__(model, batches, build_objective(softmax, self.counts_V))
-        self.prepared, self.train, self.init, self.seed = prepared, train, init, seed
+        self.prepared, self.train, self.softmax, self.init, self.seed = prepared, train, softmax, init, seed
         self.carries_state = carries_state
         self.tokenizer, self.data_name, self.data_digest = prepared.tokenizer, prepared.name, prepared.key
         self.num_targets = prepared.splits["train"].num_tokens
         self.pace_changes_at = self.objective.changes_at
+
+    def replay(self, old: PreparedData, share: float) -> None:
+        """Let ``share`` of the rows of each batch, rounded, be of another corpus; see ``with_replay``.
+
+        A sampled softmax goes by how often each token is a target in these batches: by its counts in the new corpus
+        alone, a word that only the old one has would stand for all the times that it is not expected.
+        """
+        self.batches = with_replay(self.prepared, old, self.train, share, self.seed, carries_state=self.carries_state)
+        self.data_digest = digest_of([self.prepared.key, old.key, share])
+        old_V = token_counts(old.splits["train"].tokens, self.prepared.tokenizer.vocab_size)
+        num_old = round(share * self.train.batch_size)
+        scale = num_old / (self.train.batch_size - num_old) * float(self.counts_V.sum() / old_V.sum())
+        self.objective = build_objective(self.softmax, self.counts_V + scale * old_V.double())
 
     def lr_scale(self, batch: Batch, progress: float) -> float:
         return batch.inputs_BT.shape[1] / self.train.seq_len if self.train.seq_len_jitter else 1.0
@@ -208,4 +222,4 @@ def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carr
     return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed, vocab_size=vocab_size)
 
 
-__all__ = ["LanguageModelling", "NextToken", "build_batches", "with_replay"]
+__all__ = ["LanguageModelling", "NextToken", "build_batches"]

@@ -26,7 +26,14 @@ from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig,
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, OptimizerConfig, SgdConfig
+from lmkit.config.optimization import (
+    AdamwConfig,
+    CosineConfig,
+    MuonConfig,
+    OptimizerConfig,
+    SampledSoftmaxConfig,
+    SgdConfig,
+)
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
 from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.console import Console
@@ -36,6 +43,7 @@ from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks import Task
+from lmkit.tasks.language import LanguageModelling
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {
@@ -307,6 +315,25 @@ def test_every_batch_has_the_share_of_old_rows_as_a_function_of_the_step(bases: 
         assert rows == again[step].rows(decode)
         seen.append([row["text"] for row in rows])
     assert len({texts[-1] for texts in seen}) == len({texts[0] for texts in seen}) == 3
+
+
+def test_a_sampled_softmax_expects_the_words_of_the_old_corpus_where_it_is_replayed(
+    bases: dict[str, Path], numbers: Path
+) -> None:
+    """By the counts of the new text alone each letter would stand for many, in every row that it is not in."""
+    cfg = tuning(bases["transformer"], numbers, numbers, task=LmTaskConfig(replay=0.5), train={"batch_size": 8})
+    cfg = replace(cfg, softmax=SampledSoftmaxConfig(num_frequent=4, num_sampled=30))
+    task = finetune.set_up(cfg, resolve_device(CPU), Console()).task
+    assert isinstance(task, LanguageModelling)
+    batch, head = task.batches[0], task.model.eval().head
+    targets_N = batch.targets_BT.flatten()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        hidden_ND = task.model(batch.inputs_BT)[0].flatten(0, 1)
+        exact = float(head.loss(hidden_ND, targets_N)) / len(targets_N)
+        sampled = [float(task.objective(head, hidden_ND, targets_N)) / len(targets_N) for _ in range(50)]
+    # somewhat less, since what neither text has is hardly ever drawn; 3 nats more by the counts of the new one
+    assert sum(sampled) / len(sampled) == pytest.approx(exact, abs=1.0)
 
 
 def test_a_share_of_no_row_is_refused(bases: dict[str, Path], numbers: Path, tmp_path: Path) -> None:
