@@ -32,7 +32,7 @@ class TextReader(nn.Module):
     @property
     def width(self) -> int:
         """D of the vector."""
-        return int(self.backbone.get_parameter("embedding.weight").shape[1])
+        return int(self.backbone.get_parameter("head.weight").shape[1])
 
     def read(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, D) of texts of ``lengths_B`` >= 1 tokens (int64) that are padded on the right with any token ids."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkit.config.model import Cell, ModelConfig, Positions, RecurrentConfig, TransformerConfig
+from lmkit.config.model import Cell, ModelConfig, Positions, RecurrentConfig, RelganConfig, TransformerConfig
 from lmkit.config.tasks import NetworkActivation, NetworkConfig, NetworkInit, Pooling
 from lmkit.models.classifier import Classifier, Network, NumberRegressor, TextRegressor, pool
 
@@ -127,3 +127,17 @@ def test_under_autocast_what_stands_on_the_backbone_computes_in_full_precision(c
         assert torch.equal(logits, classifier.head(vectors[0]))
         assert torch.equal(texts, regressor.network(torch.cat([vectors[1], numbers_BK], 1)))
         assert torch.equal(numbers, alone.network(numbers_BK))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RelganConfig(d_embed=12, num_filters=4, num_representations=2),
+        RecurrentConfig(d_embed=12, d_hidden=16, num_softmaxes=2),
+        RecurrentConfig(d_embed=12, d_hidden=16, cutoffs=[3, 6], tie_embeddings=False),
+    ],
+    ids=["gan", "mixture", "adaptive"],
+)
+def test_a_classifier_stands_on_any_language_model(config: ModelConfig) -> None:
+    model = Classifier(config.build(9, seed=1), 3, pooling=Pooling.last, dropout=0.0, seed=1).eval()
+    assert model(*rows_of([3, 5], 5, 0)).shape == (2, 3)
