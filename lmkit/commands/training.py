@@ -277,7 +277,7 @@ def build_trainer(
     snapshot: Snapshot | None,
     world: World = SINGLE,
 ) -> Trainer:
-    """The trainer of a configuration, at its first step or where a checkpoint of it was taken."""
+    """The trainer of a configuration, at its first step or where ``snapshot`` was taken, whose tensors are let go."""
     train = cfg.train
     if snapshot is None:
         task.begin()
@@ -309,6 +309,8 @@ def build_trainer(
     )
     if snapshot is not None:
         restore_trainer(trainer, snapshot.model, snapshot.optimizer)
+        snapshot.model.clear()  # all of it is copied, and would take as much memory again to the end of the run
+        snapshot.optimizer.clear()
     return trainer
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lmkit.commands import pretrain
+from lmkit.commands import pretrain, training
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import (
@@ -154,6 +157,32 @@ def test_shuffled_lanes_of_drawn_lengths_resume_bit_for_bit(
     check_stop_and_resume(first, second, monkeypatch)
     rates = {row["lr"] for row in read_metrics(tmp_path / "run") if "lr" in row}
     assert len(rates) > 3
+
+
+def test_a_resumed_run_does_not_hold_what_it_was_read_from(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and optimizer would take as much memory again: a run that fits would not once it is resumed."""
+    cfg, read = config(), list[weakref.ref[torch.Tensor]]()
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(StoppedError):
+            pretrain.run(cfg)
+    load, execute = training.load_latest, Session.execute
+
+    def loaded(*args: Any, **keys: Any) -> Any:
+        found = load(*args, **keys)
+        assert found is not None
+        read.extend(map(weakref.ref, [*found[1].model.values(), *found[1].optimizer.values()]))
+        return found
+
+    def executed(self: Session) -> Any:
+        gc.collect()
+        assert [tensor().shape for tensor in read if tensor() is not None] == []  # type: ignore[union-attr]
+        return execute(self)
+
+    monkeypatch.setattr(training, "load_latest", loaded)
+    monkeypatch.setattr(Session, "execute", executed)
+    pretrain.run(replace(cfg, resume=True))
+    assert len(read) > 20
 
 
 def test_shuffle_of_windows_is_refused(config: MakeConfig) -> None:

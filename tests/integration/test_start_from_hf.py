@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,9 @@ from lmkit.config.optimization import AdamwConfig, BiasInit, ConstantConfig, Emb
 from lmkit.config.training import ExistingRunConfig, LogConfig, RunConfig, SaveConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError
+from lmkit.hf import ImportedModel, import_hf
 from lmkit.models.dropout import DropPath
+from lmkit.session import Session
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -119,6 +124,28 @@ def test_a_run_that_started_from_a_folder_is_resumed_and_replayed(
     logged = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert replay.replay(tmp_path / "second", 1, Console())["loss"] == logged[1]
     assert replay.replay(tmp_path / "second", 6, Console())["loss"] == logged[6]
+
+
+def test_the_weights_of_the_folder_are_held_once(
+    first: PretrainConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, execute = list[weakref.ref[torch.Tensor]](), Session.execute
+
+    def imported(path: Path) -> ImportedModel:
+        found = import_hf(path)
+        read.extend(map(weakref.ref, found.state_dict.values()))
+        return found
+
+    def executed(self: Session) -> Any:
+        gc.collect()
+        assert not any(tensor() is not None for tensor in read)
+        return execute(self)
+
+    monkeypatch.setattr(pretrain, "import_hf", imported)
+    monkeypatch.setattr(Session, "execute", executed)
+    run = RunConfig(root=first.run.root, dir=str(tmp_path / "second"))
+    pretrain.run(replace(first, init=InitConfig(weights=f"hf:{folder}"), run=run))
+    assert len(read) > 10
 
 
 def test_finetuning_starts_from_a_folder_instead_of_a_run(first: PretrainConfig, folder: Path, tmp_path: Path) -> None:
