@@ -112,6 +112,8 @@ def build_task(
     """Read the rows, learn the labels, and put a new head on the backbone. Raises ConfigError, DataError."""
     max_tokens = longest_text(config, backbone)
     train_records, valid_records = read_split(config, seed)
+    if config.valid is None:
+        train_records, valid_records = with_all_labels(train_records, valid_records, config.label)
     labels = find_labels(train_records, config.label)
     reader = RowReader(config, tokenizer, max_tokens, {})
     train, valid = (
@@ -127,6 +129,17 @@ def build_task(
 def build_model(config: ClassifyTaskConfig, backbone: LanguageModel, num_labels: int, *, seed: int) -> Classifier:
     """A new classifier on a backbone."""
     return Classifier(backbone, num_labels, pooling=config.pooling, dropout=config.dropout, seed=seed)
+
+
+def with_all_labels(train: list[Record], valid: list[Record], column: str) -> tuple[list[Record], list[Record]]:
+    """The two parts of a draw, but that held-out rows of a label that no training row has are training rows.
+
+    Where that would leave nothing to judge on, the parts are as they were.
+    """
+    known = {record.text(column) for record in train}
+    judged = [record for record in valid if record.text(column) in known]
+    alone = [record for record in valid if record.text(column) not in known]
+    return (train + alone, judged) if judged else (train, valid)
 
 
 def find_labels(records: Sequence[Record], column: str) -> list[str]:

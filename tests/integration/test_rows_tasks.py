@@ -28,11 +28,13 @@ from lmkit.config.optimization import AdamwConfig, CosineConfig, SgdConfig
 from lmkit.config.tasks import ClassifyTaskConfig, NetworkActivation, NetworkConfig, RegressTaskConfig, TaskConfig
 from lmkit.config.training import EvalConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.console import Console
+from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError, StoppedError
 from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
+from lmkit.tasks.classify import Classify
 
 MakeConfig = Callable[..., PretrainConfig]
 GOOD, BAD = ["good", "great", "lovely"], ["bad", "awful", "dull"]
@@ -393,6 +395,22 @@ def test_what_does_not_fit_is_refused_in_one_line(bases: dict[str, Path], tmp_pa
     refused(DataError, "holds no rows", classify, predict=str(tmp_path / "empty.jsonl"))
     refused(DataError, "lacks 'text'", classify, predict=str(write_jsonl(tmp_path / "x.jsonl", [{"words": "a"}])))
     refused(ConfigError, "the directory .* does not exist", classify, predict=str(few), output="/nowhere/at/all.jsonl")
+
+
+def test_a_label_that_the_draw_would_hold_out_whole_is_learnt(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": "good film", "label": label} for label in ["good", "bad"] * 6 + ["odd"]]
+    task = ClassifyTaskConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", rows)), valid_fraction=0.5)
+    cfg = config_of(task, tmp_path / "run", bases["lstm"])
+    for seed in range(1, 9):
+        made = finetune.set_up(replace(cfg, seed=seed), resolve_device(cfg.device), Console()).task
+        assert isinstance(made, Classify)
+        assert made.labels == ["bad", "good", "odd"]
+        assert 2 not in made.valid.targets_N
+        assert len(made.train) + len(made.valid) == 13
+    alone = write_jsonl(tmp_path / "valid.jsonl", rows[-1:])
+    task = replace(task, data=str(write_jsonl(tmp_path / "rows.jsonl", rows[:-1])), valid=str(alone))
+    with pytest.raises(DataError, match=r"valid\.jsonl, line 1: the label 'odd' does not occur"):
+        finetune.set_up(replace(cfg, task=task), resolve_device(cfg.device), Console())
 
 
 def test_predictions_are_refused_where_there_is_no_classifier_or_not_what_it_reads(
