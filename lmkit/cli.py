@@ -341,7 +341,8 @@ def _brief(text: str) -> str:
 
 
 def _beside_weights(config: DictConfig, line: Line) -> Iterator[str]:
-    """Keys of the model that do nothing, since ``init.weights`` brings a model: all that set none of its regularisers.
+    """What does nothing, since ``init.weights`` brings model and tokenizer: a tokenizer that is chosen, and all keys
+    of the model but those that set one of its regularisers.
 
     Here and not in the command, which cannot tell what was given from what a preset says.
     """
@@ -360,6 +361,10 @@ def _beside_weights(config: DictConfig, line: Line) -> Iterator[str]:
                 f"{key}={_brief(value)} has no use with init.weights={_brief(weights)}, whose model it is, but for"
                 f" {', '.join(REGULARISERS)} that are not at their defaults"
             )
+    named = {"tokenizer": line.groups["tokenizer"]} if "tokenizer" in line.groups else {}
+    for key, value in {**named, **line.values}.items():
+        if key.partition(".")[0] == "tokenizer":
+            yield f"{key}={_brief(value)} has no use with init.weights={_brief(weights)}, which brings a tokenizer"
 
 
 def _missing(config: DictConfig) -> list[str]:

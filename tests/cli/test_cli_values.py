@@ -119,6 +119,13 @@ def test_beside_a_folder_that_brings_its_model_only_regularisers_of_the_model_ca
     assert lmkit.config("pretrain", "init=null", "model.d_model=64").model.d_model == 64
 
 
+def test_beside_a_folder_that_brings_its_tokenizer_none_can_be_chosen(lmkit: Any) -> None:
+    message = lmkit.refused("pretrain", "init=hf:x", "tokenizer=sentencepiece", "tokenizer.vocab_size=300")
+    for word in ("tokenizer=sentencepiece", "tokenizer.vocab_size=300"):
+        assert f"{word} has no use with init.weights=hf:x, which brings a tokenizer" in message
+    assert lmkit.config("pretrain", "init=hf:x", "dataset=ptb").init.weights == "hf:x"  # whose tokenizer is word
+
+
 def test_null_and_lists(lmkit: Any) -> None:
     assert lmkit.config("pretrain", "optimizer.clip_norm=null").optimizer.clip_norm is None
     assert lmkit.config("generate", "stop=a,b c").stop == ["a", "b c"]
