@@ -158,7 +158,8 @@ def read_plain(folder: Path) -> tuple[Transformer, Tokenizer]:
 
     data = read_json(folder / CONFIG)
     config = from_plain(TransformerConfig, data["model"], where="model")
-    model = Transformer(config, data["vocab_size"], seed=0)
+    model = config.build(data["vocab_size"], seed=0)
+    assert isinstance(model, Transformer)
     state = load_file(folder / WEIGHTS)
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]

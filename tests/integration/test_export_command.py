@@ -120,6 +120,15 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypat
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_model_with_a_memory_is_read_again_as_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", replace(MODEL, memory_tokens=3))
+    export.run(config(run, tmp_path / "out", ExportFormat.safetensors))
+    model, _ = exporting.read_plain(tmp_path / "out")
+    assert model.config.memory_tokens == 3
+    with pytest.raises(ConfigError, match=r"no model\.memory_tokens=3; use format=safetensors or format=onnx"):
+        export.run(config(run, tmp_path / "hf"))
+
+
 def test_what_is_no_transformer_is_refused_by_name(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", RecurrentConfig(d_embed=8, d_hidden=8))
     with pytest.raises(ConfigError, match="is a Recurrent"):
