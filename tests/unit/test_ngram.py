@@ -15,7 +15,8 @@ from torch import Tensor
 from lmkit.config.model import NgramConfig
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
-from lmkit.models.ngram import FALLBACK_DISCOUNTS, NO_TOKEN, KneserNey, discounts
+from lmkit.models.counts import FALLBACK_DISCOUNTS, discounts
+from lmkit.models.ngram import NO_TOKEN, KneserNey
 
 EOS, VOCAB = 0, 5
 TEXT = np.array([1, 2, 3, 0, 1, 2, 2, 0, 0, 3, 1, 2, 3], dtype=np.uint16)
