@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig
+from lmkit.config.start import BiasInit, EmbeddingInit, InitConfig
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
 from lmkit.ids import check_ids

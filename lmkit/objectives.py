@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lmkit.config.optimization import AdaptiveSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.softmax import AdaptiveSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.errors import ConfigError
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.models.adaptive import AdaptiveHead

@@ -9,15 +9,16 @@ from typing import Any
 from torch import nn
 
 from lmkit.commands.forgetting import Forgetting, corpus_of
+from lmkit.commands.place import Place, check_data, deal, here
 from lmkit.commands.predict import check_prediction, predict_file
-from lmkit.commands.training import Job, Place, check_data, deal, execute, here, open_run
+from lmkit.commands.training import Job, execute, open_run
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig
 from lmkit.config.check import Problems
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.model import ModelConfig
-from lmkit.config.optimization import ADDED_TO_LOSS
 from lmkit.config.plain import kind_of, to_plain
+from lmkit.config.softmax import ADDED_TO_LOSS
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, TaskConfig
 from lmkit.config.training import STREAM_KEYS, ExistingRunConfig
 from lmkit.console import Console

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from lmkit.commands.training import Job, Place, build_trainer, check_data, deal, execute, here, open_run
+from lmkit.commands.place import Place, check_data, deal, here
+from lmkit.commands.training import Job, build_trainer, execute, open_run
 from lmkit.config.check import Problems
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.model import HeadConfig, ModelConfig, TransformerConfig, with_regularisers
 from lmkit.config.objectives import GanObjectiveConfig, VaeObjectiveConfig
-from lmkit.config.optimization import ADDED_TO_LOSS, AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.plain import kind_of, to_plain
+from lmkit.config.softmax import ADDED_TO_LOSS, AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import STREAM_KEYS
 from lmkit.console import Console
 from lmkit.data.prepared import PreparedData, prepare

@@ -19,6 +19,7 @@ from lmkit.config import (
     objectives,
     optimization,
     parallel,
+    softmax,
     tasks,
 )
 
@@ -81,9 +82,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "plateau": optimization.PlateauConfig,
     },
     "softmax": {
-        "exact": optimization.SoftmaxConfig,
-        "sampled": optimization.SampledSoftmaxConfig,
-        "adaptive": optimization.AdaptiveSoftmaxConfig,
+        "exact": softmax.SoftmaxConfig,
+        "sampled": softmax.SampledSoftmaxConfig,
+        "adaptive": softmax.AdaptiveSoftmaxConfig,
     },
     "adapter": {"lora": adapter.AdapterConfig},
     "task": {

@@ -12,8 +12,10 @@ from lmkit.config.loggers import LoggerConfig
 from lmkit.config.machine import DeviceConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.objectives import ObjectiveConfig
-from lmkit.config.optimization import InitConfig, OptimizerConfig, ScheduleConfig, SoftmaxConfig, StartConfig
+from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
 from lmkit.config.parallel import ParallelConfig
+from lmkit.config.softmax import SoftmaxConfig
+from lmkit.config.start import InitConfig, StartConfig
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, TaskConfig
 from lmkit.config.training import (
     EvalConfig,

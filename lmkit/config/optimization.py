@@ -1,11 +1,11 @@
-"""Configuration of what makes a model learn: optimizers, schedules, the loss, and what weights start from."""
+"""Configuration of optimizers and schedules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
-from lmkit.config.check import Problems, check_cutoffs
+from lmkit.config.check import Problems
 
 
 class Decay(Enum):
@@ -299,118 +299,3 @@ class PlateauConfig(ScheduleConfig):
         check(0 < self.factor < 1, "schedule.factor", self.factor, "must be between 0 and 1")
         check(self.patience >= 0, "schedule.patience", self.patience, "must be >= 0")
         check(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "must be between 0 and 1")
-
-
-ADDED_TO_LOSS = ("label_smoothing", "ar_alpha", "tar_beta")
-"""Keys of ``softmax`` that add to the loss over the vocabulary."""
-
-
-@dataclass(kw_only=True)
-class SoftmaxConfig:
-    """The loss in training: cross-entropy over the whole vocabulary. Also the base of the ``softmax`` group.
-
-    Evaluation always uses the exact softmax, without smoothing and penalties.
-    """
-
-    label_smoothing: float = 0.0
-    """Share of each target that is spread over the whole vocabulary (0 <= e < 1; Szegedy et al. 2016); the loss that is
-    shown and logged is without it."""
-    ar_alpha: float = 0.0
-    """Activation regularisation: weight (>= 0) of the mean square of the hidden vectors (Merity et al. 2017)."""
-    tar_beta: float = 0.0
-    """Temporal activation regularisation: weight (>= 0) of the mean square of their change from token to token."""
-
-    def __post_init__(self) -> None:
-        with Problems() as check:
-            check(
-                0 <= self.label_smoothing < 1,
-                "softmax.label_smoothing",
-                self.label_smoothing,
-                "must be at least 0 and below 1",
-            )
-            for name in ("ar_alpha", "tar_beta"):
-                value = getattr(self, name)
-                check(0 <= value < float("inf"), f"softmax.{name}", value, "must be >= 0 and finite")
-            self._check(check)
-
-    def _check(self, check: Problems) -> None:
-        """Checks of the subclass, reported together with those of the base."""
-
-
-@dataclass(kw_only=True)
-class SampledSoftmaxConfig(SoftmaxConfig):
-    """Cross-entropy over a sample of the vocabulary: much cheaper for large vocabularies and small models."""
-
-    num_frequent: int = 500
-    """This many of the most frequent tokens are always in the sample (>= 0)."""
-    num_sampled: int = 300
-    """Expected number of rarer tokens that are drawn for each batch (>= 1); the batch's targets come on top."""
-    exact_from: float = 1.0
-    """Share of the run after which the whole vocabulary is looked at (0 to 1; 1: never), at its cost."""
-
-    def _check(self, check: Problems) -> None:
-        check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
-        check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
-        check(0 <= self.exact_from <= 1, "softmax.exact_from", self.exact_from, "must be between 0 and 1")
-        check(self.label_smoothing == 0, "softmax.label_smoothing", self.label_smoothing, "needs softmax=exact")
-
-
-@dataclass(kw_only=True)
-class AdaptiveSoftmaxConfig(SoftmaxConfig):
-    """Adaptive softmax: few parameters and little work for rare tokens (Grave et al. 2017). Needs untied embeddings."""
-
-    cutoffs: list[int] = field(default_factory=list)
-    """Frequency rank at which each cluster of rarer tokens begins, rising; empty: 8 % and 25 % of the vocabulary."""
-    div_value: float = 4.0
-    """Each cluster is this many times narrower than the one before it (>= 1)."""
-
-    def _check(self, check: Problems) -> None:
-        check_cutoffs(check, "softmax.cutoffs", self.cutoffs)
-        check(1 <= self.div_value < float("inf"), "softmax.div_value", self.div_value, "must be >= 1 and finite")
-        check(self.label_smoothing == 0, "softmax.label_smoothing", self.label_smoothing, "needs softmax=exact")
-
-
-class EmbeddingInit(Enum):
-    """Where embeddings start."""
-
-    random = "random"
-    cooccurrence = "cooccurrence"
-
-
-class BiasInit(Enum):
-    """Where the biases of the output layer start."""
-
-    zero = "zero"
-    log_frequency = "log_frequency"
-
-
-@dataclass(kw_only=True)
-class StartConfig:
-    """A model to start from; on the command line ``init=hf:NAME_OR_DIR`` is short for ``init.weights=...``."""
-
-    weights: str | None = None
-    """hf:NAME_OR_DIR: model and tokenizer of a Hugging Face folder or of the hub; null: none."""
-
-    def __post_init__(self) -> None:
-        with Problems() as check:
-            check(
-                self.weights is None or (self.weights.startswith("hf:") and len(self.weights) > 3),
-                "init.weights",
-                self.weights,
-                "must be hf:NAME_OR_DIR or null",
-            )
-
-    @property
-    def hf_name(self) -> str | None:
-        """NAME_OR_DIR of ``weights``."""
-        return None if self.weights is None else self.weights.removeprefix("hf:")
-
-
-@dataclass(kw_only=True)
-class InitConfig(StartConfig):
-    """What the parameters are before the first step: those of another model, or in part taken from the text."""
-
-    embeddings: EmbeddingInit = EmbeddingInit.random
-    """random, or cooccurrence: a singular value decomposition of the counts of neighbouring tokens."""
-    output_bias: BiasInit = BiasInit.log_frequency
-    """zero, or log_frequency: the log of each token's share of train, where the model has output biases."""

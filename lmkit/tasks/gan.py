@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lmkit.config.commands import SamplingConfig
 from lmkit.config.objectives import GanObjectiveConfig
-from lmkit.config.optimization import InitConfig, SoftmaxConfig
+from lmkit.config.softmax import SoftmaxConfig
+from lmkit.config.start import InitConfig
 from lmkit.config.training import TrainConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lmkit.config.commands import SamplingConfig
-from lmkit.config.optimization import InitConfig, SoftmaxConfig
+from lmkit.config.softmax import SoftmaxConfig
+from lmkit.config.start import InitConfig
 from lmkit.config.training import Order, Shuffle, TrainConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch, Batches, Lanes, Mixed, Windows

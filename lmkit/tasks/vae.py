@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lmkit.config.objectives import VaeObjectiveConfig
-from lmkit.config.optimization import InitConfig, SoftmaxConfig
+from lmkit.config.softmax import SoftmaxConfig
+from lmkit.config.start import InitConfig
 from lmkit.config.training import TrainConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch

@@ -43,7 +43,6 @@ from lmkit.config.objectives import GanObjectiveConfig, ObjectiveConfig, VaeObje
 from lmkit.config.optimization import (
     AdamConfig,
     AdamwConfig,
-    AdaptiveSoftmaxConfig,
     CosineConfig,
     MuonConfig,
     NadamConfig,
@@ -52,8 +51,8 @@ from lmkit.config.optimization import (
     RmspropConfig,
     ScheduleConfig,
     SgdConfig,
-    SoftmaxConfig,
 )
+from lmkit.config.softmax import AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.tasks import (
     ClassifyTaskConfig,
     LmTaskConfig,

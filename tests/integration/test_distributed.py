@@ -23,7 +23,7 @@ import torch
 
 from lmkit.cli import main
 from lmkit.commands import pretrain, training
-from lmkit.commands.training import check_sharding, deal
+from lmkit.commands.place import check_sharding, deal
 from lmkit.config import SCHEMAS
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig

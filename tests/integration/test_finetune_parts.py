@@ -26,14 +26,8 @@ from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig,
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import (
-    AdamwConfig,
-    CosineConfig,
-    MuonConfig,
-    OptimizerConfig,
-    SampledSoftmaxConfig,
-    SgdConfig,
-)
+from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, OptimizerConfig, SgdConfig
+from lmkit.config.softmax import SampledSoftmaxConfig
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
 from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.console import Console

@@ -20,7 +20,8 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.model import RelganConfig
 from lmkit.config.objectives import GanObjectiveConfig
-from lmkit.config.optimization import AdamwConfig, ConstantConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.optimization import AdamwConfig, ConstantConfig
+from lmkit.config.softmax import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device

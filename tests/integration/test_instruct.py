@@ -24,7 +24,8 @@ from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, PydocsConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, CosineConfig, SoftmaxConfig
+from lmkit.config.optimization import AdamwConfig, CosineConfig
+from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.training import EvalConfig, LogConfig, RunConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.errors import DataError, StoppedError

@@ -21,8 +21,8 @@ from lmkit.config.optimization import (
     OptimizerConfig,
     RmspropConfig,
     SgdConfig,
-    SoftmaxConfig,
 )
+from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import Windows
 from lmkit.device import resolve_device

@@ -22,18 +22,16 @@ from lmkit.config.optimization import (
     AdadeltaConfig,
     AdagradConfig,
     AdamConfig,
-    AdaptiveSoftmaxConfig,
     ConstantConfig,
     MuonConfig,
     NadamConfig,
     OptimizerConfig,
     PlateauConfig,
     RmspropConfig,
-    SampledSoftmaxConfig,
     ScheduleFreeConfig,
     SgdConfig,
-    SoftmaxConfig,
 )
+from lmkit.config.softmax import AdaptiveSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import Average, EvalConfig, Shuffle
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session

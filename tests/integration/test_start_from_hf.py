@@ -18,7 +18,8 @@ from lmkit.config.chat import InstructTaskConfig, PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.export import ExportConfig
 from lmkit.config.model import RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, BiasInit, ConstantConfig, EmbeddingInit, InitConfig, StartConfig
+from lmkit.config.optimization import AdamwConfig, ConstantConfig
+from lmkit.config.start import BiasInit, EmbeddingInit, InitConfig, StartConfig
 from lmkit.config.training import ExistingRunConfig, LogConfig, RunConfig, SaveConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError
@@ -148,18 +149,22 @@ def test_the_weights_of_the_folder_are_held_once(
     assert len(read) > 10
 
 
-def test_finetuning_starts_from_a_folder_instead_of_a_run(first: PretrainConfig, folder: Path, tmp_path: Path) -> None:
-    cfg = FinetuneConfig(
+def tuning(first: PretrainConfig, folder: Path, tmp_path: Path, **changes: Any) -> FinetuneConfig:
+    """A finetuning of the folder's model on what ``first`` is trained on, as long."""
+    return FinetuneConfig(
         dataset=first.dataset,
         optimizer=first.optimizer,
         schedule=first.schedule,
         device=first.device,
         train=first.train,
-        log=LogConfig(every_steps=1),
         init=StartConfig(weights=f"hf:{folder}"),
         run=RunConfig(root=first.run.root, dir=str(tmp_path / "tuned")),
+        **changes,
     )
-    result = finetune.run(cfg)
+
+
+def test_finetuning_starts_from_a_folder_instead_of_a_run(first: PretrainConfig, folder: Path, tmp_path: Path) -> None:
+    result = finetune.run(tuning(first, folder, tmp_path, log=LogConfig(every_steps=1)))
     assert result["step"] == 6
     assert "forgetting" not in result, "nobody knows what the folder's model was trained on"
     rows = [
@@ -179,17 +184,7 @@ def test_conversations_are_learnt_from_a_folder_which_has_no_template_of_its_own
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tasks = {"instruct": InstructTaskConfig(data=str(data)), "prefer": PreferTaskConfig(data=str(data))}
-    cfg = FinetuneConfig(
-        task=tasks[kind],
-        dataset=first.dataset,
-        optimizer=first.optimizer,
-        schedule=first.schedule,
-        device=first.device,
-        train=first.train,
-        save=SaveConfig(every_steps=3),
-        init=StartConfig(weights=f"hf:{folder}"),
-        run=RunConfig(root=first.run.root, dir=str(tmp_path / "tuned")),
-    )
+    cfg = tuning(first, folder, tmp_path, task=tasks[kind], save=SaveConfig(every_steps=3))
     finetune.run(replace(cfg, train=replace(cfg.train, max_steps=3)))
     result = finetune.run(replace(cfg, resume=True))
     assert result["step"] == 6

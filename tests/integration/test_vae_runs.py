@@ -21,7 +21,8 @@ from lmkit.config.evaluation import SentenceProtocolConfig, StreamProtocolConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import VaeLstmConfig
 from lmkit.config.objectives import VaeObjectiveConfig
-from lmkit.config.optimization import AdamwConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.optimization import AdamwConfig
+from lmkit.config.softmax import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError, StoppedError

@@ -13,19 +13,14 @@ import pytest
 import torch
 
 from lmkit import cli, session
-from lmkit.commands import eval_ppl, finetune, generate, prepare, pretrain, training
+from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import (
-    AdamwConfig,
-    CosineConfig,
-    EmbeddingInit,
-    InitConfig,
-    SampledSoftmaxConfig,
-    SgdConfig,
-)
+from lmkit.config.optimization import AdamwConfig, CosineConfig, SgdConfig
+from lmkit.config.softmax import SampledSoftmaxConfig
+from lmkit.config.start import EmbeddingInit, InitConfig
 from lmkit.config.training import Average, EvalConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import TrainingBatch
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
@@ -175,7 +170,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of a training run."""
     clock = Clock()
-    for module in (session, training):
+    for module in (session, place):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

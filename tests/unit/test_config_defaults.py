@@ -11,8 +11,9 @@ from lmkit.commands.resuming import check_resumable
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, PydocsConfig
 from lmkit.config.model import ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, AdaptiveSoftmaxConfig, CosineConfig, SoftmaxConfig
+from lmkit.config.optimization import AdamwConfig, CosineConfig
 from lmkit.config.plain import to_plain, with_defaults
+from lmkit.config.softmax import AdaptiveSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import TrainConfig
 from lmkit.errors import ConfigError
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lmkit import initialise
 from lmkit.config.model import RecurrentConfig
-from lmkit.config.optimization import BiasInit, EmbeddingInit, InitConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.softmax import SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.start import BiasInit, EmbeddingInit, InitConfig
 from lmkit.heads import Candidates, SoftmaxHead
 from lmkit.initialise import cooccurrence_embeddings, initialise_from_text, token_counts
 from lmkit.models.base import IGNORE

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import lmkit.models.adaptive
 import lmkit.models.mixture
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdaptiveSoftmaxConfig, BiasInit, InitConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.softmax import AdaptiveSoftmaxConfig, SampledSoftmaxConfig, SoftmaxConfig
+from lmkit.config.start import BiasInit, InitConfig
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
 from lmkit.initialise import initialise_from_text

@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import (
-    AdamwConfig,
-    Decay,
-    MuonConfig,
-    NadamConfig,
-    OptimizerConfig,
-    SampledSoftmaxConfig,
-    SoftmaxConfig,
-)
+from lmkit.config.optimization import AdamwConfig, Decay, MuonConfig, NadamConfig, OptimizerConfig
+from lmkit.config.softmax import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.data.batches import Batch
 from lmkit.errors import ConfigError
 from lmkit.heads import SoftmaxHead
