@@ -87,13 +87,13 @@ def test_at_first_an_adapter_changes_no_bit(family: str, config: AdapterConfig) 
 @given(config=adapters)
 @settings(max_examples=12, deadline=None)
 def test_a_merged_adapter_computes_the_same_and_leaves_a_plain_model(family: str, config: AdapterConfig) -> None:
-    model = build(family, config)
+    model = build(family, config).double()  # in fp32 a large scale leaves more than rounding of the logits
     disturb(model)
     before = logits(model)
-    assert (before - logits(build(family))).abs().max() > 1e-3
+    assert (before - logits(build(family).double())).abs().max() > 1e-3
     merge_adapter(model)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
-    plain = build(family)
+    plain = build(family).double()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(logits(plain), logits(model))
     assert plain.num_parameters() == model.num_parameters()
