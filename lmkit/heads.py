@@ -197,12 +197,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
         total = torch.zeros((), device=hidden.device)
         size = max(1, min(rows_per_chunk(len(weight), hidden.device), len(targets_N)))
-        buffer = torch.empty(size, len(weight), device=hidden.device, dtype=dtype)
         with torch.autocast(device, enabled=False):
+            to_vocab = products.Factor(weight, size)
+            to_hidden = products.Factor(weight.T, size) if needs_hidden else None
+            in_place = to_vocab.packed_OI is None
+            buffer = torch.empty(size, len(weight), device=hidden.device, dtype=dtype) if in_place else None
             for start in range(0, len(targets_N), size):
                 rows = slice(start, start + size)
                 x, y, own = hidden[rows], targets_N[rows, None], None if own_N is None else own_N[rows, None]
-                logits = products.linear(x, weight, bias, out=buffer[: len(x)])
+                logits = to_vocab.product(x, bias, out=None if buffer is None else buffer[: len(x)])
                 nats_C1, delta = _softmax_minus_target(logits, y, own)
                 if weights_N is not None:
                     nats_C1, delta = nats_C1 * weights_N[rows, None], delta.mul_(weights_N[rows, None])
@@ -210,10 +213,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias += delta.sum(0) if scored_N is None else scored_N[rows].to(delta.dtype) @ delta
                 delta = delta.to(dtype)
-                if d_hidden is not None:
-                    products.times(delta, weight, out=d_hidden[rows])
+                if d_hidden is not None and to_hidden is not None:
+                    d_hidden[rows] = to_hidden.product(delta)
                 if needs_weight:
                     d_weight = products.add_outer(d_weight, delta, x, weight_VD.dtype)
+                del logits, delta  # so that those of the next rows take their place, which is in the cache
         if needs_weight and d_weight is None:
             d_weight = torch.zeros_like(weight_VD)
         if d_hidden is not None and scored_N is not None:

@@ -74,12 +74,11 @@ def apply(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def times(dy: Tensor, weight_OI: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dy W: (..., O) -> (..., I), to ``out`` if it is given; not differentiable."""
+def times(dy: Tensor, weight_OI: Tensor) -> Tensor:
+    """dy W: (..., O) -> (..., I), not differentiable."""
     if not by_onednn(dy, dy.numel() // max(1, dy.shape[-1])):
-        return torch.matmul(dy, weight_OI, out=out)
-    dx = onednn(dy, weight_OI.T, None)
-    return dx if out is None else out.copy_(dx)
+        return dy @ weight_OI
+    return onednn(dy, weight_OI.T, None)
 
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:
@@ -100,6 +99,21 @@ def add_outer(total_OI: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype
     if (len(dy) >= MIN_ROWS_TO_ADD and sums_by_onednn(dy)) or dy.dtype != dtype:
         return total_OI.add_(outer(dy, x).to(dtype))
     return total_OI.addmm_(dy.T, x)
+
+
+class Factor:
+    """A matrix W that several products take, not differentiable: for oneDNN it is put into its order once."""
+
+    def __init__(self, weight_OI: Tensor, num_rows: int) -> None:
+        """num_rows: of most of the products."""
+        self.weight_OI = weight_OI
+        self.packed_OI = packed(weight_OI, num_rows) if by_onednn(weight_OI, num_rows) else None
+
+    def product(self, x_NI: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        """x W^T + b: (N, I) -> (N, O). MKL writes it to ``out``."""
+        if self.packed_OI is None or len(x_NI) < MIN_ROWS:
+            return linear(x_NI, self.weight_OI, bias_O, out=out)
+        return onednn(x_NI, self.packed_OI, bias_O)
 
 
 def packed(weight_OI: Tensor, num_rows: int) -> Tensor:

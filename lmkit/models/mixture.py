@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lmkit import products
 from lmkit.heads import drops_unscored, rows_per_chunk, score_in_chunks, without_autocast
 from lmkit.models.base import IGNORE, Head, Scores
 
@@ -90,11 +91,8 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         latent, weight = latent_NMD.detach().to(dtype), weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
         num_softmaxes = latent.shape[1]
-        d_latent, d_prior, d_weight = (
-            torch.empty_like(latent),
-            torch.empty_like(log_prior_NM),
-            torch.zeros_like(weight_VD),
-        )
+        d_latent, d_prior = torch.empty_like(latent), torch.empty_like(log_prior_NM)
+        d_weight: Tensor | None = None
         d_bias = None if bias_V is None else torch.zeros_like(bias_V)
         total = torch.zeros((), device=latent.device)
         scored_N1 = (targets_N != IGNORE)[:, None]
@@ -102,11 +100,13 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         targets_N = targets_N.where(scored_N1.squeeze(1), 0)
         size = rows_per_chunk(num_softmaxes * len(weight), latent.device)
         with torch.autocast(device, enabled=False):
+            to_vocab = products.Factor(weight, size * num_softmaxes)
+            to_latent = products.Factor(weight.T, size * num_softmaxes)
             for start in range(0, len(targets_N), size):
                 rows = slice(start, start + size)
                 x_RD = latent[rows].flatten(0, 1)
                 y_R1 = targets_N[rows].repeat_interleave(num_softmaxes)[:, None]
-                log_probs_RV = F.log_softmax(F.linear(x_RD, weight, bias).float(), 1)
+                log_probs_RV = F.log_softmax(to_vocab.product(x_RD, bias).float(), 1)
                 joint_CM = log_probs_RV.gather(1, y_R1).view(-1, num_softmaxes) + log_prior_NM[rows]
                 log_prob_C1 = joint_CM.logsumexp(1, keepdim=True)
                 total -= (log_prob_C1 * factor_N1[rows]).sum()
@@ -117,8 +117,10 @@ class _MixtureCrossEntropy(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias += delta_RV.sum(0)
                 delta_RV = delta_RV.to(dtype)
-                d_latent[rows] = (delta_RV @ weight).view_as(latent[rows])
-                d_weight += (delta_RV.T @ x_RD).to(d_weight.dtype)
+                d_latent[rows] = to_latent.product(delta_RV).view_as(latent[rows])
+                d_weight = products.add_outer(d_weight, delta_RV, x_RD, weight_VD.dtype)
+        if d_weight is None:  # of no rows
+            d_weight = torch.zeros_like(weight_VD)
         ctx.latent_dtype = latent_NMD.dtype
         ctx.save_for_backward(d_latent, d_prior, d_weight, d_bias)
         return total
