@@ -1,9 +1,9 @@
 """Products of fp32 matrices on a CPU, by the faster of the two libraries that torch is built with.
 
 torch multiplies with MKL, which uses AVX-512 on the CPUs of Intel only. oneDNN uses it on all that have it, on AMD's at
-more than twice the rate, and is somewhat faster with AVX2 there, too, but for sums over positions; on Intel's the two
-are equally fast, and MKL has less to do before it begins. On GPUs, in half precision and in compiled or traced code
-these are torch's own. Shape letters: N positions, I inputs, O outputs.
+more than twice the rate, and is somewhat faster with AVX2 or AVX-512 in halves there, too, but for sums over positions;
+on Intel's the two are equally fast, and MKL has less to do before it begins. On GPUs, in half precision and in compiled
+or traced code these are torch's own. Shape letters: N positions, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -49,9 +49,20 @@ def by_onednn(x: Tensor, num_rows: int) -> bool:
 
 
 def sums_by_onednn(dy_NO: Tensor) -> bool:
-    """Whether oneDNN sums over the positions of ``dy_NO``: with AVX2 MKL takes 0.6 to 0.8 of its time, which needs no
-    transposed copy of a factor."""
+    """Whether oneDNN sums over the positions of ``dy_NO``. With AVX2 or AVX-512 in halves MKL takes 0.6 to 1 times as
+    long, which needs no transposed copy of a factor."""
+    return adds_by_onednn(dy_NO) and has_wide_units()
+
+
+def adds_by_onednn(dy_NO: Tensor) -> bool:
+    """The same for sums of some hundred rows that are added to others: there AVX-512 in halves is enough."""
     return by_onednn(dy_NO, len(dy_NO)) and torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
+@functools.cache
+def has_wide_units() -> bool:
+    """Whether AVX-512 has units of its width. Of AMD's CPUs Zen 4 has not; its successor has AVX-VNNI, too."""
+    return bool(torch.cpu.get_capabilities().get("avx_vnni", True))
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -84,21 +95,24 @@ def times(dy: Tensor, weight_OI: Tensor) -> Tensor:
 def outer(dy: Tensor, x: Tensor) -> Tensor:
     """The sum over all positions of dy x^T: (..., O), (..., I) -> (O, I), not differentiable."""
     dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
-    if not sums_by_onednn(dy_NO):
-        return dy_NO.T @ x_NI
+    return _outer_by_onednn(dy_NO, x_NI) if sums_by_onednn(dy_NO) else dy_NO.T @ x_NI
+
+
+def _outer_by_onednn(dy_NO: Tensor, x_NI: Tensor) -> Tensor:
     # oneDNN reads the first factor row by row, so that its transposed copy is made: the smaller of the two
     if dy_NO.shape[1] <= x_NI.shape[1]:
         return onednn(dy_NO.T, x_NI.T, None)
     return onednn(x_NI.T, dy_NO.T, None).T
 
 
-def add_outer(total_OI: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def add_outer(total_OI: Tensor | None, dy_NO: Tensor, x_NI: Tensor, dtype: torch.dtype) -> Tensor:
     """``total_OI`` (of ``dtype``; None: zeros) plus outer(dy, x), in place."""
+    large = len(dy_NO) >= MIN_ROWS_TO_ADD and adds_by_onednn(dy_NO)
     if total_OI is None:
-        return outer(dy, x).to(dtype)
-    if (len(dy) >= MIN_ROWS_TO_ADD and sums_by_onednn(dy)) or dy.dtype != dtype:
-        return total_OI.add_(outer(dy, x).to(dtype))
-    return total_OI.addmm_(dy.T, x)
+        return (_outer_by_onednn(dy_NO, x_NI) if large else outer(dy_NO, x_NI)).to(dtype)
+    if large or dy_NO.dtype != dtype:
+        return total_OI.add_((_outer_by_onednn(dy_NO, x_NI) if large else dy_NO.T @ x_NI).to(dtype))
+    return total_OI.addmm_(dy_NO.T, x_NI)
 
 
 class Factor:

@@ -19,6 +19,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # with AVX2 it would not sum
+    monkeypatch.setattr(products, "has_wide_units", lambda: True)
     return bool(request.param)
 
 
@@ -65,15 +66,33 @@ def test_a_packed_matrix_is_the_same_matrix_for_any_number_of_rows() -> None:
         close(products.onednn(x, packed, bias), F.linear(x.double(), w.double(), bias.double()))
 
 
-def test_results_are_written_or_added_where_they_are_asked_to_be() -> None:
-    dy, x, w = drawn(64, 40), drawn(64, 24), drawn(40, 24)
-    out = torch.full((70, 24), 7.0)
-    products.times(dy, w, out=out[:64])
-    close(out[:64], dy.double() @ w.double())
-    assert (out[64:] == 7.0).all()
-    total = products.add_outer(None, dy, x, torch.float32)
-    total = products.add_outer(total, dy, x, torch.float32)
-    close(total, 2 * (dy.double().T @ x.double()))
+@torch.no_grad()
+def test_a_factor_multiplies_any_number_of_rows_and_mkl_writes_where_it_is_asked_to(library: bool) -> None:
+    w, bias = drawn(40, 24), drawn(40)
+    factor = products.Factor(w, 64)
+    assert (factor.packed_OI is not None) == library
+    for rows in (64, 1, 31, 300):
+        x = drawn(rows, 24)
+        expected = F.linear(x.double(), w.double(), bias.double())
+        close(factor.product(x, bias), expected)
+        close(products.Factor(w.T, rows).product(drawn(rows, 40)), drawn(rows, 40).double() @ w.double())
+        if not library:
+            out = torch.full((rows + 6, 40), 7.0)
+            factor.product(x, bias, out=out[:rows])
+            close(out[:rows], expected)
+            assert (out[rows:] == 7.0).all()
+
+
+@pytest.mark.parametrize("rows", [64, 300])
+def test_sums_are_added_up_in_place_whatever_the_number_of_rows(rows: int) -> None:
+    for inputs, outputs in ((24, 40), (40, 24)):
+        total, expected = None, torch.zeros(outputs, inputs, dtype=torch.float64)
+        for number in (rows, rows, 5, 300):
+            dy, x = drawn(number, outputs), drawn(number, inputs)
+            before, total = total, products.add_outer(total, dy, x, torch.float32)
+            assert before is None or total is before
+            expected += dy.double().T @ x.double()
+        close(total / rows, expected / rows)
 
 
 def test_only_float32_in_eager_mode_on_a_cpu_goes_to_onednn(library: bool) -> None:
@@ -85,18 +104,25 @@ def test_only_float32_in_eager_mode_on_a_cpu_goes_to_onednn(library: bool) -> No
         assert not products.by_onednn(x, 64)
 
 
-@pytest.mark.parametrize(("instructions", "summed"), [("AVX512", True), ("AVX2", False)])
-def test_with_avx2_sums_over_positions_are_left_to_mkl(
-    instructions: str, summed: bool, library: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("instructions", "wide", "summed", "added"),
+    [("AVX512", True, True, True), ("AVX512", False, False, True), ("AVX2", True, False, False)],
+)
+def test_sums_over_positions_are_left_to_mkl_where_it_is_faster(
+    instructions: str, wide: bool, summed: bool, added: bool, library: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(products, "has_wide_units", lambda: wide)
     calls = []
     onednn = products.onednn
     monkeypatch.setattr(products, "onednn", lambda *args: calls.append(1) or onednn(*args))  # type: ignore[func-returns-value]
     dy, x = drawn(300, 40), drawn(300, 24)
     close(products.outer(dy, x), dy.double().T @ x.double())
-    close(products.add_outer(products.outer(dy, x), dy, x, torch.float32), 2 * (dy.double().T @ x.double()))
-    assert bool(calls) == (library and summed)
+    assert len(calls) == (library and summed)
+    calls.clear()
+    total = products.add_outer(None, dy, x, torch.float32)
+    close(products.add_outer(total, dy, x, torch.float32), 2 * (dy.double().T @ x.double()))
+    assert len(calls) == 2 * (library and added)
 
 
 def test_a_frozen_input_costs_no_product() -> None:
