@@ -107,8 +107,8 @@ def execute(config: RunsConfig) -> None:
 
 def _verify_resume(config: RunsConfig) -> None:
     """Compose the words of the command as they are, so that a mistake is found before anything is trained."""
-    from lmkit.cli import compose, to_dataclass
     from lmkit.commands import runs_resume
+    from lmkit.composing import compose, to_dataclass
 
     named = config.words[:1] in (["pretrain"], ["finetune"])
     command, given = (config.words[0], config.words[1:]) if named else ("pretrain", config.words)

@@ -105,7 +105,7 @@ def sweep(line: Line) -> int:
     the sweep. Jobs with folders in one ``run.dir`` are written down there; started again, those that have finished with
     the same configuration are skipped.
     """
-    from lmkit.cli import to_yaml
+    from lmkit.composing import to_yaml
     from lmkit.reporting import show
 
     runner: Runner = here
@@ -227,7 +227,7 @@ def _warn(text: str) -> None:
 
 def compose_all(jobs: Sequence[Line]) -> tuple[list[DictConfig], list[Any]]:
     """The configuration of every job and its dataclass; raises ConfigError with what is wrong with any of them."""
-    from lmkit.cli import compose, to_dataclass
+    from lmkit.composing import compose, to_dataclass
 
     composed, made = [], []
     problems: dict[str, None] = {}  # many jobs share a mistake: say it once

@@ -37,13 +37,13 @@ LAYERS = [
     {"commands", "lm_eval"},
     {
         *("cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "launch", "explain"),
-        *("__main__", "requirements"),
+        *("__main__", "composing", "requirements"),
     },
 ]
 
 DOORS = {
-    "hydra": {"cli", "launch"},
-    "omegaconf": {"cli", "help", "explain"},
+    "hydra": {"composing", "launch"},
+    "omegaconf": {"composing", "help", "explain"},
     "rich": {"console"},
     "matplotlib": {"plots"},
     "datasets": {"data"},

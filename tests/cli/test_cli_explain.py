@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lmkit.arguments import Line
-from lmkit.cli import COMMANDS, compose
+from lmkit.cli import COMMANDS
 from lmkit.completion import candidates
+from lmkit.composing import compose
 from lmkit.explain import explain
 from lmkit.keys import every_key, keys_of, type_text
 from lmkit.presets import default_of, groups_of, names_in

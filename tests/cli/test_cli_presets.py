@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lmkit import cli, presets
+from lmkit import cli, composing, presets
 from lmkit.arguments import Line
 from lmkit.config import ROOTS, SCHEMAS
 from lmkit.keys import field_docs, keys_of, presets_with
@@ -68,7 +68,7 @@ def test_the_keys_that_are_listed_are_those_that_the_configuration_has(command: 
         return found
 
     for groups in choices_covering_all(command)[::4]:
-        config = cli.compose(Line(command, groups=groups), partial=True)
+        config = composing.compose(Line(command, groups=groups), partial=True)
         assert leaves(config) == set(keys_of(command, groups)) | ({"dataset"} & leaves(config))
 
 
@@ -127,7 +127,7 @@ def test_a_root_is_beaten_by_a_preset_that_by_a_recipe_and_that_by_the_command_l
 def clear_caches() -> None:
     presets._text.cache_clear()
     presets.names_in.cache_clear()
-    cli._hydra_compose.cache_clear()
+    composing._hydra_compose.cache_clear()
 
 
 def test_an_optimizer_for_finetuning_keeps_its_own_rate(lmkit: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lmkit.arguments import parse
-from lmkit.cli import compose
+from lmkit.composing import compose
 from lmkit.config.commands import PretrainConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

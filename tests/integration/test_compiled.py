@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lmkit.arguments import parse
-from lmkit.cli import compose
+from lmkit.composing import compose
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision
 from lmkit.data.batches import Batch

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lmkit.arguments import parse
-from lmkit.cli import compose
+from lmkit.composing import compose
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.machine import Precision
 from lmkit.data.batches import Batch
