@@ -125,7 +125,9 @@ class SampledSoftmax(Objective):
             self.draw_V, self.log_missed_V = self.draw_V.to(device), self.log_missed_V.to(device)
         scored_N = targets_N != IGNORE
         included_V = torch.rand(self.draw_V.shape, device=device) < self.draw_V
-        included_V[targets_N[scored_N]] = True
+        asked_W = torch.zeros(len(included_V) + 1, dtype=torch.bool, device=device)  # W = V + 1: what is not scored
+        asked_W[targets_N.where(scored_N, len(included_V))] = True
+        included_V |= asked_W[:-1]
         ids_C = included_V.nonzero().squeeze(1)
         missed_C = (1.0 - self.draw_V[ids_C]) * torch.exp((scored_N.sum() - 1) * self.log_missed_V[ids_C])
         candidates = Candidates(ids_C, -torch.log1p(-missed_C))

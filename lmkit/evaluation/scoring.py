@@ -115,7 +115,8 @@ def score(
                     hidden_BTD, state = model(inputs_BT, state, use_state=more)
                     if len(positions_N) == 0:
                         continue
-                    hidden_ND = hidden_BTD[torch.from_numpy(wanted_BT).to(device.torch_device)]
+                    rows_N = torch.from_numpy(np.flatnonzero(wanted_BT)).to(device.torch_device)
+                    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, rows_N)
                     targets_N = text.targets(positions_N).to(device.torch_device)
                     out.put(positions_N, scorer(hidden_ND, targets_N, positions_N))
                 if progress is not None:

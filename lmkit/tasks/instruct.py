@@ -113,14 +113,15 @@ class Instruct(Task):
         for first in range(0, len(by_length), micro_batch_size):
             rows = [[example] for example in by_length[first : first + micro_batch_size]]
             batch = chat_batch(rows, self.tokenizer.eos_id, packing=False)
+            num_targets = batch.num_targets
             batch = batch.cut(slice(None), device.torch_device)
             with device.autocast():
                 hidden_BTD, _ = _read(self.model, batch)
                 scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
             nats += float(scores.nats_N.double().sum())
             num_correct += int(scores.correct_N.sum())
-            num_tokens += batch.num_targets
-            progress(batch.num_targets)
+            num_tokens += num_targets
+            progress(num_targets)
         return nats, num_correct / num_tokens, num_tokens
 
     def _count_exact(
