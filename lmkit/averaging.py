@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def average_begins(config: TrainConfig, progress: float, valid_losses: Sequence[
 def is_nonmonotonic(valid_losses: Sequence[float], patience: int) -> bool:
     """Whether some validation loss was above the lowest of those at least ``patience`` + 1 evaluations before it, the
     trigger of NT-ASGD."""
-    return any(valid_losses[t] > min(valid_losses[: t - patience]) for t in range(patience + 1, len(valid_losses)))
+    lowest = accumulate(valid_losses, min)
+    return any(loss > low for loss, low in zip(valid_losses[patience + 1 :], lowest, strict=False))
 
 
 class WeightAverage:

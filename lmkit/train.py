@@ -165,7 +165,9 @@ class Trainer:
         self.model.train()
         state, step = self.state, self.state.step
         progress = state.horizon.progress(step)
-        if state.averaged_since is None and self.average_begins is not None and self.average_begins(state):
+        if self.average_begins is None or not self.average_begins(state):
+            state.averaged_since = None  # a run that got longer has its beginning before it again
+        elif state.averaged_since is None:
             state.averaged_since = step
         factor = lr_factor(self.schedule, step, progress, state.valid_losses)
         set_lr(self.optimizer, factor * self.task.lr_scale(batch, progress))

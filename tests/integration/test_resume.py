@@ -224,6 +224,19 @@ def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(config: MakeC
     assert steps == sorted(set(steps))
 
 
+def test_the_mean_of_a_run_that_got_longer_begins_at_the_share_of_its_new_length(
+    config: MakeConfig, tmp_path: Path
+) -> None:
+    """Behind step 9 of 12 the mean began; now that there are 36, behind step 27."""
+    since = []
+    for max_steps in (12, 24, 36):
+        pretrain.run(config(average=Average.swa, resume=max_steps > 12, max_steps=max_steps))
+        end = latest_checkpoint(tmp_path / "run")
+        assert end is not None
+        since.append(load_checkpoint(end, with_optimizer=False).state["averaged_since"])
+    assert since == [9, 18, 27]
+
+
 def test_resume_with_another_shape_is_refused_with_both_values(config: MakeConfig) -> None:
     pretrain.run(config(max_steps=2))
     with pytest.raises(ConfigError, match=r"model\.d_model: 32 -> 64") as refused:
