@@ -55,6 +55,12 @@ from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer, TrainState, pays_to_read_late, restore_trainer
 from lmkit.tuning import lr_factors, unfreezing
 
+WHAT_BEGINS = {
+    Average.swa: "train.swa_start decides",
+    Average.nt_asgd: "eval.every_steps and train.asgd_patience decide",
+}
+"""Averages that begin on the way, and by what."""
+
 
 @dataclass
 class Job:
@@ -264,10 +270,11 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
     job.stop.deferring = False
     state = trainer.state
-    if cfg.train.average is Average.nt_asgd and state.averaged_since is None:
+    average = cfg.train.average
+    if average in WHAT_BEGINS and state.averaged_since is None:
         job.console.warn(
-            f"train.average=nt_asgd never began in {len(state.valid_losses)} validations: the weights are those of the"
-            " last step (eval.every_steps and train.asgd_patience decide when it begins)"
+            f"train.average={average.name} never began in {state.step} steps and {len(state.valid_losses)} validations:"
+            f" the weights are those of the last step ({WHAT_BEGINS[average]} when it begins)"
         )
     try:
         if job.world.is_first:

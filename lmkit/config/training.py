@@ -85,7 +85,7 @@ class TrainConfig:
     swa_start: float = 0.75
     """average=swa: the mean of the weights after each step behind this share of the run (0 to below 1)."""
     asgd_patience: int = 5
-    """average=nt_asgd: the mean from when the valid loss is above what it was this many evaluations ago (>= 1)."""
+    """average=nt_asgd: the mean from when a valid loss is above the lowest of those before the last so many (>= 1)."""
     nonfinite: NonFinite = NonFinite.stop
     """At a loss or gradient that is not finite: stop, skip the batch, or rollback to the last checkpoint without it."""
     max_skips: int = 10

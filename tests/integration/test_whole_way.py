@@ -211,6 +211,15 @@ def test_an_average_that_never_began_is_told(
     assert "train.average=nt_asgd never began" in capfd.readouterr().err
 
 
+def test_a_mean_that_an_early_stop_has_forestalled_is_told(
+    config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The mean of the last quarter of 200 steps, of a run that stops after six."""
+    made = replace(config(max_steps=200, patience=2, average=Average.swa), optimizer=SgdConfig(lr=1e-12))
+    assert pretrain.run(made)["step"] < 20
+    assert "train.average=swa never began in" in capfd.readouterr().err
+
+
 def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_than_the_one_before(
     config: MakeConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
