@@ -6,6 +6,7 @@ Both continue the same 32 tokens by 256 with a model of the same shape (d_model 
 10,000), lmkit through lmkit.generate.generate, which is what ``lmkit generate`` runs, transformers through its
 ``generate`` with its cache. Each runs in a process of its own; rounds are interleaved, the first one warms up, and
 medians are printed. Without transformers its rows are left out. Different numbers of parameters or tokens are refused.
+The samples of a batch share the prompt: lmkit reads it once for all of them, transformers once for each.
 """
 
 from __future__ import annotations

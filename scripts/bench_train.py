@@ -13,13 +13,19 @@ of ``model=gpt2`` with GPT-2's vocabulary and windows of 1,024 tokens; each numb
 - lmkit: lmkit.train.Trainer, which is what ``lmkit pretrain`` runs; a Llama-shaped block (--model gpt2 for GPT-2's)
 - transformers: GPT2LMHeadModel in the usual loop (left out when it is not installed)
 - plain: the shortest sensible loop with torch's own modules
-- gemm: products of 1024 x 1024 matrices (on a card: 8192 x 8192) in the precision of the run, the machine's peak; the
-  share of it counts 6 x parameters + 12 x layers x width x context operations a token
+- gemm: products of 1024 x 1024 matrices (on a card: 8192 x 8192) in the precision of the run: what the machine gives,
+  which on a card is less than its data sheet says. The share of it counts 6 x parameters + 12 x layers x width x
+  context operations a token, as papers do: attention over whole windows, though half of it is masked and need not be
+  computed. That is 2.6 % more than the operations needed in the small shape, and 7 % more in gpt2_124m.
+
+On a CPU lmkit takes the fused AdamW and the others torch's default, which is not fused there.
 
 ``--device cuda`` measures on a card: all ways have weights and batches there and fused AdamW, the clock waits for the
-card, and memory is the peak that torch has allocated there. ``--compile on`` compiles each way's model. All ways keep
-their memory from round to round, so a large shape may need a smaller ``--batch``, or ``--ways lmkit``. None of this has
-been run on a card yet: there was none at hand. On CPUs it is tested but for the waiting and the memory.
+card, and memory is the peak that torch has allocated there. ``--compile on`` compiles each way's model (of lmkit: what
+``device.compile`` does, all but the loss). With bf16 lmkit computes its LSTM layers in TF32 there, and autocast takes
+those of the plain loop to fp16. All ways keep their memory from round to round, so a large shape may need a smaller
+``--batch``, or ``--ways lmkit``. None of this has been run on a card yet: there was none at hand. On CPUs it is tested
+but for the waiting and the memory.
 
 ``--scaling`` measures lmkit alone while one of layers, width, context, vocabulary and batch changes.
 """
@@ -94,7 +100,7 @@ def main() -> None:
     if args.model is None:
         args.model = "gpt2" if args.size == "gpt2_124m" else "llama"
     if args.serve:
-        set_up(shape, args.threads)
+        set_up(args.serve, shape, args.threads)
         serve(on_device(WAYS[args.family, args.serve](shape, args.steps, args.model), shape.device))
         return
     write_rows(args.json, scaling(args, shape) if args.scaling else compare(args, shape))
@@ -189,8 +195,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def set_up(shape: Shape, threads: int) -> None:
-    """What all ways have alike: threads and, on a card, TF32 in fp32 products, which lmkit switches on for itself."""
+def set_up(way: str, shape: Shape, threads: int) -> None:
+    """What all ways have alike: threads and, on a card, TF32 in fp32 products, which lmkit switches on for itself.
+
+    Before that, lmkit has its threads wait for each other as its command does, which OpenMP reads when torch is loaded.
+    """
+    if way == "lmkit":
+        from lmkit.cli import limit_spinning
+
+        limit_spinning("pretrain")
     import torch
 
     from lmkit.device import available_cores
@@ -216,10 +229,6 @@ def on_device(work: Work, device: str) -> Work:
 
 
 def lmkit_work(family: str, shape: Shape, steps: int, block: str) -> Work:
-    from lmkit.cli import limit_spinning
-
-    limit_spinning("pretrain")  # as the command does before torch is loaded
-
     import torch
 
     from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
@@ -309,15 +318,18 @@ def plain_loop(model: Any, loss_of: Callable[[Any, Any], Any], shape: Shape, ste
 
     import torch
 
-    on_card = shape.device == "cuda"  # where the usual loop has fused kernels, too
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=on_card or None)
+    from lmkit.data.batches import to_device
+
+    device = torch.device(shape.device)
+    fused = device.type == "cuda" or None  # there the usual loop has fused kernels, too
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=fused)
     if shape.compile == "on":
         loss_of = torch.compile(loss_of)
     numbers = itertools.count()
 
     def run() -> int:
         for _ in range(steps):
-            rows_BT = random_tokens(shape, next(numbers)).to(shape.device)
+            rows_BT = to_device(random_tokens(shape, next(numbers)), device)  # as lmkit: a card is not waited for
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(shape.device, torch.bfloat16, enabled=shape.precision == "bf16"):
                 loss = loss_of(rows_BT[:, :-1], rows_BT[:, 1:])

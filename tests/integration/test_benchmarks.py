@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,52 @@ def test_ways_of_training_do_the_same_work(
     assert [work.run() for work in works] == [2 * 2 * 8] * 2
     assert works[0].num_parameters == pytest.approx(works[1].num_parameters, rel=0.01)
     assert all(work.memory() > 1e6 for work in works)
+
+
+WATCH = """
+import os, runpy, sys
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("when torch is loaded:", os.environ.get("GOMP_SPINCOUNT"))
+
+sys.meta_path.insert(0, Watch())
+sys.argv = sys.argv[1:]
+runs = runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("way", "rounds"), [("lmkit", "1000"), ("plain", "None")])
+def test_threads_wait_as_those_of_the_command_do_and_otherwise_as_is_usual(
+    way: str, rounds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP reads it once, when torch is loaded."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS), prepend=os.pathsep)
+    shape = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    words = [str(SCRIPTS / "bench_train.py"), "--serve", way, *shape]
+    done = subprocess.run([sys.executable, "-c", WATCH, *words], input="", capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"when torch is loaded: {rounds}\n")
+    assert json.loads(done.stdout.splitlines()[-1])["num_parameters"] > 0
+
+
+def test_the_usual_loop_takes_its_batches_to_the_device_as_lmkit_does(
+    bench_train: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card a batch that is not pinned would make the loop wait for it in each step."""
+    from lmkit.data import batches
+
+    taken: list[tuple[int, ...]] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        taken.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(batches, "to_device", to_device)
+    built(bench_train, monkeypatch, "--serve", "plain").run()
+    assert taken == [(2, 9)] * 2
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
