@@ -4,11 +4,11 @@
     python scripts/bench_scaling.py --computed-only
 
 Measured: tokens/s of ``lmkit pretrain parallel=ddp`` under torchrun with gloo, on text that is made up, the same global
-batch (32 x 64) and micro-batches (4 rows) for any number of processes, each with cores / processes threads. The runs
-are interleaved over the rounds; the median line of each run's metrics.jsonl counts (the first is left out), and then
-the best round. What one agreement of the processes and one sum of the gradients take is timed on its own. The peak of
-memory is the largest that the metrics of the first process show. Runs that trained other models or numbers of tokens
-are refused.
+batch (32 x 64) for any number of processes, each with its share of it as one micro-batch, as lmkit takes it by itself,
+and with cores / processes threads. The runs are interleaved over the rounds; the median line of each run's
+metrics.jsonl counts (the first is left out), and then the best round. What one agreement of the processes and one sum
+of the gradients take is timed on its own. The peak of memory is the largest that the metrics of the first process show.
+Runs that trained other models or numbers of tokens are refused.
 
 Computed: a ring all-reduce over N GPUs sends 2 (N - 1) / N x (bytes of the gradients, fp32) over each link, and takes
 2 (N - 1) hops (Patarasu & Yuan 2009) of 5 us. The slowest link is the network of a node of 8 GPUs. A step computes
@@ -33,7 +33,7 @@ from typing import Any
 
 from peers import write_rows
 
-SEQ_LEN, BATCH, MICRO = 64, 32, 4
+SEQ_LEN, BATCH = 64, 32
 GPUS, TOKENS_PER_GPU = 64, 8192
 FLOPS = 0.4 * 989e12
 HOP_S = 5e-6
@@ -104,7 +104,7 @@ def train(processes: int, text: Path, run: Path, steps: int, model: str, threads
     """Train once by that many processes; speed, memory and what they trained."""
     command = [
         *("-m", "lmkit", "pretrain", "dataset=text", f"dataset.path={text}", "tokenizer=byte"),
-        *(f"model={model}", "device=cpu", f"train.batch_size={BATCH}", f"train.micro_batch_size={MICRO}"),
+        *(f"model={model}", "device=cpu", f"train.batch_size={BATCH}"),
         *(f"train.seq_len={SEQ_LEN}", f"train.max_steps={steps}", f"run.dir={run}", "log.every_steps=2"),
         *("eval.every_steps=1000000", f"save.every_steps={steps}", "parallel=ddp"),
         f"device.threads={'null' if threads is None else threads}",

@@ -369,6 +369,23 @@ def test_rows_of_several_processes_and_what_is_computed_lie_side_by_side(
     assert {row["peak_bytes"] for row in computed} == {None}
 
 
+def test_any_number_of_processes_takes_its_share_of_the_batch_at_once(
+    bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In micro-batches of a few rows, which several processes share, one process alone would look slow."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, stderr="no further")
+
+    monkeypatch.setattr(bench_scaling.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="no further"):
+        bench_scaling.train(1, tmp_path / "text.txt", tmp_path / "run", 20, "tiny", None)
+    assert "train.batch_size=32" in commands[0]
+    assert not any("micro_batch" in word for word in commands[0])
+
+
 def test_runs_that_trained_other_numbers_of_tokens_are_refused(
     bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
