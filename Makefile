@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WITH_EXTRAS := $(VENV)/.installed-extras
+# Which checkpoint make repro evaluates: best, latest, or a name.
+CHECKPOINT := best
 EXTRAS := hf,gguf,llama-cpp,onnx,lm-eval,tensorboard,wandb,mlflow,trackio,schedule-free,gan,joblib,submitit,ray,optuna
 # Tests of faults outside tests/faults: rows of the fault table, resuming, and the ban of what runs code from a file.
 FAULTS_ELSEWHERE := $(addprefix tests/, test_architecture.py cli/test_cli_values.py integration/test_distributed.py \
@@ -62,9 +64,9 @@ fuzz: $(STAMP)  ## a minute of coverage-guided fuzzing of what reads files of ot
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-extras.txt atheris
 	$(BIN)/python scripts/fuzz.py -max_total_time=60
 
-repro: $(STAMP)  ## train a recipe and evaluate it: make repro RECIPE=ptb_cpu_10min (needs LMKIT_DATA)
+repro: $(STAMP)  ## train a recipe and evaluate its best checkpoint (CHECKPOINT=latest: its last): make repro RECIPE=ptb_cpu_10min
 	$(BIN)/lmkit pretrain recipe=$(RECIPE) run.dir=runs/repro-$(RECIPE)
-	$(BIN)/lmkit eval-ppl run=runs/repro-$(RECIPE) output=runs/repro-$(RECIPE)/test.json
+	$(BIN)/lmkit eval-ppl run=runs/repro-$(RECIPE) run.checkpoint=$(CHECKPOINT) output=runs/repro-$(RECIPE)/test.json
 
 format: $(STAMP)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from lmkit import cli, composing, presets
 from lmkit.arguments import Line
 from lmkit.config import ROOTS, SCHEMAS
+from lmkit.config.optimization import Decay
+from lmkit.config.training import Average
 from lmkit.keys import field_docs, keys_of, presets_with
 
 GIVEN = {
@@ -165,6 +167,42 @@ def test_a_recipe_chooses_dataset_and_tokenizer(lmkit: Any) -> None:
     assert (config.dataset.name.name, type(config.tokenizer)) == ("ptb", SCHEMAS["tokenizer"]["word"])
     config = lmkit.config("pretrain", "recipe=ptb_cpu_10min", "tokenizer=char")
     assert type(config.tokenizer) is SCHEMAS["tokenizer"]["char"]
+
+
+SOURCES: dict[str, dict[str, Any]] = {
+    # Zaremba et al. 2014, section 4.1, and ptb_word_lm.py, where losses are summed over 20 steps: hence 20 x 1, 5 / 20
+    "zaremba_small": {
+        "model": {"d_embed": 200, "d_hidden": 200, "num_layers": 2, "tie_embeddings": False, "dropout_output": 0.0},
+        "optimizer": {"lr": 20.0, "clip_norm": 0.25, "weight_decay": 0.0},
+        "schedule": {"warmup_ratio": 0.0, "factor": 0.5, "num_falls": 9},
+        "train": {"batch_size": 20, "seq_len": 20, "max_epochs": 13},
+    },
+    # main.py of PyTorch's word_language_model, with --tied
+    "pytorch_lstm_200": {
+        "model": {"d_embed": 200, "d_hidden": 200, "num_layers": 2, "tie_embeddings": True, "dropout_hidden": 0.2},
+        "optimizer": {"lr": 20.0, "clip_norm": 0.25, "weight_decay": 0.0},
+        "schedule": {"factor": 0.25, "patience": 0},
+        "train": {"batch_size": 20, "seq_len": 35, "max_epochs": 40},
+        "eval": {"every_steps": 1328},
+    },
+    # Merity et al. 2018, section 5, and the command of salesforce/awd-lstm-lm
+    "awd_lstm": {
+        "model": {"d_embed": 400, "d_hidden": 1150, "num_layers": 3, "tie_embeddings": True, "dropout_embed": 0.1}
+        | {"dropout_input": 0.4, "dropout_hidden": 0.25, "dropout_output": 0.4, "dropout_recurrent": 0.5},
+        "optimizer": {"lr": 30.0, "clip_norm": 0.25, "weight_decay": 1.2e-6, "decay_on": Decay.all},
+        "schedule": {"warmup_ratio": 0.0},
+        "softmax": {"ar_alpha": 2.0, "tar_beta": 1.0},
+        "train": {"batch_size": 20, "seq_len": 70, "seq_len_jitter": True, "max_epochs": 500}
+        | {"average": Average.nt_asgd, "asgd_patience": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", SOURCES)
+def test_the_recipe_of_a_classic_has_the_values_of_its_source(lmkit: Any, recipe: str) -> None:
+    config = lmkit.config("pretrain", f"recipe={recipe}")
+    for section, values in SOURCES[recipe].items():
+        assert {key: getattr(getattr(config, section), key) for key in values} == values
 
 
 def test_names_with_dashes_find_the_preset(lmkit: Any) -> None:
