@@ -39,7 +39,7 @@ def build_optimizer(
     """The optimizer of ``config`` for the trainable parameters of ``model``.
 
     Each parameter group holds ``peak_lr``, which set_lr multiplies by the schedule's factor. Weight decay applies to
-    parameters with two or more dimensions, not to gains and biases (as in GPT-2's and nanoGPT's training), unless
+    parameters with two or more dimensions, not to gains and biases (as in Radford et al. 2018 and nanoGPT), unless
     ``decay_on`` is all.
     lr_factors: name -> what the parameter's peak learning rate is multiplied by (default 1).
     """

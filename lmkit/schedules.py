@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from (step, progress) to a factor of the peak rate.
 
 ``progress`` is the share of the run that is done, 0 to 1. It is step / max_steps where the length of the run is known
-in steps, and follows the clock where it is given as a budget (see train.Horizon). The factor at a step is the one the
+in steps, and follows the clock where it is given as a budget (see horizon.Horizon). The factor at a step is the one the
 update of that step uses; step counts from 0.
 """
 

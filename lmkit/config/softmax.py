@@ -44,7 +44,10 @@ class SoftmaxConfig:
 
 @dataclass(kw_only=True)
 class SampledSoftmaxConfig(SoftmaxConfig):
-    """Cross-entropy over a sample of the vocabulary: much cheaper for large vocabularies and small models."""
+    """Cross-entropy over a sample of the vocabulary: much cheaper for large vocabularies and small models.
+
+    The loss that is shown and logged is an estimate, on average a little too low (the logarithm is concave).
+    """
 
     num_frequent: int = 500
     """This many of the most frequent tokens are always in the sample (>= 0)."""

@@ -7,7 +7,7 @@ attention).
 Parameter names map one to one to Hugging Face's Llama, except that q, k and v are the rows of one matrix ``qkv`` (in
 this order) and gate and up those of ``gate_up``, so that each is one product.
 
-Training on CPUs in one precision takes three hand-written functions, at the end of the file, that keep less for the
+Training on CPUs in one precision takes three hand-written functions, those of ``by_hand``, that keep less for the
 backward pass and read memory less often than the plain operations; everything else takes the plain operations. Both
 compute the same up to rounding.
 """
