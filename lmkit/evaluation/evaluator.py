@@ -388,10 +388,10 @@ class Evaluator:
         if "train" not in self.prepared.splits:
             raise DataError(f"{self.prepared.name} has no train split to count {name} on", f"leave {name} out")
         train = self.prepared.splits["train"].tokens
-        if name == "kn5":
-            nats_N = kn5_nats(train, tokens, tokenizer.eos_id, tokenizer.vocab_size)
-        else:
-            nats_N = unigram_nats(train, tokens, tokenizer.vocab_size)
+        if name == "kn5":  # reads as a run of model=kn5 does: its history is carried, whatever windows this run has
+            windows = self.windows(passage, self.reach if self.protocol.never_carries_state else Reach(None, None))
+            return kn5_nats(train, tokens, tokenizer.eos_id, tokenizer.vocab_size, windows=windows)
+        nats_N = unigram_nats(train, tokens, tokenizer.vocab_size)
         return np.where(scored_N, nats_N, np.nan).astype(np.float32)
 
     def run_nats(self, name: str, passage: Passage) -> Nats:

@@ -171,6 +171,11 @@ class Sentence(Protocol):
 
     def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
         is_end_N = line_enders(source.tokenizer)[material.tokens]
+        if not is_end_N.any():
+            kind = source.tokenizer.kind
+            raise ConfigError(
+                f"protocol=sentence: no token of the run's tokenizer ({kind}) ends a line", "use protocol=stream"
+            )
         return reach.windows(Segments.ending_with(is_end_N, source.tokenizer.eos_id))
 
 

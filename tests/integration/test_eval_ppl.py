@@ -64,6 +64,7 @@ RUNS: dict[str, tuple[ModelConfig, TokenizerConfig, int]] = {
     "kn": (NgramConfig(order=3), WordTokenizerConfig(), 1),
     "bytes": (TRANSFORMER, ByteTokenizerConfig(), 1),
     "byte_lstm": (LSTM, ByteTokenizerConfig(), 1),
+    "byte_kn": (NgramConfig(order=5), ByteTokenizerConfig(), 1),
 }
 LEARNING = ["lstm", "gru", "transformer"]
 WORDS = [*LEARNING, "kn"]
@@ -371,6 +372,15 @@ def test_mixing_with_kn5_is_the_weighted_sum_of_probabilities(runs: Folder, tmp_
     assert ppl(alone) == pytest.approx(result["baselines"]["kn5"], rel=1e-5), "kn5 is the baseline of that name"
 
 
+@pytest.mark.parametrize("protocol", ["stream", "sentence", "awd-lstm", "transformer-xl"])
+@pytest.mark.parametrize("run", BYTES)
+def test_kn5_reads_by_the_protocol_as_a_run_of_it_does(run: str, protocol: str, runs: Folder, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    counted = probs_of(runs, run, path, mix=["kn5"], weights="0,1", protocol=PROTOCOLS[protocol])
+    of_a_run = probs_of(runs, "byte_kn", path, protocol=PROTOCOLS[protocol])
+    np.testing.assert_allclose(counted, of_a_run, rtol=1e-5)
+
+
 def test_mixing_with_another_run_is_the_weighted_sum_of_its_probabilities(runs: Folder, tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     first, second = (probs_of(runs, name, path) for name in ("lstm", "transformer"))
@@ -672,6 +682,8 @@ def test_a_tokenizer_that_only_decodes_as_a_whole_is_scored_and_shown(
     found = evaluate(runs, "whole", report=str(tmp_path / "page.html"))
     assert (found["unk"]["count"], found["num_types"]) == (0, len(words) + 2)
     assert found["interval"] is None, "no token ends a line"
+    with pytest.raises(ConfigError, match=r"no token of the run's tokenizer \(hf\) ends a line"):
+        evaluate(runs, "whole", protocol=SentenceProtocolConfig())
     assert f'<span class="s0">{words[0]}</span>' in re.sub(r'"s\d"', '"s0"', (tmp_path / "page.html").read_text())
 
 

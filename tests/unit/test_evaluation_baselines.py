@@ -14,6 +14,7 @@ import pytest
 from lmkit.errors import DataError
 from lmkit.evaluation import baselines
 from lmkit.evaluation.baselines import compressed_bits_per_byte, kn5_nats, unigram_nats
+from lmkit.evaluation.plan import Segments, unbroken
 
 TRAIN = np.array([1, 2, 1, 1, 4, 2], dtype=np.uint16)
 
@@ -88,6 +89,15 @@ def test_kneser_ney_does_not_depend_on_how_the_text_is_cut_into_pieces(monkeypat
     for size in (1, 7, len(tokens)):
         monkeypatch.setattr(baselines, "PIECE_TOKENS", size)
         np.testing.assert_array_equal(kn5_nats(train, tokens, 0, 17), whole)
+
+
+def test_kneser_ney_begins_each_window_with_a_history_of_its_own() -> None:
+    train, tokens = text(3000, 17), text(60, 17)
+    windows = unbroken(Segments(np.array([0, 25]), np.array([25, 60]), 0))
+    found = kn5_nats(train, tokens, 0, 17, windows=windows)
+    alone = [kn5_nats(train, part, 0, 17) for part in (tokens[:25], tokens[25:])]
+    np.testing.assert_array_equal(found, np.concatenate(alone))
+    assert (found != kn5_nats(train, tokens, 0, 17)).any()
 
 
 def test_kneser_ney_beats_unigrams_where_tokens_depend_on_each_other() -> None:
