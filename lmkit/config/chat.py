@@ -87,7 +87,8 @@ class InstructTaskConfig(ChatTaskConfig):
     packing: bool = True
     """Put several examples into one row, none of which sees another; models that carry a state take one a row."""
     exact_match: int = 200
-    """Answer at most this many valid conversations greedily and count those answered word for word (>= 0)."""
+    """Answer at most this many valid conversations greedily and count those answered word for word (>= 0); not those
+    whose last answer task.truncation cut."""
 
     def _check(self, check: Problems) -> None:
         check(self.exact_match >= 0, "task.exact_match", self.exact_match, "must be >= 0")

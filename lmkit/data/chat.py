@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -47,6 +47,8 @@ class Encoded:
     ids: list[int]
     learnt: list[bool]
     """Whether each id is of an answer, its end token included."""
+    cut: bool = field(default=False, compare=False)
+    """Whether its start or its end was left out, so that it fits."""
 
 
 @dataclass(frozen=True)
@@ -129,4 +131,10 @@ def answers_of(encoded: Encoded) -> list[tuple[int, int]]:
     return [(start, end) for start, end in pairwise(edges) if encoded.learnt[start]]
 
 
-__all__ = ["ChatTemplate", "Conversation", "Encoded", "Turn", "answers_of"]
+def has_whole_answer(encoded: Encoded, eos_id: int) -> bool:
+    """Whether the last answer was not cut, and something of what it answers is left."""
+    start, end = answers_of(encoded)[-1]
+    return not encoded.cut or (start > 1 and encoded.ids[end - 1] == eos_id)
+
+
+__all__ = ["ChatTemplate", "Conversation", "Encoded", "Turn", "answers_of", "has_whole_answer"]

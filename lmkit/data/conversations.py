@@ -91,10 +91,10 @@ def fitted(encoded: Encoded, seq_len: int, policy: TooLong) -> Encoded | None:
     if policy is TooLong.drop:
         return None
     if policy is TooLong.left:
-        cut = Encoded([encoded.ids[0], *encoded.ids[1 + excess :]], [False, *encoded.learnt[1 + excess :]])
+        ids, learnt = [encoded.ids[0], *encoded.ids[1 + excess :]], [False, *encoded.learnt[1 + excess :]]
     else:
-        cut = Encoded(encoded.ids[: seq_len + 1], encoded.learnt[: seq_len + 1])
-    return cut if any(cut.learnt) else None
+        ids, learnt = encoded.ids[: seq_len + 1], encoded.learnt[: seq_len + 1]
+    return Encoded(ids, learnt, cut=True) if any(learnt) else None
 
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -79,7 +79,7 @@ def encode_all(
     """
     tokenizer = base.tokenizer
     found: list[Encoded | None] = []
-    cut = unknown = unknown_prompts = 0
+    unknown = unknown_prompts = 0
     for conversation in conversations:
         encoded = template.encode(conversation, tokenizer)
         told = {learnt for i, learnt in zip(encoded.ids, encoded.learnt, strict=True) if i == tokenizer.unk_id}
@@ -92,8 +92,7 @@ def encode_all(
                 f"the {split} example that begins {text!r} is too long: {error}",
                 "raise train.seq_len, or set task.truncation to drop, left or right",
             ) from None
-        cut += found[-1] is not None and found[-1] is not encoded
-    left_out = found.count(None)
+    left_out, cut = found.count(None), sum(one is not None and one.cut for one in found)
     if left_out == len(found):
         raise DataError(f"no {split} example fits into train.seq_len={seq_len}", "raise train.seq_len")
     if left_out or cut:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmkit.config.chat import InstructTaskConfig
 from lmkit.config.commands import FinetuneConfig
 from lmkit.console import Console, format_number
-from lmkit.data.chat import ChatTemplate, Encoded, answers_of
+from lmkit.data.chat import ChatTemplate, Encoded, answers_of, has_whole_answer
 from lmkit.data.conversations import ChatBatch, ChatBatches, chat_batch, conversation_of, digest_of, read_splits
 from lmkit.device import Device
 from lmkit.evaluation.scoring import exp
@@ -47,10 +47,11 @@ class Instruct(Task):
     ) -> None:
         """room: tokens of a row that several examples share; None: one example a row.
 
-        num_answered: valid examples that are answered greedily.
+        num_answered: valid examples that are answered greedily; those whose last answer was cut are not.
         """
         self.model, self.tokenizer, self.valid, self.num_answered = model, tokenizer, valid, num_answered
         self.objective = objective
+        self.answerable = [example for example in valid if has_whole_answer(example, tokenizer.eos_id)]
         batches = ChatBatches(train, tokenizer.eos_id, batch_size=batch_size, room=room, seed=seed)
         self.batches, self.num_rows = batches, len(batches.rows)
         self.data_name = data_name
@@ -93,13 +94,16 @@ class Instruct(Task):
             "answer_ppl": exp(loss),
             "answer_accuracy": accuracy,
         }
-        if num_answered := min(self.num_answered, len(self.valid)):
-            chosen = [self.valid[i * len(self.valid) // num_answered] for i in range(num_answered)]
+        if num_answered := min(self.num_answered, len(self.answerable)):
+            chosen = [self.answerable[i * len(self.answerable) // num_answered] for i in range(num_answered)]
             num_exact = self._count_exact(chosen, device, micro_batch_size, progress)
             metrics["valid_exact_match"] = num_exact / num_answered
             text += f"  exact match {100 * num_exact / num_answered:.1f} % of {num_answered}"
-            rows.append(("valid exact match, greedy", f"{num_exact} of {num_answered}"))
+            num_cut = len(self.valid) - len(self.answerable)
+            left_out = f" ({num_cut} cut ones left out)" if num_cut else ""
+            rows.append(("valid exact match, greedy", f"{num_exact} of {num_answered}{left_out}"))
             result |= {"exact_match": num_exact / num_answered, "num_answered": num_answered}
+            result["num_answers_cut"] = num_cut
         return Validation(loss=loss, metrics=metrics, text=text, result=result, rows=rows)
 
     @torch.no_grad()
@@ -182,6 +186,10 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
         num_answered=config.exact_match,
         seed=cfg.seed,
     )
+    if config.exact_match and (num_cut := len(valid) - len(task.answerable)):
+        console.warn(
+            f"valid: {num_cut} of {len(valid)} answers were cut (task.truncation): exact match leaves them out"
+        )
     console.say(f"train: {len(train)} conversations in {task.num_rows} rows; valid: {len(valid)}")
     return task
 

@@ -197,6 +197,18 @@ def test_from_a_file_to_answers_on_the_command_line(
     assert both == "a mat\na mat\n"
 
 
+def test_answers_that_were_cut_are_not_asked_for_word_for_word(
+    bases: dict[str, Path], questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = InstructTaskConfig(data=questions, valid=questions, truncation=TooLong.right)
+    cfg = tuning(task, bases["transformer"], tmp_path / "run", lr=1e-2, seq_len=12, batch_size=6, max_steps=200)
+    result = finetune.run(replace(cfg, eval=EvalConfig(every_steps=200)))
+    assert (result["exact_match"], result["num_answered"], result["num_answers_cut"]) == (1.0, 4, 2)
+    shown = capsys.readouterr().err
+    assert "valid: 2 of 6 answers were cut (task.truncation): exact match leaves them out" in shown
+    assert "4 of 4 (2 cut ones left out)" in shown
+
+
 def test_the_dataset_of_the_first_run_stays_that_of_the_tuned_one(
     bases: dict[str, Path], questions: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmkit.config.chat import InstructTaskConfig, TooLong
-from lmkit.data.chat import Conversation, Encoded, Turn
+from lmkit.data.chat import Conversation, Encoded, Turn, has_whole_answer
 from lmkit.data.conversations import ChatBatches, chat_batch, conversation_of, fitted, packed, read_splits
 from lmkit.data.rows import Record
 from lmkit.errors import DataError
@@ -92,6 +92,32 @@ def test_long_examples_are_refused_left_out_or_cut() -> None:
     assert left == Encoded([99, *range(3, 9)], [False] * 3 + [True] * 4)
     assert right == Encoded([99, *range(7)], [False] * 6 + [True] * 2)
     assert fitted(long, 5, TooLong.right) is None
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "policy", "whole"),
+    [
+        (7, TooLong.right, True),
+        (6, TooLong.right, False),
+        (6, TooLong.left, True),
+        (3, TooLong.left, False),
+        (2, TooLong.left, False),
+    ],
+    ids=["not cut", "without its end token", "without some of the prompt", "without all of it", "without its start"],
+)
+def test_an_answer_is_whole_with_its_end_and_something_that_it_answers(
+    seq_len: int, policy: TooLong, whole: bool
+) -> None:
+    cut = fitted(Encoded([99, 1, 2, 3, 4, 5, 6, 99], [False] * 5 + [True] * 3), seq_len, policy)
+    assert cut is not None
+    assert has_whole_answer(cut, 99) is whole
+
+
+def test_of_a_conversation_that_was_cut_in_a_prompt_the_last_answer_is_whole() -> None:
+    turns = Encoded([99, 1, 5, 99, 2, 6, 99], [False, False, True, True, False, True, True])
+    cut = fitted(turns, 4, TooLong.right)
+    assert cut is not None
+    assert has_whole_answer(cut, 99)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 40))
