@@ -7,6 +7,7 @@ only. Anything else (another encoding, another file type, a truncated archive) i
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import time
@@ -62,20 +63,37 @@ class Part:
 def find_files(folder: Path, suffix: str) -> list[Path]:
     """All files below ``folder`` whose name ends in ``suffix``, plain or compressed, sorted by relative path.
 
-    Hidden files and folders are passed over.
+    Hidden files and folders are passed over. Raises DataError for a folder that cannot be read.
     """
     endings = (suffix, *(suffix + compression for compression in _COMPRESSIONS))
     found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        if path.name.endswith(endings) and not any(part.startswith(".") for part in parts) and path.is_file():
-            found.append(path)
+    for place, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in names if name.endswith(endings) and not name.startswith(".")):
+            with _readable(path):
+                if path.is_file():
+                    found.append(path)
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def is_compressed(path: Path) -> bool:
     """Whether the name says that the file is compressed."""
     return path.name.endswith(_COMPRESSIONS)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within it an OSError is a DataError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
+
+
+def _refuse(error: OSError) -> None:
+    """What is done about a folder that os.walk cannot read."""
+    with _readable(Path(error.filename)):
+        raise error
 
 
 def stamp_files(paths: Iterable[Path]) -> list[list[int | str]] | None:
@@ -86,10 +104,8 @@ def stamp_files(paths: Iterable[Path]) -> list[list[int | str]] | None:
     """
     stamps: list[list[int | str]] = []
     for path in paths:
-        try:
+        with _readable(path):
             stat = path.stat()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
         if max(stat.st_mtime_ns, stat.st_ctime_ns) > time.time_ns() - _SETTLED_NS:
             return None
         stamps.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
@@ -132,19 +148,16 @@ def text_lines(path: Path) -> Iterator[str]:
 def _chunks(part: Part) -> Iterator[bytes]:
     """The decompressed bytes of a part in chunks; checks the magic bytes first and the file's stamp last."""
     path = part.path
-    try:
-        with path.open("rb") as file:
-            before = os.fstat(file.fileno())
-            _check_magic(path, file.read(512))
-            start = 0 if is_compressed(path) else part.start
-            file.seek(start)
-            chunks = _decompressed(path, file)
-            if is_compressed(path):
-                chunks = _plausible(path, before.st_size, chunks)
-            yield from _span(chunks, start, part)
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
+    with _readable(path), path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        _check_magic(path, file.read(512))
+        start = 0 if is_compressed(path) else part.start
+        file.seek(start)
+        chunks = _decompressed(path, file)
+        if is_compressed(path):
+            chunks = _plausible(path, before.st_size, chunks)
+        yield from _span(chunks, start, part)
+        after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"{path} changed while it was read", "run again when the file is complete")
 
@@ -270,8 +283,14 @@ def cut_by_lines(path: Path, fractions: tuple[float, float]) -> tuple[int, int, 
     """Byte offsets (begin of the second part, begin of the third part, size) that cut a text in three.
 
     The last two parts get the given shares of the bytes, and at least one line each where their share is not 0. A
-    text without line ends is cut at blanks. The offsets count decompressed bytes.
+    text without line ends is cut at blanks. The offsets count decompressed bytes. Raises DataError for a file that
+    cannot be read.
     """
+    with _readable(path):
+        return _cut(path, fractions)
+
+
+def _cut(path: Path, fractions: tuple[float, float]) -> tuple[int, int, int]:
     size, starts = _line_starts(path, b"\n") if is_compressed(path) else (path.stat().st_size, None)
     ends = (1 - fractions[0] - fractions[1], 1 - fractions[1])
 

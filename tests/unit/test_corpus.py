@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -341,6 +344,7 @@ def test_split_folders_are_read_sorted_and_recursively_through_compression(tmp_p
     (tmp_path / "train/c.txt.gz").write_bytes(gzip.compress(b"c1\n", mtime=0) + gzip.compress(b"c2\n"))
     (tmp_path / "train/d.txt.zst").write_bytes(zstandard.compress(b"d1\n") + zstandard.compress(b"d2\n"))
     write(tmp_path / "train/.hidden.txt", "no\n")
+    write(tmp_path / "train/.hidden/a.txt", "no\n")
     write(tmp_path / "train/notes.md", "no\n")
     write(tmp_path / "validation.txt", "v\n")
     source = open_corpus(TextConfig(path=str(tmp_path), test_fraction=0.0))
@@ -457,6 +461,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         file.write("more\n")
     with pytest.raises(DataError, match="changed while it was read"):
         list(stream)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "a\n")
+    write(tmp_path / "deep/b.txt", "b\n")
+    real = os.scandir
+
+    def scandir(path: str | Path) -> Any:
+        if Path(path).name == "deep":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot read \S*deep: Permission denied"):
+        open_corpus(TextConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [{}, {"a.txt": ""}, {"a.txt": " \n\n\t\n"}, {"a.txt": "one line\n"}])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -292,6 +293,25 @@ def test_a_full_disk_is_an_error_of_resources_and_leaves_nothing(
     with pytest.raises(ResourceError, match=r"No space left on device; .*LMKIT_CACHE"):
         prepared(folder)
     assert list((cache / "prepared").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [3, 25])
+def test_a_text_that_cannot_be_read_is_named_however_many_there_are(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(number):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"line {i}\n" * 50, encoding="utf-8")
+    real = Path.open
+
+    def opened(self: Path, *args: Any, **keys: Any) -> Any:
+        if self.name == "1.txt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return real(self, *args, **keys)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(DataError, match=r"^cannot read \S*1\.txt: Permission denied; check dataset\.path$"):
+        prepared(tmp_path / "texts")
 
 
 def test_what_killed_preparations_left_is_removed(folder: Path, cache: Path) -> None:
