@@ -23,8 +23,9 @@ class TextCorpus(Corpus):
     """Text files: one document a file; a few large files are cut by lines into contiguous parts.
 
     A folder may hold the splits itself, as files (train.txt, valid.txt, test.txt) or as folders (train/, valid/,
-    test/). A split that is not there is held out from train: of 20 documents or more, whole ones by the order of a hash
-    of their relative path, at least one; of fewer, the end of each file (first train, then valid, then test).
+    test/): if any of them, then train. A split that is not there is held out from train: of 20 documents or more, whole
+    ones by the order of a hash of their relative path, at least one; of fewer, the end of each file (first train, then
+    valid, then test).
     """
 
     name = "text"
@@ -81,7 +82,7 @@ class TextCorpus(Corpus):
 
 
 class JsonlCorpus(RecordCorpus):
-    """JSON lines: one document a line, in one field. A folder may hold train.jsonl, valid.jsonl, test.jsonl."""
+    """JSON lines: one document a line, in one field. Splits of a folder as in ``TextCorpus``."""
 
     name = "jsonl"
 
@@ -137,7 +138,7 @@ def _existing_path(path: str | None, kind: str) -> Path:
 
 
 def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
-    """Split -> its files. Without train and another split by name, everything is train."""
+    """Split -> its files. With none by name, or train alone, all are train. DataError for others without it."""
     if root.is_file():
         return {"train": [root]}
     named: dict[str, list[Path]] = {}
@@ -150,7 +151,13 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
                 raise DataError(f"{root} has more than one {split} split: {named[split][0].name}, {found[0].name}")
             if found:
                 named[split] = found
-    if "train" in named and len(named) > 1:
+    if named and "train" not in named:
+        held_out = " and ".join(files[0].relative_to(root).parts[0] for files in named.values())
+        raise DataError(
+            f"{root} holds {held_out}, but neither train{suffix} nor a folder train",
+            f"give the text to learn from that name, or {held_out} another one if it is to be learnt from, too",
+        )
+    if len(named) > 1:
         return named
     files = textfiles.find_files(root, suffix)
     if not files:

@@ -478,6 +478,28 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         open_corpus(TextConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize(
+    ("files", "held_out"),
+    [
+        (["valid{}"], "valid{}"),
+        (["dev{}", "test/a{}"], "dev{} and test"),
+        (["a{}", "test{}.gz"], "test{}.gz"),
+    ],
+    ids=["valid", "both", "beside another text"],
+)
+def test_a_folder_of_splits_needs_train(tmp_path: Path, files: list[str], held_out: str, suffix: str) -> None:
+    for file in files:
+        write(tmp_path / file.format(suffix), '{"text": "a"}\n')
+    config = TextConfig(path=str(tmp_path)) if suffix == ".txt" else JsonlConfig(path=str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        open_corpus(config)
+    told = f"{tmp_path} holds {held_out.format(suffix)}, but neither train{suffix} nor a folder train; give the text to"
+    assert str(caught.value).startswith(told)
+    write(tmp_path / f"train/b{suffix}", '{"text": "b"}\n')
+    assert open_corpus(config).splits == ("train", "valid", "test")
+
+
 @pytest.mark.parametrize("content", [{}, {"a.txt": ""}, {"a.txt": " \n\n\t\n"}, {"a.txt": "one line\n"}])
 def test_an_empty_corpus_or_split_is_refused(tmp_path: Path, content: dict[str, str]) -> None:
     for name, text in content.items():
