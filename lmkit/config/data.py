@@ -29,7 +29,7 @@ class CleaningConfig:
     drop_duplicates: bool = False
     """Drop documents that are exact copies of an earlier document of the same split."""
     min_chars: int = 0
-    """Drop documents shorter than this many characters (>= 0)."""
+    """Drop documents shorter than this many characters (>= 0), the end of the last line not counted."""
 
     def __post_init__(self) -> None:
         with Problems() as check:

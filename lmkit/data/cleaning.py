@@ -19,6 +19,9 @@ from typing import IO
 
 from lmkit.config.data import CleaningConfig
 
+VERSION = 2
+"""Raised when the same options leave other text."""
+
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _WAITING_BYTES = 16 << 20
 _PIECE_CHARS = 1 << 20
@@ -60,7 +63,7 @@ class Cleaner:
             stream = self._step("NFC", stream, lambda s: _mapped(s, lambda t: unicodedata.normalize("NFC", t)))
         stream = self._step("empty documents", stream, lambda s: _at_least(s, 1, _has_text))
         if config.min_chars > 0:
-            stream = self._step("short documents", stream, lambda s: _at_least(s, config.min_chars, len))
+            stream = self._step("short documents", stream, lambda s: _at_least(s, config.min_chars, _num_chars))
         if config.drop_duplicates:
             stream = self._step("duplicate documents", stream, self._unless_seen)
         return stream
@@ -147,11 +150,16 @@ def _mapped(pieces: Iterator[Piece], change: Callable[[str], str]) -> Iterator[P
         yield Piece(change(piece.text), piece.ends_document)
 
 
-def _has_text(text: str) -> int:
-    return int(text != "" and not text.isspace())
+def _has_text(piece: Piece) -> int:
+    return int(piece.text != "" and not piece.text.isspace())
 
 
-def _at_least(document: Iterator[Piece], minimum: int, measure: Callable[[str], int]) -> Iterator[Piece]:
+def _num_chars(piece: Piece) -> int:
+    """Without the "\\n" at the end of a document, which may have been added."""
+    return len(piece.text) - piece.ends_document
+
+
+def _at_least(document: Iterator[Piece], minimum: int, measure: Callable[[Piece], int]) -> Iterator[Piece]:
     """The document if its pieces measure ``minimum`` or more in sum."""
     held: list[Piece] = []
     total = 0
@@ -160,7 +168,7 @@ def _at_least(document: Iterator[Piece], minimum: int, measure: Callable[[str], 
             yield piece
             continue
         held.append(piece)
-        total += measure(piece.text)
+        total += measure(piece)
         if total >= minimum:
             yield from held
             held = []

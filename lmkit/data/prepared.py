@@ -22,6 +22,7 @@ import filelock
 from lmkit.config.data import DatasetConfig, HfTokenizerConfig, TokenizerConfig
 from lmkit.config.plain import to_plain
 from lmkit.console import Console, format_count
+from lmkit.data.cleaning import VERSION as CLEANING_VERSION
 from lmkit.data.corpus import Corpus, open_corpus
 from lmkit.data.survey import VERSION as TEXT_VERSION
 from lmkit.data.survey import Survey, Surveyor, digest_of, recall, remember
@@ -116,7 +117,8 @@ class _Preparation:
         fingerprint = self.corpus.fingerprint()
         if fingerprint is None:
             return None
-        return {"version": TEXT_VERSION, "cleaning": self.identity["cleaning"], "corpus": dict(fingerprint)}
+        version = [TEXT_VERSION, CLEANING_VERSION]
+        return {"version": version, "cleaning": self.identity["cleaning"], "corpus": dict(fingerprint)}
 
     def _recall(self) -> Survey | None:
         return recall(self.root / "surveys", self._fingerprint())

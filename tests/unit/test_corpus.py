@@ -598,6 +598,12 @@ def test_cleaning_does_what_its_report_says(tmp_path: Path) -> None:
     assert report["NFC"]["chars_before"] - report["NFC"]["chars_after"] == 1
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_end_of_the_last_line_is_no_character_of_a_short_document(tmp_path: Path, end: str) -> None:
+    documents, _ = cleaned(tmp_path, [f"1234567{end}", f"12345678{end}", f"123\n567{end}"], CleaningConfig(min_chars=8))
+    assert documents == ["12345678\n"]
+
+
 def test_without_options_only_empty_documents_are_dropped(tmp_path: Path) -> None:
     texts = ["a\x00", "a\x00", "", "e\u0301"]
     documents, report = cleaned(tmp_path, texts, CleaningConfig())

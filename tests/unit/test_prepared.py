@@ -30,6 +30,7 @@ from lmkit.config.data import (
     WordTokenizerConfig,
 )
 from lmkit.console import Console
+from lmkit.data import prepared as prepared_data
 from lmkit.data import survey, textfiles
 from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare
 from lmkit.data.tokenfiles import SplitWriter
@@ -162,6 +163,16 @@ def test_unchanged_files_are_not_read_again(folder: Path, settled: None, monkeyp
     again = prepared(folder)
     assert again.key == first.key
     assert reads == []
+
+
+def test_what_another_version_cleaned_is_read_again(
+    folder: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(folder)
+    reads = count_reads(monkeypatch)
+    monkeypatch.setattr(prepared_data, "CLEANING_VERSION", 0)
+    assert prepared(folder).key == first.key
+    assert sorted(reads) == ["test.txt", "train.txt", "valid.txt"]
 
 
 def test_a_file_changed_without_a_change_of_size_or_date_is_noticed(
