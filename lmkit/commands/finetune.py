@@ -18,8 +18,8 @@ from lmkit.config.check import Problems
 from lmkit.config.commands import FinetuneConfig
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import kind_of, to_plain
-from lmkit.config.softmax import ADDED_TO_LOSS
-from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, TaskConfig
+from lmkit.config.softmax import ADDED_TO_LOSS, AdaptiveSoftmaxConfig
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, RowsTaskConfig, TaskConfig
 from lmkit.config.training import STREAM_KEYS, ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
@@ -65,7 +65,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
 
 def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
     world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
-    _check_order(cfg)
+    _check_use(cfg)
     begin = world.first_alone(lambda: set_up(cfg, device, console))
     corpus = None if begin.base is None else corpus_of(begin.base)
     dataset = cfg.dataset  # what eval-ppl takes by default
@@ -86,6 +86,8 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             "base_sha256": None if begin.base is None else begin.base.checkpoint_digest,
             "corpus": None if corpus is None else to_plain(corpus),
         }
+        if isinstance(cfg.task, RowsTaskConfig) and begin.base is not None and begin.base.context is not None:
+            stored["train"]["seq_len"] = begin.base.context  # what the language model inside was trained on
         if fitted := begin.task.fitted():
             stored["fitted"] = fitted
         job = Job(
@@ -143,14 +145,21 @@ def _check_softmax(cfg: FinetuneConfig) -> None:
             check.unused("softmax", cfg.softmax, ADDED_TO_LOSS, rule)
 
 
-def _check_order(cfg: FinetuneConfig) -> None:
-    """ConfigError for what ``train`` says of a stream of tokens, where the task reads rows and it would do nothing.
+def _check_use(cfg: FinetuneConfig) -> None:
+    """ConfigError for what would do nothing: what ``train`` says of a stream of tokens, where the task reads rows, and
+    what ``softmax`` says of the output layer.
 
     Asked of what is to be trained now only: a step of an older run that was given such keys can still be replayed.
     """
-    if not isinstance(cfg.task, LmTaskConfig):
-        with Problems() as check:
-            check.unused("train", cfg.train, STREAM_KEYS, f"has no use with task={kind_of(cfg.task)}: leave it out")
+    unused = f"has no use with task={kind_of(cfg.task)}"
+    with Problems() as check:
+        if not isinstance(cfg.task, LmTaskConfig):
+            check.unused("train", cfg.train, STREAM_KEYS, f"{unused}: leave it out")
+        if isinstance(cfg.task, RowsTaskConfig):
+            check.unused("train", cfg.train, ("seq_len",), f"{unused}, whose texts task.max_tokens cuts: leave it out")
+        if isinstance(cfg.softmax, AdaptiveSoftmaxConfig):
+            rule = "has no use in finetuning, where the output layer is that of the run: leave it out"
+            check.unused("softmax", cfg.softmax, ("cutoffs", "div_value"), rule)
 
 
 def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:

@@ -11,6 +11,7 @@ from lmkit.commands.new_data import DATA_ORDER, order_of
 from lmkit.commands.runs_text import columns, format_value
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.plain import from_plain
+from lmkit.config.training import STREAM_KEYS
 from lmkit.console import Console
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.store.browse import read_journal
@@ -26,6 +27,8 @@ IMMUTABLE = (
     "task.beta", "task.label_smoothing", "task.sft_weight",
 )  # fmt: skip
 """Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
+UNREAD_OF_ROWS = ("train.seq_len", *(f"train.{key}" for key in STREAM_KEYS))
+"""Those of them that tasks on rows do not read; they are refused now, and older runs may have been given some."""
 LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience")
 """Keys with another value of which a finished run goes on."""
 
@@ -84,6 +87,8 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
     before, after = dict(_flat(old)), dict(_flat(new))
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     told = [key for key in changed if key.partition(".")[0] in old]  # other sections are newer than the run
+    unread = UNREAD_OF_ROWS if (old.get("task") or {}).get("kind") in ("classify", "regress") else ()
+    told = [key for key in told if key not in unread]
     fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
     if fatal:
         pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)

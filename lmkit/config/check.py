@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from types import TracebackType
 from typing import Any
@@ -29,11 +29,12 @@ class Problems:
 
     def unused(self, section: str, config: Any, names: Sequence[str], rule: str) -> None:
         """Note each of these keys of a section that is not at its default, since it would do nothing."""
-        defaults = {field.name: field.default for field in fields(config)}
+        known = {field.name: field for field in fields(config)}
         for name in names:
-            value = getattr(config, name)
+            value, field = getattr(config, name), known[name]
+            default = field.default if field.default_factory is MISSING else field.default_factory()
             shown = value.name if isinstance(value, Enum) else value
-            self(value == defaults[name], f"{section}.{name}", shown, rule)
+            self(value == default, f"{section}.{name}", shown, rule)
 
     def __enter__(self) -> Problems:
         return self

@@ -208,14 +208,16 @@ def config(case: str, *, steps: int, resume: bool) -> PretrainConfig:
 
 def tuning(case: str, *, steps: int, resume: bool) -> FinetuneConfig:
     """A run of finetune."""
+    task = TUNED[case].task
+    length = {} if isinstance(task, RowsTaskConfig) else {"seq_len": 8}
     return FinetuneConfig(
-        task=TUNED[case].task,
+        task=task,
         adapter=TUNED[case].adapter,
         dataset=TextConfig(path="corpus"),
         optimizer=AdamwConfig(lr=0.03),
         schedule=CosineConfig(),
         device=CPU,
-        train=TrainConfig(batch_size=4, seq_len=8, max_steps=steps),
+        train=TrainConfig(batch_size=4, max_steps=steps, **length),
         eval=EvalConfig(every_steps=50),
         run=RunConfig(path="base", dir=f"run-{case}", root="."),
         resume=resume,

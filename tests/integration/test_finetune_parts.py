@@ -28,7 +28,7 @@ from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, OptimizerConfig, SgdConfig
 from lmkit.config.softmax import SampledSoftmaxConfig
-from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig
+from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, RowsTaskConfig
 from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
@@ -83,7 +83,8 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuning(
     base: Path, data: Path, run: Path, *, optimizer: OptimizerConfig | None = None, **keys: Any
 ) -> FinetuneConfig:
-    train = {"batch_size": 4, "seq_len": 16, "max_steps": 12, **keys.pop("train", {})}
+    stream = {} if isinstance(keys.get("task"), RowsTaskConfig) else {"seq_len": 16}
+    train = {"batch_size": 4, "max_steps": 12, **stream, **keys.pop("train", {})}
     return FinetuneConfig(
         dataset=TextConfig(path=str(data)),
         optimizer=optimizer or AdamwConfig(lr=1e-2),
@@ -382,8 +383,7 @@ def test_a_classifier_is_a_base_by_the_language_model_inside_it(
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = ClassifyTaskConfig(data=str(data))
-    length = {"max_steps": 4, "seq_len": 32}
-    first = tuning(bases["transformer"], numbers, tmp_path / "one", task=task, adapter=adapter, train=length)
+    first = tuning(bases["transformer"], numbers, tmp_path / "one", task=task, adapter=adapter, train={"max_steps": 4})
     learnt = finetune.run(first)["forgetting"]
     regress = RegressTaskConfig(data=str(data), text="text", target="n")
     for name, next_task in (("again", task), ("number", regress), ("text", LmTaskConfig())):

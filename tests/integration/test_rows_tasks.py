@@ -90,6 +90,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ["softmax=sampled"],
         ["softmax.label_smoothing=0.1", "softmax.ar_alpha=1"],
         ["train.order=windows", "train.shuffle=documents", "train.seq_len_jitter=true"],
+        ["train.seq_len=16"],
     ],
 )
 def test_what_is_for_a_loss_over_words_or_for_a_stream_of_tokens_is_refused_where_it_would_do_nothing(
@@ -121,6 +122,27 @@ def pydocs() -> Any:
     from lmkit.config.data import PydocsConfig
 
     return PydocsConfig()
+
+
+def test_a_classifier_remembers_the_length_that_the_language_model_inside_it_was_trained_on(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    task = ClassifyTaskConfig(data=str(reviews(tmp_path / "rows.jsonl", 20, seed=1)))
+    learnt = finetune.run(config_of(task, tmp_path / "one", bases["transformer"], max_steps=2))["forgetting"]
+    cfg = config_of(task, tmp_path / "two", tmp_path / "one", max_steps=1)
+    found = finetune.run(replace(cfg, run=replace(cfg.run, checkpoint="latest")))["forgetting"]
+    assert found["before"]["token_ppl"] == pytest.approx(learnt["after"]["token_ppl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["lm", "instruct"])
+def test_what_an_adaptive_softmax_is_made_of_is_refused_in_finetuning(
+    task: str, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"run={bases['lstm']}", f"task={task}", *["task.data=x.jsonl"] * (task == "instruct"), "softmax=adaptive"]
+    assert cli.main(["finetune", *words, "softmax.cutoffs=5,9", "softmax.div_value=2", "device=cpu"]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert "softmax.cutoffs=[5, 9] has no use in finetuning" in found
+    assert "softmax.div_value=2.0 has no use in finetuning" in found
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:

@@ -255,6 +255,17 @@ def test_the_policies_may_change_on_resume_and_the_shape_of_a_batch_may_not() ->
         check_resumable(old, {"train": {"batch_size": 8}})
 
 
+def test_keys_that_rows_do_not_read_may_change_on_resume_since_older_runs_were_given_them() -> None:
+    def changes(kind: str) -> list[str]:
+        old = {"task": {"kind": kind}, "train": {"seq_len": 64, "order": "windows"}}
+        return check_resumable(old, {"task": {"kind": kind}, "train": {"seq_len": 128, "order": "auto"}})
+
+    told = ["train.order: windows -> auto", "train.seq_len: 64 -> 128"]
+    assert changes("classify") == changes("regress") == told
+    with pytest.raises(ConfigError, match=r"train\.order: windows -> auto, train\.seq_len: 64 -> 128"):
+        changes("instruct")
+
+
 def test_what_must_not_change_on_resume_is_shown_in_two_columns() -> None:
     shown = io.StringIO()
     old = {"model": {"d_model": 256, "num_layers": 6}, "train": {"seq_len": 128, "workers": 0}}
