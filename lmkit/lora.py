@@ -89,12 +89,17 @@ def add_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> None:
 
     Raises ConfigError, before anything is changed, for a pattern that matches none.
     """
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
-    names = targeted(list(layers), config.targets)
+    layers = layers_to_adapt(model, config)
     model.requires_grad_(False)
-    for name in names:
-        adapted = AdaptedLinear(layers[name], config, seeded_generator(seed, f"adapter/{name}"))
+    for name, layer in layers.items():
+        adapted = AdaptedLinear(layer, config, seeded_generator(seed, f"adapter/{name}"))
         _replace(model, name, adapted.train(model.training))
+
+
+def layers_to_adapt(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
+    """The linear layers that ``config.targets`` names. Raises ConfigError for a pattern that matches none."""
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    return {name: layers[name] for name in targeted(list(layers), config.targets)}
 
 
 def targeted(names: list[str], patterns: list[str]) -> list[str]:
@@ -139,4 +144,12 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-__all__ = ["AdaptedLinear", "adapted_layers", "adapter_tensors", "add_adapter", "merge_adapter", "targeted"]
+__all__ = [
+    "AdaptedLinear",
+    "adapted_layers",
+    "adapter_tensors",
+    "add_adapter",
+    "layers_to_adapt",
+    "merge_adapter",
+    "targeted",
+]

@@ -27,7 +27,7 @@ from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf.adapters import Origin, write_adapter
 from lmkit.loading import LoadedRun, load_hf, load_run
-from lmkit.lora import adapter_tensors
+from lmkit.lora import adapter_tensors, layers_to_adapt
 from lmkit.store import storage
 from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
 from lmkit.store.found import absolute, read_info
@@ -172,6 +172,8 @@ def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
         base = load_run(_start_of(cfg), device=device, console=console, inside=True)
     if base.model_config.trains_by_counting:
         raise ConfigError(f"run={base.path} is an n-gram model, which cannot be finetuned", "name a neural run")
+    if cfg.adapter is not None:
+        _check_adapter(cfg.adapter, base)
     if isinstance(cfg.task, LmTaskConfig):
         return SetUp(_language(cfg, base, console), base.model, base.model_config, base)
     if isinstance(cfg.task, ClassifyTaskConfig):
@@ -186,6 +188,17 @@ def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:
         if isinstance(cfg.task, PreferTaskConfig):
             return SetUp(build_prefer(cfg, cfg.task, base, device, console), base.model, base.model_config, base)
     raise TypeError(f"no task for {type(cfg.task).__name__}")
+
+
+def _check_adapter(adapter: AdapterConfig, base: LoadedRun) -> None:
+    """ConfigError for an adapter that has no place in the base, before anything is prepared."""
+    if base.model_config.objective == "gan":
+        raise ConfigError(
+            f"adapter has no use with {base.path}, which was trained with objective=gan: only its discriminator has"
+            " linear layers",
+            "leave it out",
+        )
+    layers_to_adapt(base.model, adapter)
 
 
 def _start_of(cfg: FinetuneConfig) -> ExistingRunConfig:

@@ -471,7 +471,8 @@ def test_from_the_command_line(
     assert cli.main(["eval-ppl", *words, *adapter, "checks=false", "baselines=false"]) == 0
     assert cli.main(["eval-ppl", *words, f"adapter={tmp_path / 'none'}"]) == 4
     assert "holds no adapter_config.json; name a folder that does" in capsys.readouterr().err
-    assert cli.main(["finetune", *words, *data, "adapter=lora", "adapter.targets=q_proj", *shape[:3]]) == 2
+    nowhere = ["dataset=text", "dataset.path=nowhere"]  # which is not asked for before
+    assert cli.main(["finetune", *words, *nowhere, "adapter=lora", "adapter.targets=q_proj", *shape[:3]]) == 2
     assert "adapter.targets=q_proj matches no linear layer of the model; it has blocks.*" in capsys.readouterr().err
 
 

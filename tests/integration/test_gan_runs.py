@@ -243,3 +243,17 @@ def test_objective_and_model_must_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert "needs objective=gan" in capsys.readouterr().err
     assert cli.main(["pretrain", "model=relgan", "objective=vae"]) == 2
     assert "needs objective=gan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_finetuning_with_an_adapter_is_refused_before_anything_is_prepared_and_works_without_one(
+    gan: MakeConfig, lines: Path, tmp_path: Path, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = gan(max_steps=2)
+    pretrain.run(base)
+    words = ["finetune", f"run={base.run.dir}", f"run.dir={tmp_path / 'new'}", "device=cpu", "dataset=text"]
+    words += ["train.max_steps=2", "train.batch_size=4", "train.seq_len=16"]
+    assert cli.main([*words, "dataset.path=nowhere", f"adapter={adapter}"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: adapter has no use with {base.run.dir}, which was trained with objective=gan")
+    assert cli.main([*words, f"dataset.path={lines}"]) == 0
