@@ -123,15 +123,29 @@ class _Preparation:
     def _recall(self) -> Survey | None:
         return recall(self.root / "surveys", self._fingerprint())
 
-    def _key(self, survey: Survey) -> str:
+    def _key(self, survey: Survey, tokenizer: str | None = None) -> str:
+        """Names the result. tokenizer: digest of the one to name it by; None: what was asked for."""
         texts = {split: [counts.text_digest, counts.documents_digest] for split, counts in survey.counts.items()}
-        return digest_of({**self.identity, "texts": texts})
+        asked = self.identity["tokenizer"] if tokenizer is None else tokenizer
+        return digest_of({**self.identity, "tokenizer": asked, "texts": texts})
+
+    def _place(self, key: str) -> Path:
+        """The folder of a result, or that of the same one under another key (see ``_note``)."""
+        with contextlib.suppress(OSError, ValueError):
+            if not (self.folder / key).is_dir():
+                return self.folder / Path((self.root / "same" / key).read_text(encoding="ascii")).name
+        return self.folder / key
+
+    def _note(self, survey: Survey, tokenizer: Tokenizer, key: str) -> None:
+        """Let what was prepared for a configuration be found by the tokenizer that was trained, which runs ask for."""
+        (self.root / "same").mkdir(exist_ok=True)
+        storage.replace_file(self.root / "same" / self._key(survey, tokenizer.digest), key.encode())
 
     def _find(self, survey: Survey | None) -> PreparedData | None:
         if survey is None or self.force:
             return None
         key = self._key(survey)
-        path = self.folder / key
+        path = self._place(key)
         if not path.is_dir():
             return None
         try:
@@ -139,8 +153,12 @@ class _Preparation:
         except DataError as error:
             self.console.warn(f"{error.problem}; preparing it again")
             return None
+        wanted = {split: counts.text_digest for split, counts in survey.counts.items()}
+        other_text = {split: found.text_digest for split, found in data.splits.items()} != wanted
+        if other_text or (self.config is None and data.tokenizer.digest != self.identity["tokenizer"]):
+            return None  # a damaged note led elsewhere
         report = data.report | {"source": self.corpus.source, "repeats": survey.repeats}
-        return replace(data, name=self.corpus.name, report=report)
+        return replace(data, key=key, name=self.corpus.name, report=report)
 
     def _survey(self) -> Survey:
         start_s = time.monotonic()
@@ -175,6 +193,8 @@ class _Preparation:
             report = {"source": self.corpus.source, "cleaning": survey.cleaning, "repeats": survey.repeats}
             write_index(temporary, key, self.corpus.name, self.tokenizer, splits, report)
             self._publish(temporary, self.folder / key)
+            if self.config is not None:
+                self._note(survey, self.tokenizer, key)
         finally:
             if temporary.exists():
                 storage.remove_tree(temporary)

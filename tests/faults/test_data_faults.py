@@ -412,8 +412,8 @@ def test_row_101_an_id_outside_the_vocabulary_in_a_large_file_is_named_in_evalua
     assert lmkit(*small, f"run.dir={tmp_path}/run").code == 0
     words = ["eval-ppl", f"run={tmp_path}/run", "device=cpu", "device.threads=1"]
     assert lmkit(*words).code == 0
-    (read,) = [path for path in unverified.parent.iterdir() if path != unverified]  # prepared with the run's tokenizer
-    put_id(read / f"{split}.tokens", 300, 100)
+    assert list(unverified.parent.iterdir()) == [unverified], "what pretrain prepared is what is scored"
+    put_id(unverified / f"{split}.tokens", 300, 100)
     done = lmkit(*words, *(["temperature=valid"] if split == "valid" else []))
     assert done.code == 3, done.err
     assert f"{split}.tokens: token ids do not fit a vocabulary of 257: 300 at position 100;" in done.error

@@ -35,7 +35,7 @@ from lmkit.data import survey, textfiles
 from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare
 from lmkit.data.tokenfiles import SplitWriter
 from lmkit.errors import DataError, ResourceError
-from lmkit.tokenizers import train_tokenizer
+from lmkit.tokenizers import load_tokenizer, train_tokenizer
 
 TEXT = {
     "train": "the cat sat\n\non the mat\n" * 20 + "我喜欢学习\n",
@@ -139,6 +139,40 @@ def test_an_existing_tokenizer_is_used_as_it_is(folder: Path) -> None:
     data = prepare(TextConfig(path=str(folder)), tokenizer)
     assert data.tokenizer.digest == tokenizer.digest
     assert data.key != prepared(folder).key
+
+
+@pytest.mark.parametrize("config", [WordTokenizerConfig(), CharTokenizerConfig()], ids=["word", "char"])
+def test_what_a_configuration_prepared_is_found_by_the_tokenizer_that_came_of_it(
+    folder: Path, cache: Path, config: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(folder, config)
+    tokenizer = load_tokenizer(first.path / "tokenizer")
+    found = prepare(TextConfig(path=str(folder)), tokenizer)
+    assert found.path == first.path
+    assert [path.name for path in (cache / "prepared").iterdir()] == [first.key]
+    monkeypatch.setenv("LMKIT_CACHE", str(cache / "another"))
+    alone = prepare(TextConfig(path=str(folder)), tokenizer)
+    assert alone.path != found.path
+    assert alone.key == found.key != first.key, "the digest of a run's data is the same wherever they were found"
+    assert all(np.array_equal(alone.splits[split].tokens, found.splits[split].tokens) for split in alone.splits)
+
+
+@pytest.mark.parametrize("damage", ["nowhere", "nothing", "no text", "another text", "another tokenizer"])
+def test_a_note_that_leads_elsewhere_is_not_followed(folder: Path, cache: Path, damage: str) -> None:
+    first = prepared(folder)
+    (note,) = (cache / "same").iterdir()
+    content = {"nowhere": b"../none", "nothing": b"", "no text": b"\xff\0"}.get(damage)
+    if damage == "another tokenizer":
+        content = prepared(folder, CharTokenizerConfig()).key.encode()
+    elif damage == "another text":
+        (folder / "test.txt").write_text("on the cat\n", encoding="utf-8")
+        content = prepared(folder).key.encode()
+        (folder / "test.txt").write_bytes(TEXT["test"].encode())
+    note.write_bytes(content or b"")
+    found = prepare(TextConfig(path=str(folder)), load_tokenizer(first.path / "tokenizer"))
+    assert found.path == cache / "prepared" / found.key
+    assert found.splits["test"].text_digest == first.splits["test"].text_digest
+    assert found.tokenizer.digest == first.tokenizer.digest
 
 
 def test_the_key_depends_on_text_tokenizer_and_cleaning_only(folder: Path, tmp_path: Path) -> None:
