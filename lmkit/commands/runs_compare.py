@@ -32,6 +32,7 @@ class Facts:
     name: str
     summary: RunSummary
     result: dict[str, Any]
+    """result.json, which is of an earlier end where the run trains on; numbers of the end are in ``summary.end``."""
     config: dict[str, Any]
     digests: dict[str, Any]
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -143,7 +144,7 @@ def _about_rows(runs: Sequence[Facts]) -> list[list[str]]:
         return NOTHING if not isinstance(value, int | float) else format_number(value)
 
     def seconds(run: Facts) -> str:
-        value = run.result.get("elapsed_s", run.last_row.get("elapsed_s"))
+        value = run.summary.end.get("elapsed_s", run.last_row.get("elapsed_s"))
         return format_duration(value) if isinstance(value, int | float) else NOTHING
 
     columns_of = {
@@ -153,8 +154,8 @@ def _about_rows(runs: Sequence[Facts]) -> list[list[str]]:
         "model": lambda run: run.summary.model or NOTHING,
         "parameters": lambda run: number(run.summary.num_parameters),
         "steps": lambda run: format_step(run.summary.step),
-        "epochs": lambda run: number(run.result.get("epochs", run.last_row.get("epoch"))),
-        "tokens trained on": lambda run: number(run.result.get("trained_tokens", run.last_row.get("num_targets"))),
+        "epochs": lambda run: number(run.summary.end.get("epochs", run.last_row.get("epoch"))),
+        "tokens trained on": lambda run: number(run.summary.end.get("trained_tokens", run.last_row.get("num_targets"))),
         "time": seconds,
         "tokens/s (median)": lambda run: number(run.tokens_per_s),
         "train loss, last": lambda run: number(run.last_row.get("loss")),

@@ -72,22 +72,22 @@ def gather(run_dir: Path) -> RunPage:
 
 
 def _numbers(facts: Facts) -> list[tuple[str, str]]:
-    summary, result = facts.summary, facts.result
+    summary, end = facts.summary, facts.summary.end
     unit = f" ({PER_TOKEN})" if summary.loss_unit == PER_TOKEN else ""
     values: dict[str, Any] = {
         f"valid loss, lowest{unit}": summary.best_valid_loss,
         "valid perplexity per token": summary.token_ppl,
         "valid perplexity per word, ends of line counted": summary.word_ppl,
-        "valid bits per byte, at the end": result.get("bits_per_byte"),
+        "valid bits per byte, at the end": end.get("bits_per_byte"),
         f"train loss, last{unit}": facts.last_row.get("loss"),
         "parameters": summary.num_parameters,
         "steps": summary.step,
-        "epochs": result.get("epochs", facts.last_row.get("epoch")),
-        "tokens trained on": result.get("trained_tokens", facts.last_row.get("num_targets")),
+        "epochs": end.get("epochs", facts.last_row.get("epoch")),
+        "tokens trained on": end.get("trained_tokens", facts.last_row.get("num_targets")),
         "tokens per second, median": facts.tokens_per_s,
     }
     rows = [(name, format_number(value)) for name, value in values.items() if isinstance(value, int | float)]
-    elapsed_s = result.get("elapsed_s", facts.last_row.get("elapsed_s"))
+    elapsed_s = end.get("elapsed_s", facts.last_row.get("elapsed_s"))
     if isinstance(elapsed_s, int | float):
         rows.append(("time", format_duration(elapsed_s)))
     memory = facts.last_row.get("memory_bytes")

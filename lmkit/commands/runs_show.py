@@ -23,7 +23,16 @@ from lmkit.commands.runs_text import (
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
 from lmkit.store.audit import audit_checkpoint
-from lmkit.store.browse import PER_TOKEN, Status, read_journal, read_newest_config, read_summary, readable, section
+from lmkit.store.browse import (
+    PER_TOKEN,
+    RunSummary,
+    Status,
+    read_journal,
+    read_newest_config,
+    read_summary,
+    readable,
+    section,
+)
 from lmkit.store.found import LOCK_INFO, METRICS, read_info, read_metrics, read_result
 from lmkit.store.listing import best_first, list_checkpoints, valid_loss
 from lmkit.store.manifest import step_of
@@ -59,7 +68,7 @@ def show(run_dir: Path) -> str:
     if config:
         lines += ["", "configuration", *named_values(_config_rows(config))]
     lines += ["", "checkpoints", *_checkpoint_lines(run_dir)]
-    lines += ["", "numbers", *named_values(_number_rows(run_dir))]
+    lines += ["", "numbers", *named_values(_number_rows(run_dir, summary))]
     return "\n".join(lines) + "\n"
 
 
@@ -120,9 +129,9 @@ def _loss(path: Path) -> float | None:
         return None
 
 
-def _number_rows(run_dir: Path) -> list[tuple[str, str]]:
-    """The best validation so far, the last line of the log, and the result of a run that came to its end."""
-    rows = [("best valid ppl", format_ppl(read_summary(run_dir)))]
+def _number_rows(run_dir: Path, summary: RunSummary) -> list[tuple[str, str]]:
+    """The best validation so far, the last line of the log, and the result of the end, or of an earlier one."""
+    rows = [("best valid ppl", format_ppl(summary))]
     metrics = read_metrics(run_dir)
     for title, key in (("last train", "loss"), ("last valid", "valid_loss")):
         row = next((row for row in reversed(metrics) if key in row), None)
@@ -134,8 +143,9 @@ def _number_rows(run_dir: Path) -> list[tuple[str, str]]:
     except CheckpointError as error:
         return [*rows, ("result", str(error))]
     if result is not None:
-        keys = ("word_ppl", "token_ppl", "bits_per_byte", *SCORES, "epochs", "elapsed_s")
-        rows.append(("result (valid)", ", ".join(f"{key} {_short(result[key])}" for key in keys if key in result)))
+        title, first = ("result (valid)", []) if summary.end else ("earlier end (valid)", ["step"])
+        keys = (*first, "word_ppl", "token_ppl", "bits_per_byte", *SCORES, "epochs", "elapsed_s")
+        rows.append((title, ", ".join(f"{key} {_short(result[key])}" for key in keys if key in result)))
     if not metrics and result is None:
         rows.append((METRICS, "no rows yet"))
     return rows
@@ -179,8 +189,7 @@ def settings(run_dir: Path) -> dict[str, str]:
 def _numbers(run_dir: Path) -> dict[str, str]:
     """What came out of it."""
     summary = read_summary(run_dir)
-    result = readable(read_result, run_dir)
-    metrics = read_metrics(run_dir)
+    result, metrics = summary.end, read_metrics(run_dir)
     speeds = [row["tokens_per_s"] for row in metrics if isinstance(row.get("tokens_per_s"), float)]
     title = "best valid nats per token" if summary.loss_unit == PER_TOKEN else "best valid loss"
     values = {

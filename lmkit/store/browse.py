@@ -78,6 +78,8 @@ class RunSummary:
     last_log: datetime | None
     """When metrics.jsonl was last written, or the journal where there are no metrics (UTC)."""
     num_bytes: int
+    end: dict[str, Any]
+    """result.json of a run that is at its end; empty before that, also while it trains on after an earlier end."""
 
     @property
     def loss_unit(self) -> str:
@@ -142,7 +144,7 @@ def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
 
 def status_of(run_dir: Path) -> Status:
     """What has become of the run: the events of its last session, its result, and whether its lock is held."""
-    has_result = readable(read_result, run_dir).get("status") == FINISHED
+    has_result = _is_of_the_end(run_dir, readable(read_result, run_dir))
     session: list[dict[str, Any]] = []
     for event in read_journal(run_dir):
         if event.get("event") in ("start", "resume"):
@@ -162,6 +164,13 @@ def status_of(run_dir: Path) -> Status:
     if any(map(_is_divergence, session)):
         return Status.diverged
     return Status.finished if has_result and names <= {"changed", "error", "no lock"} else Status.crashed
+
+
+def _is_of_the_end(run_dir: Path, result: Mapping[str, Any]) -> bool:
+    """Whether a result is of the last step that the run has made: one that goes on after its end keeps the old one."""
+    steps = [_metrics(run_dir)[1], *(mf.step_of(path.name) for path in _checkpoints(run_dir)[-1:])]
+    last, step = max((step for step in steps if step is not None), default=0), result.get("step")
+    return result.get("status") == FINISHED and (not isinstance(step, int) or step >= last)
 
 
 def _is_divergence(event: Mapping[str, Any]) -> bool:
@@ -198,9 +207,10 @@ def read_summary(run_dir: Path) -> RunSummary:
     command, seed = info.get("command"), info.get("seed")
     num_parameters = _number(result.get("num_parameters"))
     size, last_log = _size_and_time(run_dir)
+    status = status_of(run_dir)
     return RunSummary(
         path=run_dir,
-        status=status_of(run_dir),
+        status=status,
         created=str(info.get("created", "")),
         command=[str(word) for word in command] if isinstance(command, list) else [],
         seed=seed if isinstance(seed, int) else None,
@@ -213,6 +223,7 @@ def read_summary(run_dir: Path) -> RunSummary:
         tokens_per_word=_tokens_per_word(result, config),
         last_log=last_log,
         num_bytes=size,
+        end=result if status is Status.finished else {},
     )
 
 

@@ -78,7 +78,8 @@ def make_run(
         if finished:
             run.journal("finished", {"step": last})
             numbers = {} if words is None else {"num_words": words, "num_tokens": 2 * words, "num_bytes": 10 * words}
-            run.write_result({"dataset": "text", "num_parameters": 20, "elapsed_s": 90.0, **numbers})
+            end = {"step": last, "elapsed_s": 90.0, "bits_per_byte": 1.25}
+            run.write_result({"dataset": "text", "num_parameters": 20, **end, **numbers})
     return path
 
 
@@ -146,6 +147,32 @@ def test_a_run_without_numbers_is_shown_with_gaps(lmkit: Lmkit, capsys: Output) 
     (Path("runs/new") / "metrics.jsonl").write_bytes(b'{"step": 1, "valid_loss": NaN}\nnot json\n')
     assert lmkit("compare", "a", "new") == 0
     assert row_of(capsys.readouterr().out, "valid loss, best")[1] == "-"
+
+
+def test_the_numbers_of_an_earlier_end_are_not_shown_as_those_of_a_run_that_goes_on(
+    lmkit: Lmkit, capsys: Output
+) -> None:
+    path, _ = make_run("a", {2: 3.0, 4: 2.5}), make_run("b", {2: 3.0, 4: 2.6})
+
+    def look() -> tuple[str, str, str, str]:
+        """Of the first run: its time, what its result is called and of which step it is, and its bits per byte."""
+        assert lmkit("compare", "a", "b") == 0
+        (time, _) = row_of(capsys.readouterr().out, "time")
+        assert lmkit("show", "a") == 0
+        shown = capsys.readouterr().out
+        ((title, step),) = re.findall(r"^  (.* \(valid\)) +(.*)bits_per_byte 1.2500", shown, re.MULTILINE)
+        assert lmkit("report", "a", "to=a.html") == 0
+        page = Path("a.html").read_text(encoding="utf-8")
+        return time, title, step, "1.2500" if "1.2500" in page else "nothing"
+
+    assert look() == ("1m 30s", "result (valid)", "", "1.2500")
+    with Run.create(path, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail) as run:
+        run.begin(seed=1, command=["lmkit"], digests={"data": "d" * 64, "tokenizer": "t" * 64})
+        run.journal("changed", {"keys": ["train.max_steps: 4 -> 8"]})
+        assert look() == ("-", "earlier end (valid)", "step 4, ", "nothing")
+        run.log_metrics({"step": 6, "loss": 2.0, "elapsed_s": 150.0})
+        assert look() == ("2m 30s", "earlier end (valid)", "step 4, ", "nothing")
+    assert look() == ("2m 30s", "earlier end (valid)", "step 4, ", "nothing")  # killed
 
 
 def test_losses_that_are_no_nats_per_token_are_not_called_so(lmkit: Lmkit, capsys: Output) -> None:

@@ -101,6 +101,25 @@ def test_a_finished_run_stays_finished_after_an_attempt_that_was_refused(tmp_pat
     assert status_of(run.path) is Status.finished
 
 
+def test_a_run_that_went_on_after_its_end_is_not_finished_until_it_ends_again(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        finish(run, step=2)
+    assert read_summary(run.path).end["step"] == 2
+    with open_run(run.path, resume=True) as run:
+        run.journal("changed", {"keys": ["train.max_steps: 2 -> 4"]})
+    assert status_of(run.path) is Status.finished  # killed before it did anything
+    with open_run(run.path, resume=True) as run:
+        run.log_metrics({"step": 3, "loss": 2.0})
+    assert status_of(run.path) is Status.crashed
+    with open_run(run.path, resume=True) as run:
+        run.journal("finished", {"step": 4})
+        save(run, 4)
+    assert (status_of(run.path), read_summary(run.path).end) == (Status.crashed, {})  # killed before its result
+    with open_run(run.path, resume=True) as run:
+        finish(run, step=4)
+    assert read_summary(run.path).end["step"] == 4
+
+
 def test_no_lock_file_is_made_by_looking(tmp_path: Path) -> None:
     with open_run(tmp_path / "a") as run:
         pass
