@@ -440,7 +440,8 @@ class Session:
             if refused is not None:
                 raise refused from error
             where = f"the validation after step {state.step}" if state.eval_pending else f"step {state.step + 1}"
-            shape = (self.train.batch_size, trainer.micro_batch_size, self.train.seq_len)
+            batch_size, share = self.train.batch_size, self.train.batch_size // self.world.size
+            shape = (batch_size, share, trainer.micro_batch_size, self.train.seq_len)
             path, saved = self.run.path, self._first_step if saves.step is None else saves.step
             raise out_of_memory(error, self.command, path, where=where, shape=shape, saved=saved) from error
 

@@ -32,14 +32,20 @@ def record_batch(run_dir: Path, record: Mapping[str, Any]) -> Path:
 
 
 def out_of_memory(
-    error: BaseException, command: Sequence[str], run_dir: Path, *, where: str, shape: tuple[int, int, int], saved: int
+    error: BaseException,
+    command: Sequence[str],
+    run_dir: Path,
+    *,
+    where: str,
+    shape: tuple[int, int, int, int],
+    saved: int,
 ) -> ResourceError:
     """The error for people: what did not fit, what would, and that the run is saved up to step ``saved``.
 
-    ``shape``: sequences in a batch, sequences in a micro-batch, tokens in a sequence.
+    ``shape``: sequences in a batch, in the part of one process, in a micro-batch; tokens in a sequence.
     """
-    batch_size, micro, seq_len = shape
-    smaller = next((m for m in range(micro // 2, 0, -1) if batch_size % m == 0), None)
+    batch_size, share, micro, seq_len = shape
+    smaller = next((m for m in range(micro // 2, 0, -1) if share % m == 0), None)
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     size = f", which asked for {asked[1]}" if asked else ""
     remedy = "use a smaller model, or another device"

@@ -7,6 +7,7 @@ names (row_17 ...) are the rows of the project's fault table.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -21,9 +22,12 @@ from children import Child, Setup, environment
 from harness import Start, digests, names
 
 from lmkit import distributed, sharding
+from lmkit.commands.place import deal
+from lmkit.config.training import TrainConfig
 from lmkit.session import Session
 from lmkit.store import storage
 from lmkit.store.manifest import step_directory
+from lmkit.train import Trainer
 
 STEP = 8
 """Of the save in which something happens; the one before it is that of step 4."""
@@ -258,3 +262,25 @@ def test_row_61_a_bit_that_flips_in_the_memory_of_one_process_is_found_before_th
     assert codes == [4, 4], [child.text for child in children]
     assert error_of(children[0]).startswith("error: process 1 holds other weights than process 0, the first of them '")
     assert names(tmp_path / "run") == [step_directory(4)]
+
+
+def run_out_of_memory() -> None:
+    """Find no memory for the third step."""
+    train_step = Trainer.train_step
+
+    def instead(self: Trainer, batch: Any) -> Any:
+        if self.state.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train_step(self, batch)
+
+    Trainer.train_step = instead  # type: ignore[method-assign]
+
+
+def test_row_35_the_micro_batch_that_would_fit_can_be_dealt_to_the_processes(job: Job) -> None:
+    children = job("ddp", "run", [[run_out_of_memory], [run_out_of_memory]], "train.batch_size=30")
+    assert [child.wait() for child in children] == [6, 6], [child.text for child in children]
+    for child in children:
+        advice = re.search(r"out of memory in step 3 .* train\.micro_batch_size=(\d+)$", error_of(child))
+        assert advice is not None, child.text
+        train = TrainConfig(batch_size=30, micro_batch_size=int(advice[1]))
+        deal(train, distributed.World(0, 2, 0, 2))  # is not refused

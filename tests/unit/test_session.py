@@ -236,10 +236,10 @@ def test_the_advice_to_resume_can_be_pasted() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "advice"),
-    [((32, 32, 64), "train.micro_batch_size=16"), ((9, 9, 64), "train.micro_batch_size=3"),
-     ((32, 1, 64), "use a smaller model")],
+    [((32, 32, 32, 64), "train.micro_batch_size=16"), ((9, 9, 9, 64), "train.micro_batch_size=3"),
+     ((30, 15, 15, 64), "train.micro_batch_size=5"), ((32, 32, 1, 64), "use a smaller model")],
 )  # fmt: skip
-def test_row_35_what_would_fit_divides_the_batch(shape: tuple[int, int, int], advice: str) -> None:
+def test_row_35_what_would_fit_divides_the_batch_of_a_process(shape: tuple[int, int, int, int], advice: str) -> None:
     error = out_of_memory(MemoryError(), ["lmkit"], Path("r"), where="step 3", shape=shape, saved=2)
     assert error.exit_code == 6
     assert advice in str(error)
