@@ -25,7 +25,7 @@ from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
 from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
-from lmkit.store.found import RUN_INFO, newest_finished_run, open_run
+from lmkit.store.found import RUN_INFO, FoundRun, newest_finished_run, open_run
 from lmkit.store.manifest import read_manifest
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 from lmkit.tuning import language_model_in
@@ -88,13 +88,21 @@ class StoredRun:
         return str((self.config.get("task") or {}).get("kind", "lm"))
 
 
+def find_checkpoint(config: ExistingRunConfig, console: Console) -> tuple[FoundRun, Path]:
+    """The run ``run.path`` (default: the newest finished run in ``run.root``), and ``run.checkpoint`` of it.
+
+    Raises CheckpointError if there is no such run or checkpoint.
+    """
+    found = open_run(config.path if config.path is not None else newest_finished_run(config.root))
+    return found, resolve_checkpoint(found, config.checkpoint, console.warn)
+
+
 def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
-    """Read ``run.path`` (default: the newest finished run in ``run.root``) at ``run.checkpoint``, and say which it is.
+    """Read the checkpoint that ``find_checkpoint`` gives, and say which it is.
 
     Raises CheckpointError if there is no such run or its parts do not fit together.
     """
-    found = open_run(config.path if config.path is not None else newest_finished_run(config.root))
-    checkpoint = resolve_checkpoint(found, config.checkpoint, console.warn)
+    found, checkpoint = find_checkpoint(config, console)
     is_run = (found.path / RUN_INFO).is_file()  # and not a checkpoint that was copied elsewhere
     unfinished = _UNFINISHED.get(status_of(found.path), "") if is_run else ""
     console.say(f"run: {found.path}, checkpoint {checkpoint.name}{unfinished}")

@@ -24,9 +24,10 @@ from lmkit.config.training import STREAM_KEYS, ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.device import Device
+from lmkit.distributed import World
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf.adapters import Origin, write_adapter
-from lmkit.loading import LoadedRun, load_hf, load_run
+from lmkit.loading import LoadedRun, find_checkpoint, load_hf, load_run
 from lmkit.lora import adapter_tensors, layers_to_adapt
 from lmkit.store import storage
 from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
@@ -66,7 +67,8 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
 def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
     world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
     _check_use(cfg)
-    begin = world.first_alone(lambda: set_up(cfg, device, console))
+    start = _started_alike(cfg, world, console)
+    begin = world.first_alone(lambda: set_up(start, device, console))
     corpus = None if begin.base is None else corpus_of(begin.base)
     dataset = cfg.dataset  # what eval-ppl takes by default
     if begin.base is not None and not isinstance(cfg.task, LmTaskConfig):
@@ -199,6 +201,16 @@ def _check_adapter(adapter: AdapterConfig, base: LoadedRun) -> None:
             "leave it out",
         )
     layers_to_adapt(base.model, adapter)
+
+
+def _started_alike(cfg: FinetuneConfig, world: World, console: Console) -> FinetuneConfig:
+    """The configuration with the checkpoint to start from, which the first process chooses for all: another run may
+    finish, or this one save, before the next one looks."""
+    numbers_only = isinstance(cfg.task, RegressTaskConfig) and cfg.task.text is None
+    if world.size == 1 or cfg.init.hf_name is not None or numbers_only:
+        return cfg
+    path = world.tell(lambda: str(find_checkpoint(_start_of(cfg), console)[1]))
+    return replace(cfg, run=replace(cfg.run, path=path))
 
 
 def _start_of(cfg: FinetuneConfig) -> ExistingRunConfig:

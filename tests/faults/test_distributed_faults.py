@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 from children import Child, Setup, environment
-from harness import Start, digests, names
+from harness import Lmkit, Start, digests, names
 
-from lmkit import distributed, sharding
+from lmkit import distributed, loading, sharding
 from lmkit.commands.place import deal
 from lmkit.config.training import TrainConfig
 from lmkit.session import Session
 from lmkit.store import storage
+from lmkit.store.found import read_info
 from lmkit.store.manifest import step_directory
 from lmkit.train import Trainer
 
@@ -37,15 +38,22 @@ Job = Callable[..., list[Child]]
 
 @pytest.fixture
 def job(start: Start, small: list[str], tmp_path: Path) -> Job:
-    """``job(parallel, run_name, setups)`` trains ``small`` in as many processes as there are setups, by their ranks."""
+    """``job(parallel, run_name, setups)`` trains ``small``, or runs another command, in as many processes as there are
+    setups, by their ranks."""
 
-    def begin(parallel: str, run_name: str, setups: Sequence[Sequence[Setup]], *words: str) -> list[Child]:
+    def begin(
+        parallel: str,
+        run_name: str,
+        setups: Sequence[Sequence[Setup]],
+        *words: str,
+        command: Sequence[str] = small,
+    ) -> list[Child]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port, size = free.getsockname()[1], len(setups)
         return [
             start(
-                *small, f"run.dir={tmp_path / run_name}", f"parallel={parallel}", *words,
+                *command, f"run.dir={tmp_path / run_name}", f"parallel={parallel}", *words,
                 setup=[
                     environment(
                         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
@@ -284,3 +292,22 @@ def test_row_35_the_micro_batch_that_would_fit_can_be_dealt_to_the_processes(job
         assert advice is not None, child.text
         train = TrainConfig(batch_size=30, micro_batch_size=int(advice[1]))
         deal(train, distributed.World(0, 2, 0, 2))  # is not refused
+
+
+def find(run_dir: Path) -> None:
+    """Take this for the newest finished run."""
+    loading.newest_finished_run = lambda root: run_dir
+
+
+def test_all_processes_finetune_the_run_that_the_first_one_finds(
+    job: Job, small: list[str], trained: Path, corpus: Path, ended: Lmkit, tmp_path: Path
+) -> None:
+    """Another one, which would not fit, ends before the second process looks."""
+    other = ended(*small, "model.d_embed=8", "train.max_steps=1", f"run.dir={tmp_path / 'other'}")
+    assert other.code == 0, other.err
+    command = ["finetune", "dataset=text", f"dataset.path={corpus}", "train.batch_size=4", "train.seq_len=16"]
+    command += ["train.max_steps=2", "device=cpu", "device.threads=1"]
+    setups = [[partial(find, trained)], [partial(find, tmp_path / "other")]]
+    children = job("ddp", "tuned", setups, "parallel.timeout_s=60", command=command)
+    assert [child.wait() for child in children] == [0, 0], [child.text for child in children]
+    assert Path((read_info(tmp_path / "tuned") or {})["base"]).parent.parent == trained
