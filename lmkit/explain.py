@@ -42,7 +42,7 @@ def explain(word: str, command: str | None = None) -> str:
         raise ConfigError(f"unknown command {command!r}", nearest(command, ROOTS))
     commands = list(ROOTS) if command is None else [command]
     name, equals, value = word.partition("=")
-    name = ALIASES.get(name, name)
+    name = ALIASES.get(name, name) if equals else name  # run=DIR is a key; run alone is a part, which has more
     having = [c for c in commands if name in groups_of(c)]
     if having and equals:
         return _preset_text(name, value.replace("-", "_"), having)
@@ -66,6 +66,7 @@ def _key_text(key: str, commands: Sequence[str]) -> str:
     docs = [_doc(owner, key) for c in commands for owner in owners_of(c, key)]
     for doc in dict.fromkeys(docs):
         lines += textwrap.wrap(doc, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    lines += [f"  {short}=VALUE is short for it" for short, long in ALIASES.items() if long == key]
     lines += ["", f"commands: {', '.join(commands)}"]
     presets = presets_with(commands[0], key)
     if presets:
@@ -114,13 +115,27 @@ def _preset_text(group: str, name: str, commands: Sequence[str]) -> str:
 
 
 def _part_text(part: str, keys: Mapping[str, str], commands: Sequence[str]) -> str:
-    """The keys of a part of the configuration, one a line, with the first sentence of each."""
-    lines = [f"{part}   [a part of the configuration of {', '.join(commands)}]", ""]
+    """What a part of the configuration is, in each command, and its keys, one a line, with their text."""
+    lines = [f"{part}   [a part of the configuration of {', '.join(commands)}]"]
+    docs = {c: field_docs(ROOTS[c]).get(part, "").replace("``", "") for c in commands}
+    shared = len(set(docs.values())) == 1
+    said = [docs[commands[0]]] if shared else [f"{c}: {doc}" for c, doc in docs.items()]
+    short = ALIASES.get(part, "")
+    said += [f"{part}=VALUE is short for {short}=VALUE{_of_some(short, commands)}"] if short in keys else []
+    for text in filter(None, said):
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    lines.append("")
     width = max(map(len, keys))
     for key in sorted(keys):
-        doc = next((_doc(owner, key) for owner in owners_of(keys[key], key)), "")
+        doc = next((_doc(owner, key) for owner in owners_of(keys[key], key)), "") + _of_some(key, commands)
         lines += textwrap.wrap(f"  {key:<{width}}  {doc}", WIDTH, subsequent_indent=" " * (width + 4))
     return "\n".join(lines)
+
+
+def _of_some(key: str, commands: Sequence[str]) -> str:
+    """The commands that have a key, in brackets, where not all of these have it."""
+    having = [c for c in commands if key in every_key(c)]
+    return "" if len(having) == len(commands) else f" ({', '.join(having)})"
 
 
 def _listed(title: str, names: Sequence[str]) -> list[str]:
@@ -228,6 +243,7 @@ def explain_words(words: Sequence[str]) -> str:
                 "  lmkit explain optimizer           a group and its choices",
                 "  lmkit explain optimizer=muon      a preset and its values",
                 "  lmkit explain train pretrain      all keys of a part, of one command",
+                "  lmkit explain run                 the same of all commands",
             ]
         )
     if len(words) > 2:

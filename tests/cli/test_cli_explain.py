@@ -76,11 +76,31 @@ def test_a_recipe_shows_what_it_chooses_and_sets(lmkit: Any) -> None:
     assert "  train.budget=10m" in lmkit.out
 
 
-def test_a_part_lists_its_keys_and_run_is_short_for_its_path(lmkit: Any) -> None:
+def test_a_part_lists_its_keys_with_the_commands_that_have_them(lmkit: Any) -> None:
     assert lmkit("explain", "save", "pretrain") == 0
+    assert lmkit.out.startswith("save   [a part of the configuration of pretrain]\n  Checkpoints.\n")
     assert "  save.keep " in lmkit.out
-    assert lmkit("explain", "run", "eval-ppl") == 0
-    assert lmkit.out.startswith("run.path ")
+    assert lmkit("explain", "run") == 0
+    assert "  finetune: run=DIR: the run to start from; run.dir=DIR: the run to make.\n" in lmkit.out
+    assert "  run=VALUE is short for run.path=VALUE (finetune, eval-ppl, generate, export)\n" in lmkit.out
+    for key in {key for command in COMMANDS for key in every_key(command) if key.startswith("run.")}:
+        assert f"\n  {key} " in lmkit.out
+    text = " ".join(lmkit.out.split())
+    assert "run.dir Directory of the run to make; null: a new one in run.root, named after the time" in text
+    assert "dataset and model. (pretrain, finetune) run.lock" in text
+    assert text.endswith("run.root Folder in which runs are made and looked for.")  # in all of them
+
+
+def test_a_part_with_a_short_form_is_more_than_that_form(lmkit: Any) -> None:
+    assert lmkit("explain", "init") == 0
+    assert "  init=VALUE is short for init.weights=VALUE\n" in lmkit.out
+    assert {"init.embeddings", "init.output_bias", "init.weights"} <= set(lmkit.out.split())
+    assert lmkit("explain", "run", "pretrain") == 0  # where run=DIR is none
+    assert "  run.dir " in lmkit.out
+    assert "short" not in lmkit.out
+    assert lmkit("explain", "run=runs/a", "eval-ppl") == 0
+    assert lmkit.out.startswith("run.path   [")
+    assert "  run=VALUE is short for it\n" in lmkit.out
 
 
 @pytest.mark.parametrize(
