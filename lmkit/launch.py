@@ -74,13 +74,18 @@ class _Task:
     jobs: dict[int, Job] = field(default_factory=dict)
     words: list[str] = field(default_factory=lambda: sys.argv[1:])
     """Those of the command line, which runs note down; a worker may be another program, started with other words."""
+    stopped: bool = False
+    """Whether a job was stopped on request; a launcher that stays in this process is not to begin the next one."""
 
     def __call__(self, config: Any) -> Outcome:
         job = self.jobs[config.number]
+        if self.stopped:
+            return Outcome(StoppedError.exit_code, "not begun, since the one before was stopped", stopped=True)
         sys.argv[1:] = self.words
         try:
             return run_job(job)
         except StoppedError as error:
+            self.stopped = True
             return Outcome(error.exit_code, str(error), stopped=True)
 
 

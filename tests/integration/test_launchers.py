@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from lmkit import cli, launch
 from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
-from lmkit.errors import ConfigError
+from lmkit.errors import ConfigError, StoppedError
+from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.sweeps import Job as StoredJob
 from lmkit.store.sweeps import begin, note_failure, read
@@ -94,6 +96,44 @@ def test_a_job_that_fails_in_a_launcher_is_noted_and_the_others_are_done(lmkit: 
     table = capsys.readouterr().out
     assert re.search(r"^0 +seed=1 +not started .*exit 2: run.dir=", table, re.MULTILINE)
     assert re.search(r"^1 +seed=2 +done", table, re.MULTILINE)
+
+
+def test_where_a_launcher_stays_in_this_process_a_job_that_is_stopped_is_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[str] = []
+
+    def run_job(job: str) -> Outcome:
+        begun.append(job)
+        raise StoppedError("stopped by SIGINT after step 1")
+
+    monkeypatch.setattr(launch, "run_job", run_job)
+    task = launch._Task({0: "first", 1: "second"})  # type: ignore[dict-item]
+    outcomes = [task(SimpleNamespace(number=number)) for number in (0, 1)]
+    assert [(outcome.code, outcome.stopped) for outcome in outcomes] == [(75, True), (75, True)]
+    assert begun == ["first"]
+
+
+@pytest.mark.extra("joblib")
+@needs("hydra_joblib_launcher")
+def test_ctrl_c_ends_a_sweep_by_a_launcher_that_stays_in_this_process_and_it_goes_on(
+    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    follow = Session._follow_clock
+
+    def interrupt(self: Session) -> None:
+        follow(self)
+        if self.state.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    words = ["seed=1,2", "launcher=joblib", "launcher.n_jobs=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_follow_clock", interrupt)
+        assert lmkit(*words) == 75
+    assert "2 of 2 jobs stopped: resume=true goes on with them" in capsys.readouterr().err
+    assert not Path("jobs/1").exists()
+    assert lmkit(*words, "resume=true") == 0
+    assert [read_summary(Path("jobs") / str(n)).step for n in (0, 1)] == [2, 2]
 
 
 def test_a_job_in_a_worker_notes_the_command_line_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
