@@ -64,12 +64,12 @@ class Budget:
     """What else is kept back for the end."""
     changes_at: Sequence[float] = ()
     """Shares of the run from which on a step takes another time."""
+    step_s: float = 0.0
+    """The time of a step as it was last known, in a session before this one at first; 0: not known."""
     _first: tuple[int, float] | None = None
     """Step and time when the time of a step began to be measured."""
     _progress: float = 0.0
     """The share of the run that was done when it was last fitted."""
-    _step_s: float = 0.0
-    """The time of a step as it was last known."""
 
     def refit(self, horizon: Horizon, step: int, elapsed_s: float, now: float) -> Horizon:
         """The horizon that ends with the time, after ``step`` steps and ``elapsed_s`` of it.
@@ -82,8 +82,8 @@ class Budget:
         self._progress = progress
         first_step, first_now = self._first
         if step > first_step:
-            self._step_s = (now - first_now) / (step - first_step)
-        steps_left = self.left_s(elapsed_s) / max(self._step_s, 1e-6)
+            self.step_s = (now - first_now) / (step - first_step)
+        steps_left = self.left_s(elapsed_s) / max(self.step_s, 1e-6)
         if self.max_steps is not None:
             steps_left = min(steps_left, self.max_steps - step)
         if steps_left < 1.0:
@@ -95,6 +95,10 @@ class Budget:
     def left_s(self, elapsed_s: float) -> float:
         """Seconds left for training after ``elapsed_s`` of the run."""
         return self.seconds - elapsed_s - EVAL_RESERVE * self.eval_s - self.save_s - self.reserve_s - EXIT_RESERVE_S
+
+    def is_over(self, elapsed_s: float) -> bool:
+        """Whether there is no time for another step after ``elapsed_s`` of the run."""
+        return self.left_s(elapsed_s) < self.step_s
 
     def prolonged(self, step: int, elapsed_s: float) -> Horizon:
         """The horizon of a run that had come to its end and has got more time: what was done is that share of it.

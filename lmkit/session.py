@@ -78,6 +78,7 @@ class Session:
         if budget_s is not None:
             changes_at = {*self.task.pace_changes_at, *self.trainer.frozen_until.values()}
             self.budget = Budget(budget_s, self.max_steps, reserve_s=self.reserve_s, changes_at=sorted(changes_at))
+            self.budget.step_s = self.state.step_s
         self._set_horizon()
 
     def _set_horizon(self) -> None:
@@ -106,7 +107,8 @@ class Session:
             self.stop.deferring = True
             if self.train.nonfinite is NonFinite.rollback and not list_checkpoints(self.run.path):
                 saves.save(self._snapshot())  # so that there is a place to go back to
-            over = self.state.eval_pending and self._finish_step(self._due(saves), saves, bar)
+            due_now = self._has_no_time_left() or self.state.eval_pending
+            over = due_now and self._finish_step(self._due(saves), saves, bar)
             if over or self._out_of_patience():
                 return self._last_validation()
             self._window.started = time.monotonic()
@@ -181,6 +183,18 @@ class Session:
         self._last_step_s = self._count_time(now)
         if self.budget is not None:
             state.horizon = self.budget.refit(state.horizon, state.step, state.elapsed_s, now)
+            state.step_s = self.budget.step_s
+
+    def _has_no_time_left(self) -> bool:
+        """Whether a run that goes on has no time for another step; it is at its end then."""
+        state = self.state
+        if self.budget is None or state.step == 0 or state.horizon.progress(state.step) >= 1.0:
+            return False
+        self._count_time(time.monotonic())
+        (over,), _ = self.world.agree([self.budget.is_over(state.elapsed_s)])
+        if over:
+            state.horizon = Horizon(0.0, state.step, 1.0)
+        return bool(over)
 
     def _count_time(self, now: float) -> float:
         """Bring the time of the run up to ``now`` (time.monotonic()); returns the seconds that were not counted yet."""

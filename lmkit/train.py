@@ -55,6 +55,8 @@ class TrainState:
     """The step with which a uniform average of the weights began; None: it did not yet."""
     skipped_steps: list[int] = field(default_factory=list)
     """The batches, by the step they belong to, that changed nothing because of train.nonfinite, in order."""
+    step_s: float = 0.0
+    """Under a time budget, the time of a step as it was last known; 0: not known."""
     eval_pending: bool = False
     """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from lmkit.config.softmax import SampledSoftmaxConfig
 from lmkit.config.start import EmbeddingInit, InitConfig
 from lmkit.config.training import Average, EvalConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import TrainingBatch
-from lmkit.errors import CheckpointError, ConfigError, DivergedError
+from lmkit.errors import CheckpointError, ConfigError, DivergedError, StoppedError
+from lmkit.horizon import EXIT_RESERVE_S
 from lmkit.store import checkpoint_writer
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.found import read_metrics, read_result
@@ -202,6 +204,29 @@ def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(config: MakeConfig, t
     rows = [row for row in read_metrics(tmp_path / "run") if "lr" in row and row["step"] > first["step"]]
     assert rows[0]["progress"] < 0.6
     assert rows[-1]["progress"] > 0.99
+
+
+@pytest.mark.usefixtures("clock", "_free_saves")
+def test_a_run_that_goes_on_when_its_time_is_over_ends_without_another_step(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow = session.Session._follow_clock
+
+    def stop(self: session.Session) -> None:
+        follow(self)
+        if self.state.step == 31:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Session, "_follow_clock", stop)
+        with pytest.raises(StoppedError):
+            pretrain.run(config(max_steps=None, budget="20s"))
+    state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1], with_optimizer=False).state
+    assert state["step_s"] == pytest.approx(state["elapsed_s"] / 31, rel=0.3)
+    budget_s = state["elapsed_s"] + EXIT_RESERVE_S
+    result = pretrain.run(config(max_steps=None, budget=f"{budget_s:.3f}s", resume=True))
+    assert result["step"] == 31
+    assert valid_loss(list_checkpoints(tmp_path / "run")[-1]) == pytest.approx(result["nats"] / result["num_tokens"])
 
 
 def test_an_average_that_never_began_is_told(

@@ -92,6 +92,16 @@ def test_a_run_without_time_ends_after_its_first_step() -> None:
     assert progress == [1.0]
 
 
+def test_a_session_that_knows_the_time_of_a_step_makes_none_for_which_there_is_no_time() -> None:
+    budget = Budget(100.0, None, step_s=20.0)
+    assert budget.is_over(75.1)  # 5 s are kept back for the end
+    assert not budget.is_over(74.9)
+    assert budget.refit(Horizon(0.01, 30, 0.5), 31, 75.1, 0.0).progress(31) == 1.0  # and no second one
+    assert budget.refit(Horizon(0.01, 30, 0.5), 31, 74.9, 0.0).progress(31) == pytest.approx(0.51)
+    assert not Budget(100.0, None).is_over(94.9)  # not known
+    assert Budget(100.0, None).is_over(95.1)
+
+
 def test_time_before_a_restart_says_nothing_about_a_step() -> None:
     budget = Budget(1000.0, None)
     budget.refit(Horizon(1e-9), 1, 0.0, 0.0)
