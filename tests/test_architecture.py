@@ -33,7 +33,10 @@ LAYERS = [
         *("store", "data", "tokenizers", "hf"),
         *("console", "plots", "device", "distributed", "signals", "reporting", "loggers"),
     },
-    {"train", "evaluation", "generate", "loading", "session", "due", "window", "horizon", "planning", "tasks"},
+    {
+        *("train", "evaluation", "generate", "loading", "session", "due", "window", "horizon", "memory", "planning"),
+        "tasks",
+    },
     {"commands", "lm_eval"},
     {
         *("cli", "arguments", "keys", "help", "completion", "presets", "runs_line", "sweep", "launch", "explain"),

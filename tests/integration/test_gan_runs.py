@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmkit import cli
 from lmkit.commands import pretrain
+from lmkit.commands.training import build_trainer
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.model import RelganConfig
@@ -28,6 +29,7 @@ from lmkit.device import resolve_device
 from lmkit.errors import StoppedError
 from lmkit.loading import load_run
 from lmkit.models.gan import Relgan
+from lmkit.planning import plan
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.manifest import step_directory
@@ -106,6 +108,26 @@ def test_a_run_stopped_in_either_part_and_resumed_ends_with_the_same_bits(
         first, second = weights(whole), weights(cut)
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_plan_counts_and_times_the_adversarial_part(gan: MakeConfig) -> None:
+    found = []
+    for share in (0.5, 1.0):
+        cfg = gan(pretrain_share=share)
+        prepared, _ = pretrain.prepare_data(cfg, Console())
+        model = pretrain.build_model(cfg, None, prepared.tokenizer.vocab_size)
+        task = pretrain.build_task(
+            replace(cfg, objective=GanObjectiveConfig(pretrain_share=share, length=50)), model, prepared
+        )
+        trainer = build_trainer(cfg, task, model, resolve_device(cfg.device), None)
+        found.append(plan(trainer, cfg.train, cfg.eval, cfg.save))
+    both, likelihood = found
+    assert both.peak_from == 0.5
+    assert both.memory.per_row > 3 * likelihood.memory.per_row
+    assert [share for share, _ in both.paces] == [0.0, 0.5]
+    assert [share for share, _ in likelihood.paces] == [0.0]
+    assert both.step_s is not None
+    assert both.paces[0][1] < both.step_s < both.paces[1][1]
 
 
 def test_the_discriminator_rests_while_the_generator_learns_by_maximum_likelihood(gan: MakeConfig) -> None:

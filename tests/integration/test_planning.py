@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmkit.averaging import ScheduleFreeAverage
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import (
@@ -20,19 +22,23 @@ from lmkit.config.optimization import (
     MuonConfig,
     OptimizerConfig,
     RmspropConfig,
+    ScheduleFreeConfig,
     SgdConfig,
 )
 from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
-from lmkit.data.batches import Windows
+from lmkit.data.batches import Batch, Windows
 from lmkit.device import resolve_device
 from lmkit.horizon import Horizon
+from lmkit.memory import Memory, _kept, estimate_memory, largest_fitting, optimizer_bytes
+from lmkit.models.base import State
 from lmkit.objectives import build_objective
 from lmkit.optim import build_optimizer
-from lmkit.planning import Memory, Plan, estimate_memory, largest_fitting, optimizer_bytes, plan
+from lmkit.planning import Plan, plan, time_steps
 from lmkit.tasks.language import NextToken
 from lmkit.train import Trainer, TrainState
 
+needs_schedule_free = pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="needs schedulefree")
 VOCAB = 500
 TINY = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32)
 
@@ -45,12 +51,13 @@ def make_trainer(
     batch_size: int = 4,
     micro_batch_size: int = 4,
     seq_len: int = 16,
+    task_class: type[NextToken] = NextToken,
 ) -> Trainer:
     device = resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1))
     config = optimizer_config or AdamwConfig(lr=1e-3)
     model = model_config.build(vocab_size, seed=1)
     tokens = np.random.default_rng(0).integers(0, vocab_size, 40_000).astype(np.int32)
-    task = NextToken(
+    task = task_class(
         model,
         Windows(tokens, 0, batch_size, seq_len, 1),
         build_objective(SoftmaxConfig(), torch.ones(vocab_size)),
@@ -94,7 +101,8 @@ def measure(name: str) -> None:
     trainer = make_trainer(
         config, vocab_size=vocab_size, batch_size=batch_size, micro_batch_size=batch_size, seq_len=seq_len
     )
-    estimate = estimate_memory(trainer).peak(batch_size)
+    memory = estimate_memory(trainer)
+    estimate = memory.peak(batch_size) - memory.copy  # nothing is saved here
     for step in range(3):
         trainer.train_step(trainer.task.batches[step])
     with open("/proc/self/status", encoding="ascii") as status:
@@ -104,8 +112,6 @@ def measure(name: str) -> None:
 
 @pytest.mark.parametrize("cell", [Cell.lstm, Cell.gru])
 def test_what_is_kept_is_linear_in_the_rows(cell: Cell) -> None:
-    from lmkit.planning import _kept
-
     for model in (TINY, RecurrentConfig(d_embed=16, d_hidden=32, num_layers=2, cell=cell)):
         trainer = make_trainer(model, batch_size=8, micro_batch_size=8)
         one, two, four = (sum(_kept(trainer, rows)) for rows in (1, 2, 4))
@@ -123,6 +129,7 @@ def test_what_is_kept_is_linear_in_the_rows(cell: Cell) -> None:
         RmspropConfig(lr=0.1),
         RmspropConfig(lr=0.1, momentum=0.9),
         MuonConfig(lr=0.1),
+        pytest.param(ScheduleFreeConfig(lr=0.1), marks=[pytest.mark.extra("schedule-free"), needs_schedule_free]),
     ],
     ids=lambda c: f"{type(c).__name__}-{getattr(c, 'momentum', '')}",
 )
@@ -151,6 +158,8 @@ def a_memory(**changes: int | bool) -> Memory:
         "working_per_row": 20,
         "working_fixed": 5,
         "process": 1000,
+        "update": 0,
+        "copy": 0,
     }
     return Memory(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -170,6 +179,8 @@ def test_gradients_hide_behind_activations_unless_they_add_up() -> None:
     assert a_memory().peak(4) == 1000 + 100 + 200 + (10 + 200 + 5 + 80)
     assert a_memory(gradients=10_000).peak(4) == 1000 + 100 + 200 + 10_000
     assert a_memory(accumulates=True).peak(4) == a_memory().peak(4) + 100
+    assert a_memory(update=10_000).peak(4) == 1000 + 100 + 200 + 100 + 10_000
+    assert a_memory(copy=400).peak(4) == a_memory().peak(4) + 400
 
 
 def make_plan(trainer: Trainer, **train: object) -> Plan:
@@ -186,6 +197,7 @@ def test_a_plan_counts_parameters_steps_epochs_and_disk() -> None:
     assert made.memory.optimizer == 2 * 4 * num
     assert made.memory.gradients == 4 * num
     assert made.checkpoint_bytes >= 3 * 4 * num
+    assert made.memory.copy == made.checkpoint_bytes
     assert made.fits
     rows = dict(made.rows())
     assert rows["steps"] == f"100, {100 / trainer.task.batches.steps_per_epoch:.2f} epochs"
@@ -197,7 +209,7 @@ def test_a_plan_by_the_clock_fits_into_it_with_its_validations(
     every_steps: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer()
-    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer: 0.5)
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda *_: 0.5)
     monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 6.0)
     train = TrainConfig(batch_size=4, seq_len=16, budget="10m")
     made = plan(trainer, train, EvalConfig(every_steps=every_steps), SaveConfig())
@@ -217,8 +229,8 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPat
     memory = estimate_memory(trainer)
     enough_for_two = int((memory.peak(2) + memory.gradients + 1) / 0.9) + 1
     monkeypatch.setattr("lmkit.planning.room_bytes", lambda device: enough_for_two)
-    monkeypatch.setattr("lmkit.planning.estimate_memory", lambda trainer: memory)
-    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer: pytest.fail("a step was tried"))
+    monkeypatch.setattr("lmkit.planning.estimate_memory", lambda *_: memory)
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda *_: pytest.fail("a step was tried"))
     made = plan(trainer, TrainConfig(batch_size=4, seq_len=32, max_steps=5), EvalConfig(), SaveConfig())
     assert dict(made.rows())["fits"] == "no: train.micro_batch_size=2 would, with the same updates"
     monkeypatch.setattr("lmkit.planning.room_bytes", lambda device: 1)
@@ -226,9 +238,67 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPat
     assert dict(made.rows())["fits"].startswith("no, not even one row")
 
 
+class Changing(NextToken):
+    """Computes its loss twice from the middle of the run on."""
+
+    pace_changes_at = (0.5, 1.0)
+
+    def loss(
+        self, forward: torch.nn.Module, batch: Batch, state: State | None, progress: float
+    ) -> tuple[torch.Tensor, State | None]:
+        nats, new_state = super().loss(forward, batch, state, progress)
+        if progress >= 0.5:
+            nats = nats + super().loss(forward, batch, state, progress)[0]
+        return nats, new_state
+
+
+def test_each_part_of_a_run_is_counted_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(task_class=Changing)
+    time_steps(trainer, 0.5)
+    assert trainer.state.horizon.progress(trainer.state.step) == 0.5
+    first = estimate_memory(trainer)
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer, share: 1.0 if share < 0.5 else 3.0)
+    monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 0.0)
+    by_steps, by_clock = (
+        plan(trainer, TrainConfig(batch_size=4, seq_len=16, **length), EvalConfig(), SaveConfig())  # type: ignore[arg-type]
+        for length in ({"max_steps": 100}, {"budget": "1005s"})
+    )
+    assert by_steps.memory.activations(4) == pytest.approx(2 * first.activations(4), rel=0.05)
+    assert by_steps.total_s == pytest.approx(50 * 1.0 + 50 * 3.0)
+    assert by_clock.steps == int(500 / 1.0 + 500 / 3.0)  # 5 s are kept back for the end
+    rows = dict(by_steps.rows())
+    assert rows["memory at the peak of a step"].endswith(", from 50 % of the run on")
+    assert [name for name in rows if name.startswith("a step")] == ["a step", "a step from 50 % of the run on"]
+
+
+def test_where_batches_have_many_lengths_a_long_one_is_counted() -> None:
+    class Uneven(Windows):
+        def __getitem__(self, step: int) -> Batch:
+            whole, length = super().__getitem__(step), 16 if step == 2 else 4
+            return Batch(whole.inputs_BT[:, :length], whole.targets_BT[:, :length], whole.starts_text)
+
+    even, uneven = make_trainer(), make_trainer()
+    uneven.task.batches = Uneven(np.arange(40_000, dtype=np.int32) % VOCAB, 0, 4, 16, 1)
+    assert estimate_memory(uneven).per_row == estimate_memory(even).per_row
+
+
+def test_schedule_free_training_has_no_average_beside_its_weights_but_saves_both() -> None:
+    """AdamW's optimizer, with the same number of tensors, stands in for that of the package."""
+    trainer = make_trainer()
+    adamw, num_bytes = make_plan(trainer), sum(p.nbytes for p in trainer.model.parameters())
+    trainer.optimizer_config = ScheduleFreeConfig()
+    trainer.average = ScheduleFreeAverage(trainer.model, trainer.optimizer)
+    made = make_plan(trainer)
+    assert made.memory.average == 0
+    assert made.memory.optimizer == adamw.memory.optimizer
+    assert made.checkpoint_bytes == adamw.checkpoint_bytes + num_bytes
+    assert adamw.memory.update == 0
+    assert 0.9 * num_bytes < made.memory.update < num_bytes  # all but gains and biases are one group
+
+
 def test_processes_share_the_micro_batches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(batch_size=8, micro_batch_size=4)
-    monkeypatch.setattr("lmkit.planning.time_steps", lambda trainer: 3.0)
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda *_: 3.0)
     monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 0.0)
     train = TrainConfig(batch_size=8, micro_batch_size=4, seq_len=16, max_steps=100)
     alone, shared = (plan(trainer, train, EvalConfig(), SaveConfig(), num_processes=number) for number in (1, 2))
