@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lmkit import products
 from lmkit.averaging import ScheduleFreeAverage
 from lmkit.config.optimization import (
     AdadeltaConfig,
@@ -131,12 +132,13 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 
 
 def _head_bytes(trainer: Trainer) -> int:
-    """The gradient of the output layer on its way, and a chunk of logits."""
+    """The gradient of the output layer on its way, a chunk of logits, and the matrix in oneDNN's order, both ways."""
     model = trainer.model
     if not isinstance(model, LanguageModel) or not isinstance(model.head, SoftmaxHead):
         return 0
     table = model.head.weight
-    return (table.numel() + rows_per_chunk(len(table), table.device) * len(table)) * table.element_size()
+    num_tables = 3 if products.by_onednn(table, products.MIN_ROWS) else 1
+    return (num_tables * table.numel() + rows_per_chunk(len(table), table.device) * len(table)) * table.element_size()
 
 
 def _long_batch(trainer: Trainer) -> Batch:
