@@ -147,6 +147,19 @@ def at_the_rename(action: Callable[[], None]) -> None:
     storage.rename = instead
 
 
+def die_at_the_rename() -> None:
+    """End right before the checkpoint of STEP is committed; training, which might come to its end before, waits."""
+    at_the_rename(die)
+    follow = Session._follow_clock
+
+    def instead(self: Session) -> None:
+        if self.state.step == STEP + 1:
+            time.sleep(300)
+        follow(self)
+
+    Session._follow_clock = instead  # type: ignore[method-assign]
+
+
 def wait_for(path: Path) -> None:
     until = time.monotonic() + 300
     while not path.exists():
@@ -191,7 +204,7 @@ def goes_on(job: Job, parallel: str, run_dir: Path, undisturbed: dict[str, dict[
         ("ddp", 1, partial(before_snapshot, end), [4]),
         ("fsdp", 1, partial(before_snapshot, end_in_the_middle), [4]),
         ("ddp", 1, end_before_agreeing, [4]),
-        ("ddp", 0, partial(at_the_rename, die), [4]),
+        ("ddp", 0, die_at_the_rename, [4]),
         ("ddp", 1, None, [4, 8]),  # after all have given their parts, while the first one writes: it may go on to do so
     ],
     ids=["before its part", "in its part", "before it agrees", "the writing one", "after its part"],
