@@ -643,7 +643,8 @@ def test_row_24_a_checkpoint_survives_copying_by_any_tool(
     with tarfile.open(tmp_path / "run.tar", "w") as archive:
         archive.add(trained, "moved", filter=as_a_stranger)
     with tarfile.open(tmp_path / "run.tar") as archive:
-        archive.extractall(tmp_path / "there", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+        archive.extractall(tmp_path / "there")
     moved = tmp_path / "there" / "moved"
     assert lmkit("generate", f"run={moved}", "-n", "2", "device=cpu", "device.threads=1").code == 0
     assert lmkit(*small, f"run.dir={moved}", "resume=true", "train.max_steps=14").code == 0
