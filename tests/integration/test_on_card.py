@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import traceback
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -92,8 +93,10 @@ class Card(TorchDispatchMode):
         return torch.zeros(mask.numel(), mask.ndim, dtype=torch.int64, device=META)
 
     def _note_wait(self) -> None:
-        frames = [f for f in traceback.extract_stack() if "/lmkit/" in f.filename and "/tests/" not in f.filename]
-        self.waits.append(f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "?")
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and not frame.f_globals["__name__"].startswith("lmkit."):
+            frame = frame.f_back
+        self.waits.append("?" if frame is None else f"{frame.f_globals['__name__']}:{frame.f_lineno}")
 
 
 @pytest.fixture
@@ -167,6 +170,7 @@ MODELS = {
         "softmax.cutoffs=[20,60]",
     ],
     "mixture": ["model=tiny", *TRANSFORMER, "model.num_softmaxes=2", "train.ema_decay=0.9"],
+    "activations": ["model=tiny", *TRANSFORMER, "softmax=ar_tar", "train.nonfinite=skip", "train.spike_nats=3"],
     "smoothed": ["model=tiny", *TRANSFORMER, "softmax.label_smoothing=0.1", "optimizer=muon", "train.average=swa"],
 }
 SIZES_ON_CARD = {"sampled": 2, "adaptive": 4}
@@ -177,8 +181,11 @@ SHORT = [*STEPS, "train.seq_len=12"]
 
 
 @pytest.fixture
-def text(corpus: Path) -> list[str]:
-    return ["dataset=text", f"dataset.path={corpus}"]
+def text(tmp_path: Path) -> list[str]:
+    """Little of it: every operation on the card is looked at, which takes time."""
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"the cat sat on mat {n}.\n" for n in range(100)), encoding="utf-8")
+    return ["dataset=text", f"dataset.path={file}"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -235,11 +242,11 @@ def test_models_of_sentences_are_trained_scored_and_drawn_from_on_the_card(
     run("generate", f"run={tmp_path / 'run'}", "device=cuda", "-n", "20")
 
 
+ANSWERS = {"response": "yes", "chosen": "yes", "rejected": "no"}
 ROWS = [
-    {"text": f"a {word} film of {number}", "label": word, "n": number, "prompt": f"is {number} {word}?",
-     "response": "yes", "chosen": "yes", "rejected": "no"}
-    for number in range(20) for word in ("good", "bad")
-]  # fmt: skip
+    {"text": f"film {n}", "label": "good" if n % 2 else "bad", "n": n, "prompt": f"is {n} odd?", **ANSWERS}
+    for n in range(40)
+]
 TASKS = {
     "lm": ["task=lm", "task.replay=0.5", "train.seq_len=12"],
     "lora": ["task=lm", "adapter=lora", "adapter.rank=2", "train.seq_len=12"],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmkit import products
 from lmkit.averaging import ScheduleFreeAverage
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
@@ -309,3 +310,11 @@ def test_processes_share_the_micro_batches_of_a_step(monkeypatch: pytest.MonkeyP
 
 if __name__ == "__main__":
     measure(sys.argv[1])
+
+
+def test_the_matrix_of_the_head_in_the_order_of_onednn_is_counted_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = {}
+    for by_onednn in (False, True):
+        monkeypatch.setattr(products, "prefers_onednn", lambda: by_onednn)  # noqa: B023
+        fixed[by_onednn] = estimate_memory(make_trainer()).working_fixed
+    assert fixed[True] - fixed[False] == 2 * VOCAB * TINY.d_model * 4
