@@ -9,7 +9,7 @@ or traced code these are torch's own. Shape letters: N positions, I inputs, O ou
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +77,17 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, out: T
     return onednn(x, weight_OI, bias_O)
 
 
-def apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by way of ``linear`` if it is a plain nn.Linear without hooks."""
-    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
-        return linear(x, layer.weight, layer.bias)
-    y: Tensor = layer(x)
+def apply(layer: nn.Module, x: Tensor, gain_I: Tensor | None = None) -> Tensor:
+    """``layer(x)``, by way of ``linear`` if it ``is_plain``. gain: factors of x's channels, for plain layers."""
+    if is_plain(layer):
+        return linear(x, layer.weight if gain_I is None else layer.weight * gain_I, layer.bias)
+    y: Tensor = layer(x if gain_I is None else x * gain_I)
     return y
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an nn.Linear and nothing more, so that its matrix may be used without it."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def times(dy: Tensor, weight_OI: Tensor) -> Tensor:

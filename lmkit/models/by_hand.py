@@ -37,33 +37,26 @@ def attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, **options: Any) ->
     return F.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, **options)
 
 
-class RMSNormByHand(torch.autograd.Function):
-    """y = x r w with r = (mean(x^2) + eps)^(-1/2); keeps x and r.
+class UnitRMS(torch.autograd.Function):
+    """n = x r with r = (mean(x^2) + eps)^(-1/2), an RMSNorm without its gain; keeps n and r.
 
-    dx = r (dy w) - x r^3 mean(dy w x), dw = sum(dy x r).
+    dx = r (dn - n mean(dn n)).
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, eps: float) -> Tensor:
         squares_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_()
         rate_BT1 = squares_BT1.div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_BTD, weight_D, rate_BT1)
-        y_BTD: Tensor = (x_BTD * rate_BT1).mul_(weight_D)
-        return y_BTD
+        n_BTD: Tensor = x_BTD * rate_BT1
+        ctx.save_for_backward(n_BTD, rate_BT1)
+        return n_BTD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTD, weight_D, rate_BT1 = ctx.saved_tensors
-        dx_BTD = d_weight_D = None
-        if ctx.needs_input_grad[0]:
-            dx_BTD = dy_BTD * weight_D
-            along_BT1 = torch.linalg.vecdot(dx_BTD, x_BTD).unsqueeze_(-1)
-            along_BT1.mul_(rate_BT1.pow(3)).div_(-x_BTD.shape[-1])
-            dx_BTD.mul_(rate_BT1).addcmul_(x_BTD, along_BT1)
-        if ctx.needs_input_grad[1]:
-            d_weight_D = (x_BTD * rate_BT1).mul_(dy_BTD).flatten(0, -2).sum(0)
-        return dx_BTD, d_weight_D, None
+    def backward(ctx: Any, dn_BTD: Tensor) -> tuple[Tensor, None]:
+        n_BTD, rate_BT1 = ctx.saved_tensors
+        along_BT1 = torch.linalg.vecdot(dn_BTD, n_BTD).unsqueeze_(-1).div_(-n_BTD.shape[-1])
+        return torch.addcmul(dn_BTD, n_BTD, along_BT1).mul_(rate_BT1), None
 
 
 class SwigluDown(torch.autograd.Function):

@@ -132,7 +132,7 @@ class Layer:
     @classmethod
     def of(cls, block: Block, batch: int, shelf: Shelf) -> Layer:
         attention, feed_forward = block.attention, block.feed_forward
-        rise = feed_forward.gate_up if feed_forward.gated else feed_forward.up
+        rise = feed_forward.first
         qkv_weight, qkv_bias = with_scale(attention.qkv.weight, attention), attention.qkv.bias
         rise_weight = rise.weight
         if block.pre_norm:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lmkit import products
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.models.base import LanguageModel, State, seeded_generator
-from lmkit.models.by_hand import RMSNormByHand, RotaryProjection, SwigluDown, attention, trains_on_cpu, unit_turns
+from lmkit.models.by_hand import RotaryProjection, SwigluDown, UnitRMS, attention, trains_on_cpu, unit_turns
 from lmkit.models.dropout import Dropout, DropPath, LockedDropout, embed_with_dropout
 from lmkit.models.output import build_head
 
@@ -193,8 +193,10 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.pre_norm:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cached, start, mask_B1TT))
-            y_BTD: Tensor = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+            normed_BTD, gain_D = normalised(self.attention_norm, x_BTD, self.attention.qkv)
+            x_BTD = x_BTD + self.dropout(self.attention(normed_BTD, rotary, cached, start, mask_B1TT, gain_D))
+            normed_BTD, gain_D = normalised(self.feed_forward_norm, x_BTD, self.feed_forward.first)
+            y_BTD: Tensor = x_BTD + self.dropout(self.feed_forward(normed_BTD, gain_D))
             return y_BTD
         x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotary, cached, start, mask_B1TT)))
         normed: Tensor = self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
@@ -225,10 +227,14 @@ class Attention(nn.Module):
         cached: tuple[Tensor, Tensor] | None,
         start: int,
         mask_B1TT: Tensor | None = None,
+        gain_D: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). New keys and values are written into ``cached`` from slot ``start`` on."""
+        """(B, T, D) -> (B, T, D). New keys and values are written into ``cached`` from slot ``start`` on.
+
+        gain_D: factors of x's channels that are still to be applied.
+        """
         length = x_BTD.shape[1]
-        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, rotary, trains=cached is None and mask_B1TT is None)
+        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, gain_D, rotary, trains=cached is None and mask_B1TT is None)
         mask_TS = mask_B1TT
         if cached is not None:
             end = start + length
@@ -249,17 +255,18 @@ class Attention(nn.Module):
         return products.apply(self.out, y_BHTC.transpose(1, 2).flatten(2))
 
     def _project(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, *, trains: bool
+        self, x_BTD: Tensor, gain_D: Tensor | None, rotary: tuple[Tensor, Tensor] | None, *, trains: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, rotated. A cache needs the plain order of channels, so trains=False with one."""
-        by_hand = trains and not self.qk_norm and type(self.qkv) is nn.Linear and trains_on_cpu(x_BTD)
+        by_hand = trains and not self.qk_norm and products.is_plain(self.qkv) and trains_on_cpu(x_BTD)
         if by_hand and rotary is not None:
             turns_TP = unit_turns(*rotary, self.num_heads + self.num_kv_heads)
+            weight_MD = self.qkv.weight if gain_D is None else self.qkv.weight * gain_D
             heads: tuple[Tensor, Tensor, Tensor] = RotaryProjection.apply(  # type: ignore[no-untyped-call]
-                x_BTD, self.qkv.weight, self.qkv.bias, turns_TP, self.num_heads, self.num_kv_heads
+                x_BTD, weight_MD, self.qkv.bias, turns_TP, self.num_heads, self.num_kv_heads
             )
             return heads
-        heads_BTC = products.apply(self.qkv, x_BTD).view(*x_BTD.shape[:-1], -1, self.channels).transpose(1, 2)
+        heads_BTC = products.apply(self.qkv, x_BTD, gain_D).view(*x_BTD.shape[:-1], -1, self.channels).transpose(1, 2)
         q_BHTC, k_BKTC, v_BKTC = torch.split(heads_BTC, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.qk_norm:
             q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
@@ -282,18 +289,21 @@ class FeedForward(nn.Module):
             self.up = nn.Linear(config.d_model, width, bias=config.bias)
         self.down = nn.Linear(width, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        swiglu = self.gated and self.activation is Activation.silu
-        if swiglu and type(self.down) is nn.Linear and trains_on_cpu(x_BTD):
-            gated_BTD: Tensor = SwigluDown.apply(products.apply(self.gate_up, x_BTD), self.down.weight, self.down.bias)  # type: ignore[no-untyped-call]
-            return gated_BTD
-        if self.gated:
-            gate_BTF, up_BTF = products.apply(self.gate_up, x_BTD).chunk(2, dim=-1)
-            inner_BTF = activate(self.activation, gate_BTF) * up_BTF
-        else:
-            inner_BTF = activate(self.activation, products.apply(self.up, x_BTD))
-        return products.apply(self.down, inner_BTF)
+    @property
+    def first(self) -> nn.Linear:
+        """The layer that reads the input."""
+        return self.gate_up if self.gated else self.up
+
+    def forward(self, x_BTD: Tensor, gain_D: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). gain_D: factors of x's channels that are still to be applied."""
+        rows_BTF = products.apply(self.first, x_BTD, gain_D)
+        if self.gated and self.activation is Activation.silu and products.is_plain(self.down) and trains_on_cpu(x_BTD):
+            y_BTD: Tensor = SwigluDown.apply(rows_BTF, self.down.weight, self.down.bias)  # type: ignore[no-untyped-call]
+            return y_BTD
+        if not self.gated:
+            return products.apply(self.down, activate(self.activation, rows_BTF))
+        gate_BTF, up_BTF = rows_BTF.chunk(2, dim=-1)
+        return products.apply(self.down, activate(self.activation, gate_BTF) * up_BTF)
 
 
 def segment_layout(segments_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,8 +377,27 @@ class RMSNorm(nn.RMSNorm):
         if not trains_on_cpu(x):
             plain: Tensor = super().forward(x)
             return plain
-        y: Tensor = RMSNormByHand.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return y
+        return self.without_gain(x) * self.weight
+
+    def without_gain(self, x: Tensor) -> Tensor:
+        """By the hand-written function, up to the factors of the channels."""
+        n: Tensor = UnitRMS.apply(x, self.eps)  # type: ignore[no-untyped-call]
+        return n
+
+
+def normalised(norm: nn.Module, x_BTD: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(x normalised, gain_D), where the layer that reads it has still to apply the gain if there is one.
+
+    The gain of an RMSNorm costs less in the layer's matrix than in x where there are more positions than rows of it.
+    """
+    if (
+        isinstance(norm, RMSNorm)
+        and products.is_plain(layer)
+        and trains_on_cpu(x_BTD)
+        and x_BTD.numel() >= layer.weight.numel()
+    ):
+        return norm.without_gain(x_BTD), norm.weight
+    return norm(x_BTD), None
 
 
 __all__ = ["KVCache", "Transformer"]

@@ -116,6 +116,7 @@ class MemoryAttention(Attention):
         cached: tuple[Tensor, Tensor] | None,
         start: int,
         mask_B1TT: Tensor | None = None,
+        gain_D: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). ``cached``: the layer's memory, into which that after the segment is written.
 
@@ -123,7 +124,7 @@ class MemoryAttention(Attention):
         """
         assert rotary is not None
         assert cached is not None
-        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, None, trains=False)
+        q_BHTC, k_BKTC, v_BKTC = self._project(x_BTD, gain_D, None, trains=False)
         k_BKSC, v_BKSC = (
             torch.cat([old.to(new.dtype), new], 2) for old, new in zip(cached, (k_BKTC, v_BKTC), strict=True)
         )

@@ -150,6 +150,15 @@ def test_other_layers_are_called_as_they_are() -> None:
     close(products.apply(layer, x), 2 * F.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_gain_is_that_of_the_inputs_channels_whatever_the_layer(hooked: bool) -> None:
+    layer, x, gain = nn.Linear(24, 40), drawn(64, 24), drawn(24)
+    if hooked:
+        layer.register_forward_hook(lambda *_: None)
+    assert products.is_plain(layer) is not hooked
+    close(products.apply(layer, x, gain), layer(x * gain))
+
+
 def test_the_loss_of_the_head_and_its_gradients_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "rows_per_chunk", lambda *_: 48)
     head = SoftmaxHead(nn.Parameter(drawn(300, 24)), bias=True)

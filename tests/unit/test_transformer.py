@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import lmkit.models.transformer
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.models.transformer import KVCache, Transformer
+from lmkit.models.transformer_xl import MemoryTransformer
 
 VOCAB, BATCH, TIME, CONTEXT = 29, 3, 11, 16
 
@@ -55,7 +57,7 @@ def vanilla() -> TransformerConfig:
 
 def randomised(config: TransformerConfig) -> Transformer:
     """A model whose every parameter, gains and biases too, is far from its initial value."""
-    model = Transformer(config, VOCAB, seed=5).eval()
+    model = (MemoryTransformer if config.memory_tokens else Transformer)(config, VOCAB, seed=5).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():
@@ -205,23 +207,33 @@ def hidden_and_gradients(model: Transformer, text: Tensor) -> dict[str, Tensor]:
     return {"hidden": hidden_BTD.detach(), **gradients}
 
 
-WITH_BIASES = llama(bias=True)
-HAND_WRITTEN = [llama(), llama(num_kv_heads=None), WITH_BIASES, llama(dropout=0.3, attention_dropout=0.3)]
+HAND_WRITTEN = {
+    "grouped": llama(),
+    "multi-head": llama(num_kv_heads=None),
+    "biases": llama(bias=True),
+    "dropout": llama(dropout=0.3, attention_dropout=0.3),
+    "relu": replace(llama(), gated=False, activation=Activation.relu),
+    "learned": replace(llama(), positions=Positions.learned),
+    "memory": llama(memory_tokens=4),
+}
 
 
-@pytest.mark.parametrize("config", HAND_WRITTEN, ids=["grouped", "multi-head", "biases", "dropout"])
+@pytest.mark.parametrize("config", HAND_WRITTEN.values(), ids=HAND_WRITTEN.keys())
 @pytest.mark.parametrize("frozen", ["", "qkv", "down", "norm", "embedding", "weight"])
+@pytest.mark.parametrize("rows", [BATCH, 5 * BATCH], ids=["few", "many"])
 def test_the_hand_written_functions_equal_the_plain_operations(
-    config: TransformerConfig, frozen: str, monkeypatch: pytest.MonkeyPatch
+    config: TransformerConfig, frozen: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With many rows the gains of norms are multiplied into the matrices of all layers, with few of some."""
     model = randomised(config).train()
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or frozen not in name)
     if not any(p.requires_grad for p in model.parameters()):
         model.final_norm.requires_grad_(True)
-    ours = hidden_and_gradients(model, tokens())
+    text = tokens().repeat(rows // BATCH, 1)
+    ours = hidden_and_gradients(model, text)
     monkeypatch.setattr(lmkit.models.transformer, "trains_on_cpu", lambda x: False)
-    plain = hidden_and_gradients(model, tokens())
+    plain = hidden_and_gradients(model, text)
     assert ours.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
