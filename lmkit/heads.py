@@ -48,6 +48,8 @@ def drops_unscored(device: torch.device) -> bool:
 
 
 CANDIDATES_MULTIPLE = 128
+LEAST_EXACT = 1e-30
+"""Probabilities below are too near to the smallest numbers of fp32, 1e-38, to have all of their digits."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + size)
                 x, y, own = hidden[rows], targets_N[rows, None], None if own_N is None else own_N[rows, None]
                 logits = to_vocab.product(x, bias, out=None if buffer is None else buffer[: len(x)])
-                nats_C1, delta = _softmax_minus_target(logits, y, own)
+                nats_C1, delta = _softmax_minus_target(logits, y, own, x, weight, bias)
                 if weights_N is not None:
                     nats_C1, delta = nats_C1 * weights_N[rows, None], delta.mul_(weights_N[rows, None])
                 total += (nats_C1 if scored_N is None else nats_C1.where(scored_N[rows, None], 0.0)).sum()
@@ -240,19 +242,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _softmax_minus_target(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _softmax_minus_target(
+    logits_CV: Tensor,
+    targets_C1: Tensor,
+    own_C1: Tensor | None,
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """(C, 1) nats of a chunk and the gradient of their sum wrt. its logits, both fp32; fp32 logits are overwritten.
 
-    log Z = max(logits) - log(max(softmax)), since the largest probability is 1 / sum(exp(logits - max)): the softmax
-    is one fused pass, and no exponential is taken twice.
+    On a CPU the nats are those of the probabilities that are there anyway, but where these are too small to be exact:
+    there they come from the logits of such rows, which are made once more. Elsewhere, where looking for them would be
+    waited for, log Z = max(logits) - log(max(softmax)), since the largest probability is 1 / sum(exp(logits - max)).
+    Either way the softmax is one fused pass, and no exponential is taken twice.
     """
+    logits_CV = _lowered(logits_CV, targets_C1, own_C1)
+    if drops_unscored(logits_CV.device):
+        torch.softmax(logits_CV, 1, out=logits_CV)
+        at_target_C1 = logits_CV.gather(1, targets_C1)
+        nats_C1 = at_target_C1.log().neg_()
+        rare = (at_target_C1 < LEAST_EXACT).squeeze(1).nonzero().squeeze(1)
+        if len(rare) > 0:
+            targets_R1 = targets_C1[rare]
+            logits_RV = products.linear(hidden_CD[rare], weight_VD, bias_V)
+            logits_RV = _lowered(logits_RV, targets_R1, None if own_C1 is None else own_C1[rare])
+            nats_C1[rare] = logits_RV.log_softmax(1).gather(1, targets_R1).neg_()
+    else:
+        at_target_C1, top_C1 = logits_CV.gather(1, targets_C1), logits_CV.amax(1, keepdim=True)
+        torch.softmax(logits_CV, 1, out=logits_CV)
+        nats_C1 = top_C1 - at_target_C1 - logits_CV.amax(1, keepdim=True).log()
+    return nats_C1, logits_CV.scatter_add_(1, targets_C1, torch.full_like(nats_C1, -1.0))
+
+
+def _lowered(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None) -> Tensor:
+    """In fp32, and each target's own lowered by what is given; in place where they are fp32."""
     logits_CV = logits_CV.float()
-    if own_C1 is not None:
-        logits_CV.scatter_add_(1, targets_C1, -own_C1.to(logits_CV.dtype))
-    at_target_C1, top_C1 = logits_CV.gather(1, targets_C1), logits_CV.amax(1, keepdim=True)
-    torch.softmax(logits_CV, 1, out=logits_CV)
-    nats_C1 = top_C1 - at_target_C1 - logits_CV.amax(1, keepdim=True).log()
-    return nats_C1, logits_CV.scatter_add_(1, targets_C1, torch.full_like(at_target_C1, -1.0))
+    return logits_CV if own_C1 is None else logits_CV.scatter_add_(1, targets_C1, -own_C1.to(logits_CV.dtype))
 
 
 __all__ = ["SoftmaxHead", "linear_cross_entropy", "rows_per_chunk", "score_in_chunks"]

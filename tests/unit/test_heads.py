@@ -155,6 +155,26 @@ def test_extreme_logits_neither_overflow_nor_lose_the_loss() -> None:
     torch.testing.assert_close(d_weight, torch.tensor([[2.0], [-1.0], [-1.0]]))
 
 
+@pytest.mark.parametrize("own", [None, 3.0], ids=["plain", "lowered"])
+@pytest.mark.parametrize("below", [0.0, 40.0, 68.0, 70.0, 87.0, 95.0, 103.0, 150.0])
+def test_targets_of_any_probability_have_all_their_digits(below: float, own: float | None) -> None:
+    """From fp32's smallest probabilities on they are rounded, and then 0, while their logarithms are not."""
+    head, hidden_ND, targets_N = case()
+    assert head.bias is not None
+    with torch.no_grad():
+        head.bias[7] -= below
+    targets_N[::2] = 7  # so that in one chunk there are usual ones, too
+    own_N = None if own is None else torch.full((N,), own)
+    weights_N = torch.rand(N)
+    ours = linear_cross_entropy(hidden_ND, head.weight, head.bias, targets_N, own_N, weights_N)
+    wide = [t.detach().double().requires_grad_() for t in (hidden_ND, head.weight, head.bias)]
+    logits_NV = F.linear(*wide) - F.one_hot(targets_N, VOCAB) * (own or 0.0)
+    theirs = (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
+    for ours_grad, theirs_grad in zip(gradients(head, hidden_ND, ours), torch.autograd.grad(theirs, wide), strict=True):
+        torch.testing.assert_close(ours_grad.double(), theirs_grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "hidden+weight"])
 def test_what_is_frozen_gets_no_gradient_and_the_others_the_same_as_ever(frozen: str) -> None:
     head, hidden_ND, targets_N = case(ignored=(9,))
