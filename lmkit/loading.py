@@ -23,9 +23,9 @@ from lmkit.hf import import_hf, resolve_hf
 from lmkit.hf.adapters import ORIGIN, read_adapter
 from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
-from lmkit.store.browse import Status, status_of
+from lmkit.store.browse import Status, newest_finished_run, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
-from lmkit.store.found import RUN_INFO, FoundRun, newest_finished_run, open_run
+from lmkit.store.found import RUN_INFO, FoundRun, open_run
 from lmkit.store.manifest import read_manifest
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 from lmkit.tuning import language_model_in

@@ -17,7 +17,7 @@ from lmkit.config.runs import DEFAULT_ROOT
 from lmkit.errors import CheckpointError, DivergedError, ResourceError, RunLockedError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
-from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, read_info, read_result
+from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, absolute, read_info, read_result
 from lmkit.store.listing import list_checkpoints, read_json_entry
 from lmkit.store.lock import acquire
 from lmkit.store.manifest import Manifest, read_manifest
@@ -164,6 +164,29 @@ def status_of(run_dir: Path) -> Status:
     if any(map(_is_divergence, session)):
         return Status.diverged
     return Status.finished if has_result and names <= {"changed", "error", "no lock"} else Status.crashed
+
+
+def newest_finished_run(root: str | Path) -> Path:
+    """The run directly under ``root`` that finished last; one that goes on after its end has not finished.
+
+    Raises CheckpointError saying how to make one.
+    """
+    root = absolute(root)
+    try:
+        paths = sorted(root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {root}: {error.strerror or error}", "name a run with run=DIR") from None
+    results = [(path, readable(read_result, path)) for path in paths]
+    ended = [(str(found.get("ended", "")), path, found) for path, found in results if found.get("status") == FINISHED]
+    for _, path, result in sorted(ended, reverse=True):
+        # where locks cannot be asked, what it has logged and saved since tells
+        if _is_of_the_end(path, result) and status_of(path) in (Status.finished, Status.unknown):
+            return path
+    unfinished = sum((path / RUN_INFO).is_file() for path in paths)
+    raise CheckpointError(
+        f"no finished run in {root}{f' ({unfinished} unfinished)' if unfinished else ''}",
+        "train one with lmkit pretrain, or name a run with run=DIR",
+    )
 
 
 def _is_of_the_end(run_dir: Path, result: Mapping[str, Any]) -> bool:

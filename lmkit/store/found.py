@@ -1,8 +1,7 @@
-"""Runs as those see them who only read: their files, their metrics and result, the one that finished last."""
+"""Runs as those see them who only read: their files, their metrics and result."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -93,27 +92,3 @@ def open_run(path: str | Path) -> FoundRun:
     ):
         raise CheckpointError(f"run={path} has no checkpoint yet", f"continue it: run.dir={path} resume=true")
     return FoundRun(path)
-
-
-def newest_finished_run(root: str | Path) -> Path:
-    """The run under ``root`` that finished last. Raises CheckpointError saying how to make one."""
-    root = absolute(root)
-    finished = []
-    unfinished = 0
-    try:
-        paths = sorted(root.iterdir()) if root.is_dir() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {root}: {error.strerror or error}", "name a run with run=DIR") from None
-    for path in paths:
-        with contextlib.suppress(CheckpointError):
-            result = read_result(path)
-            if result is not None and result.get("status") == FINISHED:
-                finished.append((str(result.get("ended", "")), path))
-            elif (path / RUN_INFO).is_file():
-                unfinished += 1
-    if not finished:
-        more = f" ({unfinished} unfinished)" if unfinished else ""
-        raise CheckpointError(
-            f"no finished run in {root}{more}", "train one with lmkit pretrain, or name a run with run=DIR"
-        )
-    return max(finished)[1]

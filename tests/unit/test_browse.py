@@ -11,9 +11,20 @@ import pytest
 import torch
 
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
-from lmkit.store.browse import Status, find_runs, is_locked, named_run, read_journal, read_summary, status_of
+from lmkit.store import browse
+from lmkit.store.browse import (
+    Status,
+    find_runs,
+    is_locked,
+    named_run,
+    newest_finished_run,
+    read_journal,
+    read_summary,
+    status_of,
+)
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
+from lmkit.store.lock import NoLocksError
 from lmkit.store.runs import Run
 
 
@@ -118,6 +129,42 @@ def test_a_run_that_went_on_after_its_end_is_not_finished_until_it_ends_again(tm
     with open_run(run.path, resume=True) as run:
         finish(run, step=4)
     assert read_summary(run.path).end["step"] == 4
+
+
+def test_a_run_that_goes_on_after_its_end_is_not_the_newest_finished_one_until_it_ends_again(tmp_path: Path) -> None:
+    for name in ("older", "newer"):
+        with open_run(tmp_path / name) as run:
+            save(run, 2)
+            finish(run, step=2)
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    assert newest_finished_run(tmp_path) == newer
+    with open_run(newer, resume=True) as run:
+        assert newest_finished_run(tmp_path) == older  # whatever it saves next takes the place of what it has
+        save(run, 3)
+    assert newest_finished_run(tmp_path) == older  # broken off
+    with open_run(newer, resume=True) as run:
+        save(run, 4)
+        finish(run, step=4)
+    assert newest_finished_run(tmp_path) == newer
+    open_run(newer, resume=True).close()  # which had nothing to do
+    assert newest_finished_run(tmp_path) == newer
+
+
+def test_where_locks_cannot_be_asked_the_newest_finished_run_is_one_that_has_done_nothing_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(run_dir: Path) -> bool:
+        raise NoLocksError(f"{run_dir} has no locks")
+
+    for name in ("older", "newer"):
+        with open_run(tmp_path / name) as run:
+            finish(run, step=2)
+    monkeypatch.setattr(browse, "is_locked", no_locks)
+    with open_run(tmp_path / "newer", resume=True) as run:
+        assert status_of(run.path) is Status.unknown
+        assert newest_finished_run(tmp_path) == tmp_path / "newer"
+        run.log_metrics({"step": 3, "loss": 2.0})
+        assert newest_finished_run(tmp_path) == tmp_path / "older"
 
 
 def test_no_lock_file_is_made_by_looking(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from lmkit.errors import (
     StoppedError,
 )
 from lmkit.store import lock, records, runs, storage
+from lmkit.store.browse import newest_finished_run
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.found import FoundRun, newest_finished_run, open_run, read_metrics, read_result
+from lmkit.store.found import FoundRun, open_run, read_metrics, read_result
 from lmkit.store.runs import Run
 
 
