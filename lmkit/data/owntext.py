@@ -152,10 +152,13 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
             if found:
                 named[split] = found
     if named and "train" not in named:
-        held_out = " and ".join(files[0].relative_to(root).parts[0] for files in named.values())
+        entries = {split: files[0].relative_to(root).parts[0] for split, files in named.items()}
+        taken = " and ".join(f"{name} (taken for the {split} split)" for split, name in entries.items())
+        both = " and ".join(entries.values())
         raise DataError(
-            f"{root} holds {held_out}, but neither train{suffix} nor a folder train",
-            f"give the text to learn from that name, or {held_out} another one if it is to be learnt from, too",
+            f"{root} holds {taken}, but neither train{suffix} nor a folder train",
+            f"put the text to learn from into train{suffix} or a folder train, or, if {both} is to"
+            " be learnt from like any other, rename it",
         )
     if len(named) > 1:
         return named

@@ -480,22 +480,29 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 @pytest.mark.parametrize(
-    ("files", "held_out"),
+    ("files", "taken", "renamed"),
     [
-        (["valid{}"], "valid{}"),
-        (["dev{}", "test/a{}"], "dev{} and test"),
-        (["a{}", "test{}.gz"], "test{}.gz"),
+        (["valid{}"], "valid{} (taken for the valid split)", "valid{}"),
+        (
+            ["dev{}", "test/a{}"],
+            "dev{} (taken for the valid split) and test (taken for the test split)",
+            "dev{} and test",
+        ),
+        (["a{}", "test{}.gz"], "test{}.gz (taken for the test split)", "test{}.gz"),
     ],
     ids=["valid", "both", "beside another text"],
 )
-def test_a_folder_of_splits_needs_train(tmp_path: Path, files: list[str], held_out: str, suffix: str) -> None:
+def test_a_folder_of_splits_needs_train_and_is_told_both_ways_out(
+    tmp_path: Path, files: list[str], taken: str, renamed: str, suffix: str
+) -> None:
     for file in files:
         write(tmp_path / file.format(suffix), '{"text": "a"}\n')
     config = TextConfig(path=str(tmp_path)) if suffix == ".txt" else JsonlConfig(path=str(tmp_path))
     with pytest.raises(DataError) as caught:
         open_corpus(config)
-    told = f"{tmp_path} holds {held_out.format(suffix)}, but neither train{suffix} nor a folder train; give the text to"
+    told = f"{tmp_path} holds {taken.format(suffix)}, but neither train{suffix} nor a folder train; put the text to"
     assert str(caught.value).startswith(told)
+    assert f"into train{suffix} or a folder train, or, if {renamed.format(suffix)} is to be" in str(caught.value)
     write(tmp_path / f"train/b{suffix}", '{"text": "b"}\n')
     assert open_corpus(config).splits == ("train", "valid", "test")
 
