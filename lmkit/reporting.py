@@ -13,7 +13,8 @@ from lmkit.store.storage import MORE_FILES
 
 LESS_MEMORY = {
     "pretrain": "lower train.batch_size, train.micro_batch_size or train.seq_len",
-    "finetune": "lower train.batch_size, train.micro_batch_size or train.seq_len",
+    "finetune": "lower train.batch_size, train.micro_batch_size or train.seq_len (task.max_tokens where the task is"
+    " classify or regress)",
     "eval-ppl": "lower batch_size or seq_len",
     "generate": "lower num_samples or max_new_tokens",
 }

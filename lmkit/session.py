@@ -454,10 +454,13 @@ class Session:
             if refused is not None:
                 raise refused from error
             where = f"the validation after step {state.step}" if state.eval_pending else f"step {state.step + 1}"
-            batch_size, share = self.train.batch_size, self.train.batch_size // self.world.size
-            shape = (batch_size, share, trainer.micro_batch_size, self.train.seq_len)
+            batch_size = self.train.batch_size
+            shape = (batch_size, batch_size // self.world.size, trainer.micro_batch_size)
+            length = self.task.length_limit(self.train)
             path, saved = self.run.path, self._first_step if saves.step is None else saves.step
-            raise out_of_memory(error, self.command, path, where=where, shape=shape, saved=saved) from error
+            raise out_of_memory(
+                error, self.command, path, where=where, shape=shape, length=length, saved=saved
+            ) from error
 
 
 def state_of(snapshot: Snapshot) -> dict[str, Any]:

@@ -37,21 +37,25 @@ def out_of_memory(
     run_dir: Path,
     *,
     where: str,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int],
+    length: tuple[str, str] | None,
     saved: int,
 ) -> ResourceError:
     """The error for people: what did not fit, what would, and that the run is saved up to step ``saved``.
 
-    ``shape``: sequences in a batch, in the part of one process, in a micro-batch; tokens in a sequence.
+    ``shape``: sequences in a batch, in the part of one process, in a micro-batch. ``length``: the key that limits the
+    tokens of a sequence, and what to tell of it; None: there are no tokens.
     """
-    batch_size, share, micro, seq_len = shape
+    batch_size, share, micro = shape
     smaller = next((m for m in range(micro // 2, 0, -1) if share % m == 0), None)
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     size = f", which asked for {asked[1]}" if asked else ""
     remedy = "use a smaller model, or another device"
+    if length is not None:
+        remedy = f"use a smaller model or (in a new run) a lower {length[0]}, or another device"
     if smaller is not None:
         again = resume_command(command, run_dir, f"train.micro_batch_size={smaller}")
         remedy = f"the same updates need about half of the memory with: {again}"
     state = f"{run_dir} is saved up to step {saved}" if saved else "nothing was saved yet"
-    sizes = f"train.batch_size={batch_size} in parts of {micro} and train.seq_len={seq_len}"
+    sizes = f"train.batch_size={batch_size} in parts of {micro}{f' and {length[1]}' if length else ''}"
     return ResourceError(f"out of memory in {where} with {sizes}{size}; {state}", remedy)

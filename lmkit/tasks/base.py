@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lmkit.config.training import TrainConfig
 from lmkit.data.batches import Batches
 from lmkit.device import Device
 from lmkit.models.base import State
@@ -97,6 +98,10 @@ class Task(ABC):
     def fitted(self) -> dict[str, Any]:
         """What was learnt from the data beside parameters (labels, means), as JSON data; stored with the run."""
         return {}
+
+    def length_limit(self, train: TrainConfig) -> tuple[str, str] | None:
+        """The key that limits how many tokens a sequence has, and what to tell of it; None: there are no tokens."""
+        return "train.seq_len", f"train.seq_len={train.seq_len}"
 
     def advice(self, run: Path) -> str:
         """Commands to go on with, for people."""

@@ -67,6 +67,12 @@ class RowsTask(Task):
     ) -> tuple[Tensor, State | None]:
         return self.losses(self.outputs(forward, batch), batch.targets_B).sum(), None
 
+    def length_limit(self, train: TrainConfig) -> tuple[str, str] | None:
+        if self.config.text is None:
+            return None
+        longest = max(len(tokens) for examples in (self.train, self.valid) for tokens in examples.tokens)
+        return "task.max_tokens", f"texts of up to {longest} tokens (task.max_tokens)"
+
     def advice(self, run: Path) -> str:
         return f"lmkit finetune run={run} predict=FILE"
 

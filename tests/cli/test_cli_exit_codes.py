@@ -68,6 +68,8 @@ def test_the_advice_on_memory_is_about_the_command(lmkit: Any) -> None:
     lmkit.error = MemoryError()
     lmkit("eval-ppl")
     assert "lower batch_size" in lmkit.err
+    lmkit("finetune")
+    assert "train.seq_len (task.max_tokens where the task is classify or regress)" in lmkit.err
     lmkit("prepare")
     assert lmkit.err == "error: out of memory\n"
 

@@ -29,12 +29,13 @@ from lmkit.config.tasks import ClassifyTaskConfig, NetworkActivation, NetworkCon
 from lmkit.config.training import EvalConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
-from lmkit.errors import ConfigError, DataError, StoppedError
+from lmkit.errors import ConfigError, DataError, ResourceError, StoppedError
 from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks.classify import Classify
+from lmkit.train import Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
 GOOD, BAD = ["good", "great", "lovely"], ["bad", "awful", "dull"]
@@ -273,10 +274,12 @@ def test_of_a_pair_both_texts_are_read(bases: dict[str, Path], tmp_path: Path) -
 
 def tasks_of(folder: Path) -> dict[str, TaskConfig]:
     data = str(reviews(folder / "data.jsonl", 60, 1))
+    rows = [{"n": i, "m": (i * 7) % 11} for i in range(60)]
+    numbers = str(write_jsonl(folder / "numbers.jsonl", rows))
     return {
         "classify": ClassifyTaskConfig(data=data, class_weights="balanced"),
         "regress": RegressTaskConfig(data=data, target="n", text="text", valid_fraction=0.2),
-        "numbers": RegressTaskConfig(data=data, target="n", numeric=["m"]),
+        "numbers": RegressTaskConfig(data=numbers, target="n", numeric=["m"]),
     }
 
 
@@ -288,9 +291,6 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(
     kind: str, family: str, stop_at: int, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = tasks_of(tmp_path)[kind]
-    if kind == "numbers":
-        rows = [{"n": i, "m": (i * 7) % 11} for i in range(60)]
-        task = replace(task, data=str(write_jsonl(tmp_path / "numbers.jsonl", rows)))  # type: ignore[type-var]
     base = None if kind == "numbers" else bases[family]
     whole, pieces = (config_of(task, tmp_path / name, base, ema_decay=0.9) for name in ("whole", "pieces"))
     finetune.run(whole)
@@ -304,6 +304,28 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     losses = [[row.get("loss") for row in read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "micro", "advice"),
+    [
+        ("classify", 4, r"of 4 and texts of up to \d+ tokens \(task\.max_tokens\); .*train\.micro_batch_size=2$"),
+        ("regress", 1, r"of 1 and texts of .*; use a smaller model or \(in a new run\) a lower task\.max_tokens, or"),
+        ("numbers", 1, r"of 1; .*; use a smaller model, or another device$"),
+    ],
+)
+def test_where_memory_runs_out_the_advice_names_what_limits_the_length_of_a_row(
+    kind: str, micro: int, advice: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_step(self: Trainer, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    base = None if kind == "numbers" else bases["lstm"]
+    cfg = config_of(tasks_of(tmp_path)[kind], tmp_path / "run", base, micro_batch_size=micro)
+    with pytest.raises(ResourceError, match=advice) as caught:
+        finetune.run(cfg)
+    assert "seq_len" not in str(caught.value)
 
 
 def test_predictions_do_not_depend_on_the_batch_size(

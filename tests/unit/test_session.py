@@ -236,12 +236,14 @@ def test_the_advice_to_resume_can_be_pasted() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "advice"),
-    [((32, 32, 32, 64), "train.micro_batch_size=16"), ((9, 9, 9, 64), "train.micro_batch_size=3"),
-     ((30, 15, 15, 64), "train.micro_batch_size=5"), ((32, 32, 1, 64), "use a smaller model")],
+    [((32, 32, 32), "train.micro_batch_size=16"), ((9, 9, 9), "train.micro_batch_size=3"),
+     ((30, 15, 15), "train.micro_batch_size=5"), ((32, 32, 1), "use a smaller model or (in a new run) a lower key.of")],
 )  # fmt: skip
-def test_row_35_what_would_fit_divides_the_batch_of_a_process(shape: tuple[int, int, int, int], advice: str) -> None:
-    error = out_of_memory(MemoryError(), ["lmkit"], Path("r"), where="step 3", shape=shape, saved=2)
+def test_row_35_what_would_fit_divides_the_batch_of_a_process(shape: tuple[int, int, int], advice: str) -> None:
+    length = ("key.of", "key.of=64")
+    error = out_of_memory(MemoryError(), ["lmkit"], Path("r"), where="step 3", shape=shape, length=length, saved=2)
     assert error.exit_code == 6
+    assert f"in parts of {shape[2]} and key.of=64; " in str(error)
     assert advice in str(error)
 
 
