@@ -100,6 +100,11 @@ class Budget:
         """Whether there is no time for another step after ``elapsed_s`` of the run."""
         return self.left_s(elapsed_s) < self.step_s
 
+    def was_too_short(self, step: int) -> bool:
+        """Whether time has ended a run of ``step`` steps, of which a new one makes one in any case, before any step
+        was made by a horizon that was fitted to it: the learning rate has not come down."""
+        return step <= 2 + SETTLING_STEPS and (self.max_steps is None or step < self.max_steps)
+
     def prolonged(self, step: int, elapsed_s: float) -> Horizon:
         """The horizon of a run that had come to its end and has got more time: what was done is that share of it.
 

@@ -122,6 +122,7 @@ class Session:
                     continue
                 if self._finish_step(due, saves, bar):
                     break
+            self._say_if_too_short()
             return self._last_validation()
 
     def _finish_step(self, due: Due, saves: Saves, bar: Progress) -> bool:
@@ -195,6 +196,17 @@ class Session:
         if over:
             state.horizon = Horizon(0.0, state.step, 1.0)
         return bool(over)
+
+    def _say_if_too_short(self) -> None:
+        """Tell people of a time budget that was over before the learning rate could be fitted to it."""
+        step, budget = self.state.step, self.budget
+        if budget is None or self.state.horizon.progress(step) < 1.0 or not budget.was_too_short(step):
+            return
+        steps = "1 step" if step == 1 else f"{step} steps"
+        self.console.warn(
+            f"train.budget={self.train.budget} was over after {steps}, too soon to fit the learning rate to it (the run"
+            f" has taken {format_duration(self.state.elapsed_s)} so far): give it more time"
+        )
 
     def _count_time(self, now: float) -> float:
         """Bring the time of the run up to ``now`` (time.monotonic()); returns the seconds that were not counted yet."""

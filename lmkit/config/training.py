@@ -75,7 +75,8 @@ class TrainConfig:
     max_epochs: float | None = None
     """Stop after this many passes over train (> 0, fractions allowed); null: 3 if nothing else ends the run."""
     budget: str | None = None
-    """Wall-clock time for the whole command, e.g. 90s, 10m, 1h30m: the schedule is fitted to it; null: no limit."""
+    """Wall-clock time of the whole run, from its start in each command that trains it, e.g. 90s, 10m, 1h30m: the
+    schedule is fitted to it, and a new run makes at least one step; null: no limit."""
     patience: int | None = None
     """Stop early after this many evaluations without a better validation loss (>= 1); null: never."""
     average: Average | None = None

@@ -229,6 +229,15 @@ def test_a_run_that_goes_on_when_its_time_is_over_ends_without_another_step(
     assert valid_loss(list_checkpoints(tmp_path / "run")[-1]) == pytest.approx(result["nats"] / result["num_tokens"])
 
 
+def test_a_budget_that_is_over_before_the_first_step_makes_that_one_and_says_so(
+    config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain.run(config(max_steps=None, budget="1s"))["step"] == 1
+    assert "warning: train.budget=1s was over after 1 step, too soon" in " ".join(capfd.readouterr().err.split())
+    assert pretrain.run(config(run="asked for", max_steps=1, budget="1s"))["step"] == 1
+    assert "train.budget" not in capfd.readouterr().err
+
+
 def test_an_average_that_never_began_is_told(
     config: MakeConfig, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

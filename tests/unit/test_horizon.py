@@ -92,6 +92,16 @@ def test_a_run_without_time_ends_after_its_first_step() -> None:
     assert progress == [1.0]
 
 
+def test_a_budget_was_too_short_if_it_ended_the_run_before_a_step_was_made_by_a_fitted_horizon() -> None:
+    for step_s, num_steps, too_short in ((10.0, 1, True), (3.0, 2, True), (1.2, 5, True), (1.0, 7, False)):
+        budget = Budget(10.0 + EXIT_RESERVE_S, None)
+        progress, _ = train_to_the_end(budget, lambda step, step_s=step_s: step_s + (3.0 if step == 1 else 0.0))
+        assert len(progress) == num_steps
+        assert budget.was_too_short(num_steps) is too_short
+        assert (progress[-2] < 0.01 if num_steps > 1 else True) is too_short
+    assert not Budget(10.0, max_steps=1).was_too_short(1)
+
+
 def test_a_session_that_knows_the_time_of_a_step_makes_none_for_which_there_is_no_time() -> None:
     budget = Budget(100.0, None, step_s=20.0)
     assert budget.is_over(75.1)  # 5 s are kept back for the end
