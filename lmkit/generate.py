@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.machine import Precision
 from lmkit.device import Device
 from lmkit.models.base import LanguageModel

@@ -53,7 +53,7 @@ def lmkit_work(shape: str, batch: int, sampled: bool, threads: int | None) -> Wo
 
     limit_spinning("generate")  # as the command does before torch is loaded
 
-    from lmkit.config.commands import SamplingConfig
+    from lmkit.config.generation import SamplingConfig
     from lmkit.config.machine import DeviceConfig, DeviceType
     from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
     from lmkit.device import resolve_device

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lmkit import cli
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.machine import DeviceConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console

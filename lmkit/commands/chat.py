@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmkit.commands.output import write_text
-from lmkit.config.commands import GenerateConfig
+from lmkit.config.generation import GenerateConfig
 from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Turn
 from lmkit.device import Device

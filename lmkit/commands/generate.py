@@ -9,7 +9,7 @@ from typing import Any
 from lmkit.commands import generate_vae
 from lmkit.commands.chat import Chat, answer_prompts, converse
 from lmkit.commands.output import write_text
-from lmkit.config.commands import GenerateConfig
+from lmkit.config.generation import GenerateConfig
 from lmkit.console import Console, format_number
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError

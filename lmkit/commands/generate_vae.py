@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmkit.commands.output import write_text
-from lmkit.config.commands import GenerateConfig, VaeGenerateConfig
+from lmkit.config.generation import GenerateConfig, VaeGenerateConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import ConfigError

@@ -13,6 +13,7 @@ from lmkit.config import (
     data,
     evaluation,
     export,
+    generation,
     loggers,
     machine,
     model,
@@ -28,7 +29,7 @@ ROOTS: dict[str, type] = {
     "pretrain": commands.PretrainConfig,
     "finetune": commands.FinetuneConfig,
     "eval-ppl": commands.EvalPplConfig,
-    "generate": commands.GenerateConfig,
+    "generate": generation.GenerateConfig,
     "export": export.ExportConfig,
 }
 """Subcommand -> root dataclass."""

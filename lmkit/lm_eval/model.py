@@ -10,8 +10,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from lmkit.config.commands import SamplingConfig
 from lmkit.config.evaluation import LmEvalWikitextProtocolConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.objectives import GanObjectiveConfig
 from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.start import InitConfig

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.start import InitConfig
 from lmkit.config.training import Order, Shuffle, TrainConfig

@@ -22,8 +22,9 @@ from lmkit.commands.forgetting import Forgetting
 from lmkit.commands.replay import replay as replay_step
 from lmkit.commands.resuming import check_resumable
 from lmkit.config.adapter import AdapterConfig, TuneConfig
-from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PretrainConfig, SamplingConfig
+from lmkit.config.commands import EvalPplConfig, FinetuneConfig, PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
+from lmkit.config.generation import GenerateConfig, SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig, MuonConfig, OptimizerConfig, SgdConfig

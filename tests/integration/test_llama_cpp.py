@@ -16,9 +16,10 @@ import yaml
 
 from lmkit import presets
 from lmkit.commands import export, generate, pretrain
-from lmkit.config.commands import GenerateConfig, PretrainConfig, SamplingConfig
+from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import SentencePieceKind, SentencePieceTokenizerConfig
 from lmkit.config.export import ExportConfig, ExportFormat
+from lmkit.config.generation import GenerateConfig, SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.config.plain import from_plain

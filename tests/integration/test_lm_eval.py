@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lmkit.commands import eval_ppl, export, generate, pretrain
-from lmkit.config.commands import EvalPplConfig, GenerateConfig, PretrainConfig, SamplingConfig
+from lmkit.config.commands import EvalPplConfig, PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
 from lmkit.config.evaluation import LmEvalWikitextProtocolConfig
 from lmkit.config.export import ExportConfig
+from lmkit.config.generation import GenerateConfig, SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig

@@ -15,9 +15,10 @@ import torch
 
 from lmkit import cli
 from lmkit.commands import eval_ppl, generate, pretrain, replay
-from lmkit.config.commands import EvalPplConfig, GenerateConfig, PretrainConfig, VaeGenerateConfig
+from lmkit.config.commands import EvalPplConfig, PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.evaluation import SentenceProtocolConfig, StreamProtocolConfig
+from lmkit.config.generation import GenerateConfig, VaeGenerateConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import VaeLstmConfig
 from lmkit.config.objectives import VaeObjectiveConfig

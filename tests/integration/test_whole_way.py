@@ -15,8 +15,9 @@ import torch
 
 from lmkit import cli, session
 from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain
-from lmkit.config.commands import EvalPplConfig, FinetuneConfig, GenerateConfig, PrepareConfig, PretrainConfig
+from lmkit.config.commands import EvalPplConfig, FinetuneConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
+from lmkit.config.generation import GenerateConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig, SgdConfig

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.device import Device

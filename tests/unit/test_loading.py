@@ -17,8 +17,9 @@ import torch
 
 from lmkit.commands import eval_ppl
 from lmkit.commands import generate as generate_command
-from lmkit.config.commands import EvalPplConfig, GenerateConfig, SamplingConfig
+from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import TextConfig
+from lmkit.config.generation import GenerateConfig, SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.plain import to_plain

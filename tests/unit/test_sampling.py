@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.errors import DivergedError
 from lmkit.sampling import filtered, keep_min_p, keep_top_k, keep_top_p, penalise, sample, uniforms
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lmkit import products
-from lmkit.config.commands import SamplingConfig
+from lmkit.config.generation import SamplingConfig
 from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
 from lmkit.models.stepping import MAX_ROOM, token_step
 from lmkit.models.transformer import Transformer
