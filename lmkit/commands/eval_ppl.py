@@ -24,7 +24,8 @@ from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError
 from lmkit.evaluation import checks
 from lmkit.evaluation.baselines import compressed_bits_per_byte
-from lmkit.evaluation.evaluator import Evaluator, Outcome, Passage, as_json
+from lmkit.evaluation.choosing import Outcome, as_json, evaluate, kind_of
+from lmkit.evaluation.evaluator import Evaluator, Passage
 from lmkit.evaluation.numbers import Units, bootstrap, summary, units_of
 from lmkit.evaluation.protocols import describe, line_enders
 from lmkit.evaluation.published import published_kind, standing
@@ -57,7 +58,7 @@ def run(cfg: EvalPplConfig) -> dict[str, Any]:
     passage = evaluator.passage(cfg.split)
     checks.check_vocabulary(loaded.model, passage.material.tokens, f"{passage.source.name} {cfg.split}")
     start = time.monotonic()
-    outcome = evaluator.evaluate(cfg.split)
+    outcome = evaluate(evaluator, cfg.split)
     seconds = time.monotonic() - start
     result = _numbers(evaluator, passage, outcome)
     result |= {"eval_seconds": seconds, "protocol": _protocol(evaluator, passage, outcome, result)}
@@ -93,7 +94,7 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
     units = _units(evaluator, passage, outcome, outcome.scores.nats_N)
     interval = bootstrap(units, cfg.bootstrap, cfg.seed)
     result["interval"] = None if interval is None else asdict(interval)
-    result["kind"] = evaluator.kind()
+    result["kind"] = kind_of(cfg)
     result["chosen"] = as_json(outcome.choice, outcome.members)
     scale = head.nats / result["nats"] / head.count if result["nats"] else 0.0
     result["members_alone"] = {

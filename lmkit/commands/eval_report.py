@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmkit.commands.eval_table import facts
-from lmkit.evaluation.evaluator import Evaluator, Outcome, Passage
+from lmkit.evaluation.choosing import Outcome
+from lmkit.evaluation.evaluator import Evaluator, Passage
 from lmkit.evaluation.plan import Indices, Windows
 from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.report import Report, ShownToken, by_frequency, by_length, by_position, render

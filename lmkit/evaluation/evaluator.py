@@ -1,20 +1,18 @@
-"""One run on one text, by one protocol and with whatever goes beyond static scoring.
+"""One run and what it is mixed with on one text, by one protocol and with whatever goes beyond static scoring.
 
-Everything is a member of a mixture: a member gives the nats of each token, on its own; the members are then averaged
-with weights. So temperature, dynamic evaluation and MC dropout change how the run itself is scored, caches, n-grams and
-other runs are further members, and anything that must be chosen is chosen on valid, by the same scoring.
+Everything is a member of a mixture: a member gives the nats of each token, on its own. So temperature, dynamic
+evaluation and MC dropout change how the run itself is scored; caches, n-grams and other runs are further members.
+``choosing`` averages them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig, DatasetConfig
@@ -26,16 +24,15 @@ from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError
 from lmkit.evaluation.baselines import kn5_nats, unigram_nats
-from lmkit.evaluation.caches import NeuralCache, filled, theta_grid, unigram_cache
+from lmkit.evaluation.caches import NeuralCache, unigram_cache
 from lmkit.evaluation.dynamic import Steps, adapting, score_dynamic, steps_for
-from lmkit.evaluation.mixture import averaged, best_weights, mixed
-from lmkit.evaluation.plan import Indices, Reach, Windows
+from lmkit.evaluation.mixture import averaged
+from lmkit.evaluation.plan import Reach, Windows
 from lmkit.evaluation.protocols import Material, Protocol, Source, build_protocol
 from lmkit.evaluation.scoring import Scorer, TokenScores, own_scores, score
-from lmkit.evaluation.temperature import TemperatureSearch, tempered
+from lmkit.evaluation.temperature import tempered
 from lmkit.ids import check_text
 from lmkit.loading import LoadedRun, load_run
-from lmkit.models.base import Scores
 from lmkit.rng import derive_key
 
 Nats = NDArray[np.float32]
@@ -56,39 +53,12 @@ class Passage:
     """valid, test or train."""
 
 
-@dataclass
-class Choice:
-    """What was chosen, and how."""
-
-    temperature: float = 1.0
-    theta: float | None = None
-    weights: list[float] = field(default_factory=list)
-    on_valid: list[str] = field(default_factory=list)
-    """Names of what was fitted on valid."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A scored text."""
-
-    scores: TokenScores
-    """Of the whole mixture."""
-    windows: Windows
-    members: list[str]
-    """Names of the members, the run's own first."""
-    choice: Choice
-    has_accuracy: bool
-    """Whether scores.correct_N means anything: a mixture's most probable token is not computed."""
-    member_nats: list[float]
-    """Total nats of each member alone; infinite for a cache."""
-
-
 Own = tuple[TokenScores, dict[float | None, Nats | None]]
 """The run's scores, and theta -> nats under the cache alone; theta is None where there is none."""
 
 
 class Evaluator:
-    """Scores splits of a prepared corpus with a run as the configuration says."""
+    """Scores splits of a prepared corpus with a run, and with the other members, as the configuration says."""
 
     def __init__(self, cfg: EvalPplConfig, loaded: LoadedRun, device: Device, console: Console) -> None:
         self.cfg, self.loaded, self.device, self.console = cfg, loaded, device, console
@@ -132,121 +102,12 @@ class Evaluator:
             return COUNTING_SEQ_LEN
         return reach.context or self.cfg.seq_len
 
-    def evaluate(self, split_name: str) -> Outcome:
-        """Choose on valid what must be chosen, then score the split."""
-        names = self.member_names()
-        choice = self._choose(names, split_name)
-        passage = self.passage(split_name)
-        nats, own = self._members(passage, choice)
-        total_N = nats[0] if len(nats) == 1 else mixed(nats, choice.weights)
-        scores = TokenScores(total_N, own.correct_N)
-        has_accuracy = len(nats) == 1 and not self.cfg.mc_samples and not self.cfg.ensemble
-        totals = [float(np.nansum(member, dtype=np.float64)) for member in nats]
-        return Outcome(scores, self.windows(passage), names, choice, has_accuracy, totals)
-
-    def member_names(self) -> list[str]:
-        """The run (or ensemble), the cache, and what it is interpolated with. Raises ConfigError for bad weights."""
-        names = ["ensemble" if self.cfg.ensemble else "run"]
-        if self.cfg.cache is not None:
-            names.append("neural cache" if isinstance(self.cfg.cache, NeuralCacheConfig) else "unigram cache")
-        names += self.cfg.mix
-        given = self.cfg.weights.split(",")
-        if self.cfg.weights not in ("valid", "equal") and len(given) != len(names):
-            raise ConfigError(f"weights={self.cfg.weights} are {len(given)}, for {', '.join(names)}", "give one each")
-        return names
-
-    def kind(self) -> str:
-        """What was done beyond static scoring, in the words of the published results; ``static`` if nothing."""
-        cfg = self.cfg
-        parts = {
-            "temperature": cfg.temperature == "valid" or float(cfg.temperature) != 1.0,
-            "mc-dropout": cfg.mc_samples > 0,
-            "cache": cfg.cache is not None,
-            "dynamic": cfg.dynamic is not None,
-            "ensemble": bool(cfg.ensemble),
-            "mixture": bool(cfg.mix),
-        }
-        return " + ".join(name for name, used in parts.items() if used) or "static"
-
     def _reach(self, run: LoadedRun, context: int | None, stride: int | None) -> Reach:
         return self.protocol.reach(
             context, stride, run.context, run.model.context, carries_state=run.model_config.carries_state
         )
 
-    # What is chosen on valid
-
-    def _choose(self, names: list[str], split_name: str) -> Choice:
-        cfg, choice = self.cfg, Choice()
-        wants_theta = isinstance(cfg.cache, NeuralCacheConfig) and cfg.cache.theta is None
-        fits_weights = len(names) > 1 and cfg.weights == "valid"
-        if cfg.temperature == "valid":
-            choice.temperature = self._best_temperature()
-            choice.on_valid.append("temperature")
-        else:
-            choice.temperature = float(cfg.temperature)
-        if isinstance(cfg.cache, NeuralCacheConfig):
-            choice.theta = cfg.cache.theta
-        if wants_theta:
-            choice.on_valid.append("theta")
-        if fits_weights:
-            choice.on_valid.append("weights")
-        if not fits_weights:
-            equal = [1 / len(names)] * len(names)
-            choice.weights = equal if cfg.weights in ("valid", "equal") else list(map(float, cfg.weights.split(",")))
-        if wants_theta or fits_weights:
-            self._fit(choice, fits_weights)
-        return choice
-
-    def _fit(self, choice: Choice, fits_weights: bool) -> None:
-        """Theta and weights: of each theta the best weights (or those of the choice), of these the best."""
-        passage = self.passage("valid")
-        own, caches = self._own(passage, choice.temperature, self._thetas(choice, passage))
-        others = self._other_members(passage)
-        base = [self._with_ensemble(passage, own.nats_N)]
-        fits: list[tuple[float, float | None, list[float]]] = []
-        for theta, cache in caches.items():
-            members = base + ([filled(cache, base[0])] if cache is not None else []) + others
-            weights = best_weights(members) if fits_weights else choice.weights
-            fits.append((float(np.nansum(mixed(members, weights), dtype=np.float64)), theta, weights))
-        _, choice.theta, choice.weights = min(fits, key=lambda fit: fit[0])
-
-    def _best_temperature(self) -> float:
-        passage = self.passage("valid")
-        search = TemperatureSearch(self.loaded.model)
-        self._score(passage, self.windows(passage), search.scorer, "finding the temperature on valid")
-        return search.best()
-
-    def _thetas(self, choice: Choice, passage: Passage) -> list[float] | None:
-        """Values of theta to try: that given, a grid, or None without a neural cache."""
-        if not isinstance(self.cfg.cache, NeuralCacheConfig):
-            return None
-        return [choice.theta] if choice.theta is not None else theta_grid(self._hidden(passage))
-
-    def _hidden(self, passage: Passage) -> Tensor:
-        """Hidden vectors of the first window, at most 256 of them."""
-        windows = self.windows(passage).take(np.arange(1))
-        windows = Windows(
-            windows.begins_W, windows.begins_W, np.minimum(windows.ends_W, windows.begins_W + 256), windows.prefix_W
-        )
-        found: list[Tensor] = []
-
-        def scorer(hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
-            found.append(hidden_ND)
-            return own_scores(self.loaded.model)(hidden_ND, targets_N, positions_N)
-
-        self._score(passage, windows, scorer, "", batch_size=1)
-        return torch.cat(found)
-
-    # Members
-
-    def _members(self, passage: Passage, choice: Choice) -> tuple[list[Nats], TokenScores]:
-        own, caches = self._own(passage, choice.temperature, None if choice.theta is None else [choice.theta])
-        members, cache = [self._with_ensemble(passage, own.nats_N)], caches[choice.theta]
-        if cache is not None:
-            members.append(filled(cache, members[0]))
-        return members + self._other_members(passage), own
-
-    def _own(self, passage: Passage, temperature: float, thetas: list[float] | None) -> Own:
+    def own(self, passage: Passage, temperature: float, thetas: list[float] | None) -> Own:
         """The run's own scores; those of a split that has been scored to choose on are not computed again."""
         key = passage.name, temperature
         wanted: list[float | None] = [None] if thetas is None else [*thetas]
@@ -268,7 +129,7 @@ class Evaluator:
         elif cfg.mc_samples:
             own = self._mc_dropout(passage, windows, scorer)
         else:
-            own = self._score(passage, windows, scorer, "", batch_size=batch_size)
+            own = self.one_pass(passage, windows, scorer, batch_size=batch_size)
         if cache is not None:
             return own, dict(zip(cache.thetas, cache.nats_KN, strict=True))
         if isinstance(cfg.cache, UnigramCacheConfig):
@@ -285,7 +146,7 @@ class Evaluator:
             for sample in range(self.cfg.mc_samples):
                 torch.manual_seed(derive_key(self.cfg.seed, "mc-dropout", str(sample)))
                 label = f"pass {sample + 1} of {self.cfg.mc_samples}"
-                passes.append(self._score(passage, windows, scorer, label, dropout=True))
+                passes.append(self.one_pass(passage, windows, scorer, label, dropout=True))
                 if sample == 1 and np.array_equal(passes[0].nats_N, passes[1].nats_N, equal_nan=True):
                     raise ConfigError(
                         f"mc_samples={self.cfg.mc_samples}: {self.loaded.path} has no dropout, all passes are the same",
@@ -328,16 +189,17 @@ class Evaluator:
                 progress=lambda done: bar.update(done),
             )
 
-    def _score(
+    def one_pass(
         self,
         passage: Passage,
         windows: Windows,
-        scorer: Scorer | None,
-        label: str,
+        scorer: Scorer,
+        label: str = "",
         *,
         batch_size: int | None = None,
         dropout: bool = False,
     ) -> TokenScores:
+        """What ``scorer`` makes of one static pass of the run over ``windows`` of a split."""
         label = label or f"scoring {self.prepared.name} {passage.name}"
         with self.console.progress(windows.num_scored, label) as bar:
             return score(
@@ -352,13 +214,14 @@ class Evaluator:
                 progress=lambda done: bar.update(done),
             )
 
-    def _with_ensemble(self, passage: Passage, own_nats_N: Nats) -> Nats:
+    def ensemble_nats(self, passage: Passage, own_nats_N: Nats) -> Nats:
         """The average of the run's probabilities with those of the runs in ``ensemble``."""
         if not self.cfg.ensemble:
             return own_nats_N
         return averaged([own_nats_N, *(self.run_nats(name, passage) for name in self.cfg.ensemble)])
 
-    def _other_members(self, passage: Passage) -> list[Nats]:
+    def mix_nats(self, passage: Passage) -> list[Nats]:
+        """Nats of each model in ``mix``."""
         return [
             self.counted_nats(name, passage) if name in COUNTED else self.run_nats(name, passage)
             for name in self.cfg.mix
@@ -426,13 +289,3 @@ class Evaluator:
                 device=self.device,
                 progress=lambda done: bar.update(done),
             )
-
-
-def as_json(choice: Choice, members: list[str]) -> dict[str, Any]:
-    """What was chosen, as JSON data."""
-    return {
-        "temperature": choice.temperature,
-        "theta": choice.theta,
-        "weights": dict(zip(members, choice.weights, strict=True)) if len(members) > 1 else None,
-        "fitted_on_valid": choice.on_valid,
-    }
