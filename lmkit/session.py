@@ -18,6 +18,7 @@ from lmkit.device import give_back_freed_memory
 from lmkit.due import ANOTHER, Due
 from lmkit.errors import DivergedError, StoppedError, is_out_of_memory, undetermined
 from lmkit.horizon import Budget, Horizon, last_step, steps_between_evals
+from lmkit.judging import Interrupted, judge
 from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
@@ -30,10 +31,6 @@ from lmkit.window import Window
 
 OFFER_EVERY_S = 600.0
 """Where save.every_steps is null: a state is offered to be saved after an evaluation, and after so long without one."""
-
-
-class _Interrupted(Exception):
-    """Validation was broken off because the run is to stop."""
 
 
 @dataclass
@@ -279,7 +276,7 @@ class Session:
         """Validate; False if the run is to stop instead. What was done so far is then done again after resuming."""
         try:
             self._validate()
-        except _Interrupted:
+        except Interrupted:
             return False
         self.state.eval_pending = False
         return True
@@ -291,17 +288,8 @@ class Session:
         return self._last or self._validate()
 
     def _validate(self) -> Validation:
-        """Judge the model and record it. Raises _Interrupted if the run is to stop."""
-        found = sample = None
-        start = time.monotonic()
-        with contextlib.suppress(_Interrupted), self.judged():
-            if self.world.is_first:
-                found, sample = self._judge()
-        loss, took_s = math.nan if found is None else found.loss, time.monotonic() - start
-        (judged, loss, took_s), _ = self.world.agree([found is not None, loss, took_s])
-        if not judged:
-            raise _Interrupted
-        found = found or Validation(loss, {}, "", {})
+        """Judge the model and record it. Raises Interrupted if the run is to stop."""
+        found, sample, took_s = judge(self.trainer, self.stop, self.run, sample_tokens=self.eval.sample_tokens)
         state = self.state
         state.eval_s += took_s
         state.elapsed_s += took_s
@@ -318,39 +306,6 @@ class Session:
         self._window.started += took_s
         self._last = found
         return found
-
-    def _judge(self) -> tuple[Validation, str | None]:
-        """The validation of the model, and what it writes where that is asked for."""
-        try:
-            found = self.task.validate(
-                device=self.trainer.device,
-                micro_batch_size=self.trainer.micro_batch_size,
-                progress=self._interrupt,
-            )
-            if not math.isfinite(found.loss):
-                raise DivergedError(
-                    f"the validation loss after step {self.state.step} is {found.loss}; no checkpoint was touched",
-                    "lower optimizer.lr, or clip with optimizer.clip_norm",
-                )
-        except DivergedError:
-            self.run.journal("nonfinite", {"step": self.state.step, "policy": NonFinite.stop.name})
-            raise
-        if not self.eval.sample_tokens:
-            return found, None
-        return found, self.task.sample(self.eval.sample_tokens, device=self.trainer.device)
-
-    def _interrupt(self, _num_tokens: int) -> None:
-        if self.stop.deferring and self.stop.requested is not None:
-            raise _Interrupted
-
-    @contextlib.contextmanager
-    def judged(self) -> Iterator[None]:
-        """Context in which the model has the weights to use, averaged if there is an average, and all of them, so that
-        the first process can run it alone; entered in all processes at once."""
-        trainer = self.trainer
-        average = contextlib.nullcontext() if trainer.average is None else trainer.average.applied(trainer.model)
-        with average, unsharded(trainer.model):
-            yield
 
     def _is_best(self) -> bool:
         """Whether the last validation was of this step, and none was better."""

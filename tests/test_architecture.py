@@ -35,7 +35,7 @@ LAYERS = [
     },
     {
         *("train", "evaluation", "generate", "loading", "session", "due", "window", "horizon", "memory", "planning"),
-        "tasks",
+        *("tasks", "judging"),
     },
     {"commands", "lm_eval"},
     {

@@ -38,6 +38,7 @@ from lmkit.distributed import SINGLE, World
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import perplexity
+from lmkit.judging import judged
 from lmkit.loggers import attach_logger
 from lmkit.models.base import LanguageModel
 from lmkit.optim import build_optimizer
@@ -279,7 +280,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     try:
         if job.world.is_first:
             plot_run(job.run.path, job.console.warn, job.task.unit)
-        with session.judged():
+        with judged(trainer):
             if forgetting is not None:
                 validation = forgetting.added_to(validation)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkit import horizon, products, session
+from lmkit import horizon, judging, products, session
 from lmkit.commands import finetune, pretrain, training
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
@@ -36,6 +36,7 @@ from lmkit.store import checkpoint_writer, saving, storage
 from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
+from lmkit.tasks import Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
 
@@ -639,16 +640,25 @@ def test_row_53_a_stop_during_validation_saves_at_once_and_validates_after_the_r
     )
     pretrain.run(whole)
     with monkeypatch.context() as patch:
-        original = Session._interrupt
+        judge_alone = judging._judge_alone
         seen: list[int] = []
 
-        def interrupt(self: Session, num_tokens: int) -> None:
-            if self.state.step == 6:
-                seen.append(num_tokens)
-                signal.raise_signal(signal.SIGTERM)
-            original(self, num_tokens)
+        def interrupted(trainer: Trainer, *others: Any) -> Any:
+            validate = trainer.task.validate
 
-        patch.setattr(Session, "_interrupt", interrupt)
+            def asked(*, progress: Callable[[int], None], **keys: Any) -> Validation:
+                def ask(num_tokens: int) -> None:
+                    seen.append(num_tokens)
+                    signal.raise_signal(signal.SIGTERM)
+                    progress(num_tokens)
+
+                return validate(progress=ask, **keys)
+
+            if trainer.state.step == 6:
+                patch.setattr(trainer.task, "validate", asked)
+            return judge_alone(trainer, *others)
+
+        patch.setattr(judging, "_judge_alone", interrupted)
         with pytest.raises(StoppedError, match="stopped by SIGTERM after step 6"):
             pretrain.run(pieces)
     assert len(seen) == 1

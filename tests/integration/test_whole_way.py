@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit import cli, session
+from lmkit import cli, judging, session
 from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
@@ -173,7 +173,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of a training run."""
     clock = Clock()
-    for module in (session, place):
+    for module in (session, judging, place):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -259,15 +259,15 @@ def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_th
     config: MakeConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock.tick_s = 5.0
-    judge = session.Session._judge
+    judge_alone = judging._judge_alone
     took_s = [200.0]
 
-    def slower(self: session.Session) -> Any:
+    def slower(*args: Any) -> Any:
         clock.now_s += took_s[-1]
         took_s.append(took_s[-1] * 1.2)
-        return judge(self)
+        return judge_alone(*args)
 
-    monkeypatch.setattr(session.Session, "_judge", slower)
+    monkeypatch.setattr(judging, "_judge_alone", slower)
     result = pretrain.run(replace(config(max_steps=None, budget="3500s"), eval=EvalConfig()))
     assert len(took_s) == 3
     assert 3400 < result["elapsed_s"] <= 3500
