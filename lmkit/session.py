@@ -17,15 +17,14 @@ from lmkit.data.batches import Ahead
 from lmkit.device import give_back_freed_memory
 from lmkit.due import ANOTHER, Due
 from lmkit.errors import DivergedError, StoppedError, is_out_of_memory, undetermined
-from lmkit.horizon import Budget, Horizon, last_step, steps_between_evals
 from lmkit.judging import Interrupted, judge
-from lmkit.sharding import unsharded
 from lmkit.signals import StopRequests
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
 from lmkit.store.runs import Run
 from lmkit.store.saving import NoSaves, Saves
 from lmkit.tasks import Task, Validation
+from lmkit.timing import Timing
 from lmkit.train import StepReport, Trainer, TrainState, fit, restore_trainer, trainer_tensors
 from lmkit.window import Window
 
@@ -39,11 +38,11 @@ class Session:
 
     Of several processes that train together the first one watches the clock, validates, saves and says what happens;
     the others do as it decides, at the same step.
-    ``started`` is the time.monotonic() at which the command began; a time budget counts from there.
     """
 
     run: Run
     trainer: Trainer
+    timing: Timing
     stored_config: dict[str, Any]
     train: TrainConfig
     log: LogConfig
@@ -53,40 +52,21 @@ class Session:
     stop: StopRequests
     command: Sequence[str]
     """The command line, for the advice on how to go on."""
-    started: float
-    longer: bool = False
-    """Whether the run goes on with another length than it had, so that its end may not be the end any more."""
-    reserve_s: float = 0.0
-    """What a time budget keeps back for the end, beside what validation and saving take."""
     _window: Window = field(default_factory=Window)
-    _last_step_s: float = 0.0
     _last: Validation | None = None
     _last_save_s: float = field(default_factory=time.monotonic)
     """When a state was last saved or offered."""
 
     def __post_init__(self) -> None:
-        self.state = self.trainer.state
         self.task: Task = self.trainer.task
         self.world = self.trainer.world
-        self.elapsed_before_s, self._first_step = self.state.elapsed_s, self.state.step
         self.batches = Ahead(self.task.batches, self.train.workers)
-        self.max_steps, budget_s = last_step(self.train, self.batches.steps_per_epoch), self.train.budget_s
-        self.budget = None
-        if budget_s is not None:
-            changes_at = {*self.task.pace_changes_at, *self.trainer.frozen_until.values()}
-            self.budget = Budget(budget_s, self.max_steps, reserve_s=self.reserve_s, changes_at=sorted(changes_at))
-            self.budget.step_s = self.state.step_s
-        self._set_horizon()
+        self._first_step = self.state.step
 
-    def _set_horizon(self) -> None:
-        """A run by the clock keeps the horizon of its state, unless that was at its end and the run has got longer;
-        another one ends with its last step."""
-        if self.budget is None:
-            self.state.horizon = Horizon(1.0 / (self.max_steps or 1))
-        elif self.state.step == 0:
-            self.state.horizon = Horizon(1e-9)
-        elif self.longer and self.state.horizon.progress(self.state.step) >= 1.0:
-            self.state.horizon = self.budget.prolonged(self.state.step, self.state.elapsed_s)
+    @property
+    def state(self) -> TrainState:
+        """The trainer's; a rollback puts another one in its place."""
+        return self.trainer.state
 
     def execute(self) -> Validation:
         """Train to the end, saving on the way; returns the last validation.
@@ -95,24 +75,20 @@ class Session:
         checkpoint untouched; ResourceError if memory ran out or the last state could not be saved.
         """
         give_back_freed_memory()
-        if self.budget is not None:
-            with unsharded(self.trainer.model):
-                self.budget.eval_s = self.task.validation_s(
-                    device=self.trainer.device, micro_batch_size=self.trainer.micro_batch_size
-                )
+        self.timing.measure_validation()
         with self._saves() as saves, self._bar() as bar, self.batches, self._saved_without_memory(saves, bar):
             self.stop.deferring = True
             if self.train.nonfinite is NonFinite.rollback and not list_checkpoints(self.run.path):
                 saves.save(self._snapshot())  # so that there is a place to go back to
-            due_now = self._has_no_time_left() or self.state.eval_pending
+            due_now = self.timing.has_run_out() or self.state.eval_pending
             over = due_now and self._finish_step(self._due(saves), saves, bar)
             if over or self._out_of_patience():
                 return self._last_validation()
             self._window.started = time.monotonic()
-            self._count_time(self._window.started)  # what has come before is no part of the first step
+            self.timing.count(self._window.started)  # what has come before is no part of the first step
             for report in fit(self.trainer, self.batches):
                 self._window.reports.append(report)
-                self._follow_clock()
+                self.timing.follow()
                 saves.poll()
                 due = self._due(saves)
                 if (due.anything or not self.trainer.reads_late) and not self._all_good(saves, bar):
@@ -155,15 +131,15 @@ class Session:
     def _due(self, saves: Saves) -> Due:
         step = self.state.step
         done = self.state.horizon.progress(step) >= 1.0
-        evaluate = done or self.state.eval_pending or self._eval_due(step)
+        evaluate = done or self.state.eval_pending or self.timing.eval_due(self.eval.every_steps)
         wanted = self.save.every_steps
         offer = wanted is None and (evaluate or time.monotonic() - self._last_save_s >= OFFER_EVERY_S)
         every = self.save.keep_every if wanted is None else wanted
         save = saves.retry_due or (every is not None and step % every == 0)
         two_saves_s = 2 * saves.last_s  # one in flight or waiting, and the last one
-        self.stop.notice_s = self._last_step_s + two_saves_s
-        if self.budget is not None:
-            self.budget.save_s = two_saves_s
+        self.stop.notice_s = self.timing.last_step_s + two_saves_s
+        if self.timing.budget is not None:
+            self.timing.budget.save_s = two_saves_s
         log, asked = done or step % self.log.every_steps == 0, self.stop.take_save_request()
         due = Due(done, log, evaluate, save, offer, self.stop.requested, asked)
         due, self.state.horizon = due.agreed(self.world, self.state.horizon)
@@ -175,49 +151,14 @@ class Session:
         _, (anywhere,) = self.world.agree([], [requested is not None])
         return (requested or ANOTHER) if anywhere else None
 
-    def _follow_clock(self) -> None:
-        """Count the time of the step and, under a time budget, fit the horizon to the time that is left."""
-        now, state = time.monotonic(), self.state
-        self._last_step_s = self._count_time(now)
-        if self.budget is not None:
-            state.horizon = self.budget.refit(state.horizon, state.step, state.elapsed_s, now)
-            state.step_s = self.budget.step_s
-
-    def _has_no_time_left(self) -> bool:
-        """Whether a run that goes on has no time for another step; it is at its end then."""
-        state = self.state
-        if self.budget is None or state.step == 0 or state.horizon.progress(state.step) >= 1.0:
-            return False
-        self._count_time(time.monotonic())
-        (over,), _ = self.world.agree([self.budget.is_over(state.elapsed_s)])
-        if over:
-            state.horizon = Horizon(0.0, state.step, 1.0)
-        return bool(over)
-
     def _say_if_too_short(self) -> None:
         """Tell people of a time budget that was over before the learning rate could be fitted to it."""
-        step, budget = self.state.step, self.budget
-        if budget is None or self.state.horizon.progress(step) < 1.0 or not budget.was_too_short(step):
+        if not self.timing.was_too_short():
             return
-        steps = "1 step" if step == 1 else f"{step} steps"
+        steps = "1 step" if self.state.step == 1 else f"{self.state.step} steps"
         self.console.warn(
             f"train.budget={self.train.budget} was over after {steps}, too soon to fit the learning rate to it (the run"
             f" has taken {format_duration(self.state.elapsed_s)} so far): give it more time"
-        )
-
-    def _count_time(self, now: float) -> float:
-        """Bring the time of the run up to ``now`` (time.monotonic()); returns the seconds that were not counted yet."""
-        before, self.state.elapsed_s = self.state.elapsed_s, self.elapsed_before_s + now - self.started
-        return self.state.elapsed_s - before
-
-    def _eval_due(self, step: int) -> bool:
-        if self.eval.every_steps is not None:
-            return step % self.eval.every_steps == 0
-        if self.budget is None:
-            return step % steps_between_evals(self.train, self.max_steps, self.batches.steps_per_epoch) == 0
-        state = self.state
-        return self.budget.allows_eval(
-            state.horizon.progress(step), len(state.valid_losses), state.eval_s, state.elapsed_s
         )
 
     def _out_of_patience(self) -> bool:
@@ -231,9 +172,9 @@ class Session:
     # What
 
     def _bar(self) -> Progress:
-        if self.budget is None:
-            return self.console.progress(self.max_steps, "training")
-        return self.console.progress(round(self.budget.seconds), "training (s)")
+        if self.timing.budget is None:
+            return self.console.progress(self.timing.max_steps, "training")
+        return self.console.progress(round(self.timing.budget.seconds), "training (s)")
 
     def _saves(self) -> Saves:
         if not self.world.is_first:
@@ -266,10 +207,10 @@ class Session:
         if state.valid_losses:
             name, value = self.task.shown(state.valid_losses[-1])
             fields[f"valid {name}"] = value
-        if self.budget is None:
+        if self.timing.budget is None:
             bar.update(state.step, **fields)
         else:
-            left_s = max(0.0, self.budget.seconds - state.elapsed_s)
+            left_s = max(0.0, self.timing.budget.seconds - state.elapsed_s)
             bar.update(round(state.elapsed_s), **fields, eta=format_duration(left_s))
 
     def _evaluate(self) -> bool:
@@ -291,10 +232,7 @@ class Session:
         """Judge the model and record it. Raises Interrupted if the run is to stop."""
         found, sample, took_s = judge(self.trainer, self.stop, self.run, sample_tokens=self.eval.sample_tokens)
         state = self.state
-        state.eval_s += took_s
-        state.elapsed_s += took_s
-        if self.budget is not None:
-            self.budget.eval_s = took_s
+        self.timing.count_validation(took_s)
         if state.valid_steps[-1:] != [state.step]:
             state.valid_losses.append(found.loss)
             state.valid_steps.append(state.step)
@@ -388,17 +326,14 @@ class Session:
         if found is None:
             raise DivergedError("there is no checkpoint to go back to", "set train.nonfinite=skip")
         skipped, eval_s = self.state.skipped_steps, self.state.eval_s
-        self.state = self.trainer.state = TrainState.from_json(state_of(found[1]))
+        self.trainer.state = TrainState.from_json(state_of(found[1]))
         self.state.skipped_steps, self.state.eval_s = sorted({*self.state.skipped_steps, *skipped}), eval_s
-        self._set_horizon()
         restore_trainer(self.trainer, found[1].model, found[1].optimizer)
         self.run.cut_metrics(self.state.step)
         self.run.journal("rollback", {"step": self.state.step, "skipped": self.state.skipped_steps})
         self._window.clear()
         saves.step = None
-        if self.budget is not None:
-            self.budget.restart()
-        self._count_time(time.monotonic())  # since that checkpoint more than a step has passed
+        self.timing.restart()
 
     @contextlib.contextmanager
     def _saved_without_memory(self, saves: Saves, bar: Progress) -> Iterator[None]:

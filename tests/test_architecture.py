@@ -34,8 +34,8 @@ LAYERS = [
         *("console", "plots", "device", "distributed", "signals", "reporting", "loggers"),
     },
     {
-        *("train", "evaluation", "generate", "loading", "session", "due", "window", "horizon", "memory", "planning"),
-        *("tasks", "judging"),
+        *("train", "tasks", "session", "due", "window", "horizon", "timing", "judging"),
+        *("evaluation", "generate", "loading", "memory", "planning"),
     },
     {"commands", "lm_eval"},
     {

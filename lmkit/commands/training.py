@@ -53,6 +53,7 @@ from lmkit.store.listing import refuse_links
 from lmkit.store.runs import Run, SharedRun
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
+from lmkit.timing import Timing
 from lmkit.train import Trainer, TrainState, pays_to_read_late, restore_trainer
 from lmkit.tuning import lr_factors, unfreezing
 
@@ -251,9 +252,12 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         attach_logger(cfg.logger, job.run, job.stored_config, job.console.warn)
     if snapshot is not None:
         job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
+    reserve_s = 0.0 if forgetting is None else forgetting.seconds
+    timing = Timing(trainer, cfg.train, job.started, longer=longer, reserve_s=reserve_s)
     session = Session(
         run=job.run,
         trainer=trainer,
+        timing=timing,
         stored_config=job.stored_config,
         train=cfg.train,
         log=cfg.log,
@@ -262,11 +266,8 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         console=job.console,
         stop=job.stop,
         command=command_line(job.world),
-        started=job.started,
-        longer=longer,
-        reserve_s=0.0 if forgetting is None else forgetting.seconds,
     )
-    _say_plan(job, session)
+    _say_plan(job, timing)
     validation = session.execute()
     job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
     job.stop.deferring = False
@@ -288,7 +289,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         raise
     numbers = {
         "step": state.step,
-        "epochs": state.step / session.batches.steps_per_epoch,
+        "epochs": state.step / timing.steps_per_epoch,
         f"trained_{job.task.unit}s": state.num_targets,
         "elapsed_s": state.elapsed_s,
         "best_valid_loss": min(state.valid_losses),
@@ -296,11 +297,11 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     return _finish(job, validation, numbers)
 
 
-def _say_plan(job: Job, session: Session) -> None:
-    steps = f"{session.max_steps} steps" if session.max_steps is not None else f"{job.cfg.train.budget}"
+def _say_plan(job: Job, timing: Timing) -> None:
+    steps = f"{timing.max_steps} steps" if timing.max_steps is not None else f"{job.cfg.train.budget}"
     job.console.say(
         f"model: {format_count(job.num_parameters)} parameters; train: {format_count(job.task.num_targets)}"
-        f" {job.task.unit}s, {session.batches.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
+        f" {job.task.unit}s, {timing.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
     )
 
 

@@ -28,6 +28,7 @@ from lmkit.session import Session
 from lmkit.store import storage
 from lmkit.store.found import read_info
 from lmkit.store.manifest import step_directory
+from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 STEP = 8
@@ -150,14 +151,14 @@ def at_the_rename(action: Callable[[], None]) -> None:
 def die_at_the_rename() -> None:
     """End right before the checkpoint of STEP is committed; training, which might come to its end before, waits."""
     at_the_rename(die)
-    follow = Session._follow_clock
+    follow = Timing.follow
 
-    def instead(self: Session) -> None:
+    def instead(self: Timing) -> None:
         if self.state.step == STEP + 1:
             time.sleep(300)
         follow(self)
 
-    Session._follow_clock = instead  # type: ignore[method-assign]
+    Timing.follow = instead  # type: ignore[method-assign]
 
 
 def wait_for(path: Path) -> None:
@@ -169,15 +170,15 @@ def wait_for(path: Path) -> None:
 
 def end_after(path: Path) -> None:
     """End a step later, and say so before."""
-    follow = Session._follow_clock
+    follow = Timing.follow
 
-    def instead(self: Session) -> None:
+    def instead(self: Timing) -> None:
         if self.state.step == STEP + 1:
             path.touch()
             die()
         follow(self)
 
-    Session._follow_clock = instead  # type: ignore[method-assign]
+    Timing.follow = instead  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")

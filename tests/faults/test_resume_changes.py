@@ -25,11 +25,11 @@ from lmkit.console import Console
 from lmkit.data.batches import Lanes
 from lmkit.data.prepared import cache_dir, open_prepared
 from lmkit.errors import DataError
-from lmkit.session import Session
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.store.manifest import step_of
 from lmkit.tasks.language import LanguageModelling
+from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 DEVICE = ["device=cpu", "device.threads=1"]
@@ -522,15 +522,15 @@ def test_row_79_a_stop_in_the_middle_of_accumulation_saves_whole_steps_only(
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send SIGTERM when a step is done."""
-    follow = Session._follow_clock
+    follow = Timing.follow
 
-    def followed(self: Session, *args: Any) -> Any:
+    def followed(self: Timing, *args: Any) -> Any:
         result = follow(self, *args)
         if self.state.step == step:
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(Session, "_follow_clock", followed)
+    monkeypatch.setattr(Timing, "follow", followed)
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,11 @@ from lmkit.config.training import (
 from lmkit.device import resolve_device
 from lmkit.distributed import SINGLE, World, find_world
 from lmkit.errors import CheckpointError, ConfigError, StoppedError
-from lmkit.session import Session
 from lmkit.sharding import is_sharded
 from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
+from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)
@@ -137,16 +137,14 @@ def poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
     return run_micro_batch
 
 
-def stopping(name: str) -> Callable[[Session], None]:
-    """``Session._follow_clock`` that asks a run of this name to stop after STOP_STEP."""
-    original = Session._follow_clock
+follow = Timing.follow
 
-    def follow(self: Session) -> None:
-        original(self)
-        if self.run.path.name == name and self.state.step == STOP_STEP:
-            signal.raise_signal(signal.SIGTERM)
 
-    return follow
+def follow_and_stop(self: Timing) -> None:
+    """``Timing.follow`` that asks the run to stop after STOP_STEP."""
+    follow(self)
+    if self.state.step == STOP_STEP:
+        signal.raise_signal(signal.SIGTERM)
 
 
 # What each process does
@@ -162,13 +160,13 @@ def work(parallel: str, root: Path, corpus: Path, names: list[str]) -> None:
         trainers.append(original_build(*args))  # type: ignore[arg-type]
         return trainers[-1]
 
-    if rank == int(os.environ["WORLD_SIZE"]) - 1:
-        Session._follow_clock = stopping("stopped")  # type: ignore[method-assign]
     training.build_trainer = build  # type: ignore[assignment]
     Trainer.run_micro_batch = poisoned(Trainer.run_micro_batch)  # type: ignore[method-assign]
     for name in names:
         config = replace(CASES[name](root, corpus), parallel=SCHEMAS["parallel"][parallel](timeout_s=250.0))
         config.resume = name == "begun"
+        stops = name == "stopped" and rank == int(os.environ["WORLD_SIZE"]) - 1
+        Timing.follow = follow_and_stop if stops else follow  # type: ignore[method-assign]
         training.pays_to_read_late = lambda device, name=name: name == "left_out"  # type: ignore[misc,assignment]
         try:
             pretrain.run(config)
@@ -226,7 +224,7 @@ def check_cases(
     several.mkdir()
     if "begun" in names:
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "_follow_clock", stopping("begun"))
+            patch.setattr(Timing, "follow", follow_and_stop)
             with pytest.raises(StoppedError):
                 pretrain.run(CASES["begun"](several, corpus))
     words = torchrun(processes, __file__, parallel, str(several), str(corpus), *names)

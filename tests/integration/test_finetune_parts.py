@@ -34,11 +34,11 @@ from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunC
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError, StoppedError
-from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks import Task
 from lmkit.tasks.language import LanguageModelling
+from lmkit.timing import Timing
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {
@@ -143,15 +143,15 @@ def test_a_recurrent_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
 
 def _resumes(base: Path, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:
     whole = finetune.run(tuning(base, data, folder / "whole", **keys))
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == 5:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_follow_clock", follow)
+        patch.setattr(Timing, "follow", follow)
         with pytest.raises(StoppedError):
             finetune.run(tuning(base, data, folder / "pieces", **keys))
     pieces = finetune.run(replace(tuning(base, data, folder / "pieces", **keys), resume=True))
@@ -487,14 +487,14 @@ def test_the_time_of_the_scoring_after_a_finetuning_is_kept_back_once(
         measure(self, task)
         self.seconds = 1000.0
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         assert self.budget is not None
         kept.append(self.budget.reserve_s)
         original(self)
 
-    original = Session._follow_clock
+    original = Timing.follow
     monkeypatch.setattr(Forgetting, "measure_before", measured)
-    monkeypatch.setattr(Session, "_follow_clock", follow)
+    monkeypatch.setattr(Timing, "follow", follow)
     train = {"max_steps": 2, "budget": "2h"}
     done = finetune.run(tuning(bases["transformer"], numbers, tmp_path / "run", train=train))
     longer = tuning(bases["transformer"], numbers, tmp_path / "run", train={**train, "max_steps": 4}, resume=True)

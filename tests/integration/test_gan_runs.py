@@ -30,11 +30,11 @@ from lmkit.errors import StoppedError
 from lmkit.loading import load_run
 from lmkit.models.gan import Relgan
 from lmkit.planning import plan
-from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.manifest import step_directory
 from lmkit.tasks import gan as gan_task
 from lmkit.tasks.gan import draw_sentences
+from lmkit.timing import Timing
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -91,17 +91,17 @@ def test_a_run_stopped_in_either_part_and_resumed_ends_with_the_same_bits(
 ) -> None:
     whole = gan(run="whole", micro_batch_size=8)
     pretrain.run(whole)
-    original = Session._follow_clock
+    original = Timing.follow
     for stop_at in (4, 9):
         cut = gan(run=f"cut{stop_at}", micro_batch_size=8)
 
-        def follow(self: Session, stop_at: int = stop_at) -> None:
+        def follow(self: Timing, stop_at: int = stop_at) -> None:
             original(self)
             if self.state.step == stop_at:
                 signal.raise_signal(signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "_follow_clock", follow)
+            patch.setattr(Timing, "follow", follow)
             with pytest.raises(StoppedError):
                 pretrain.run(cut)
         pretrain.run(replace(cut, resume=True))

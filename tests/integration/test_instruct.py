@@ -29,9 +29,9 @@ from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.training import EvalConfig, LogConfig, RunConfig, TrainConfig
 from lmkit.console import Console
 from lmkit.errors import DataError, StoppedError
-from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
+from lmkit.timing import Timing
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {
@@ -132,15 +132,15 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
         task = PreferTaskConfig(data=pairs, sft_weight=0.1, label_smoothing=0.1)
     base = bases.get(name, bases["transformer"])
     finetune.run(tuning(task, base, tmp_path / "whole"))
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == 5:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_follow_clock", follow)
+        patch.setattr(Timing, "follow", follow)
         with pytest.raises(StoppedError):
             finetune.run(tuning(task, base, tmp_path / "pieces", micro_batch_size=4))
     finetune.run(replace(tuning(task, base, tmp_path / "pieces"), resume=True))

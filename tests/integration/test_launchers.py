@@ -18,11 +18,11 @@ from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
 from lmkit.errors import ConfigError, StoppedError
-from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.sweeps import Job as StoredJob
 from lmkit.store.sweeps import begin, note_failure, read
 from lmkit.sweep import Job, Outcome, here
+from lmkit.timing import Timing
 
 WORDS = ["pretrain", "-m", "dataset=text", "tokenizer=byte", "model=tiny", "device=cpu", "train.max_steps=2"]
 WORDS += ["train.batch_size=2", "train.seq_len=8", "model.d_model=16", "model.num_layers=1", "model.num_heads=2"]
@@ -119,16 +119,16 @@ def test_where_a_launcher_stays_in_this_process_a_job_that_is_stopped_is_the_las
 def test_ctrl_c_ends_a_sweep_by_a_launcher_that_stays_in_this_process_and_it_goes_on(
     lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    follow = Session._follow_clock
+    follow = Timing.follow
 
-    def interrupt(self: Session) -> None:
+    def interrupt(self: Timing) -> None:
         follow(self)
         if self.state.step == 1:
             signal.raise_signal(signal.SIGINT)
 
     words = ["seed=1,2", "launcher=joblib", "launcher.n_jobs=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_follow_clock", interrupt)
+        patch.setattr(Timing, "follow", interrupt)
         assert lmkit(*words) == 75
     assert "2 of 2 jobs stopped: resume=true goes on with them" in capsys.readouterr().err
     assert not Path("jobs/1").exists()

@@ -26,7 +26,16 @@ from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.machine import Precision
 from lmkit.config.model import RecurrentConfig
 from lmkit.config.optimization import PlateauConfig
-from lmkit.config.training import EvalConfig, LogConfig, NonFinite, OnSaveError, OnUsr1, RunConfig, SaveConfig
+from lmkit.config.training import (
+    EvalConfig,
+    LogConfig,
+    NonFinite,
+    OnSaveError,
+    OnUsr1,
+    RunConfig,
+    SaveConfig,
+    TrainConfig,
+)
 from lmkit.console import Console
 from lmkit.data.batches import Batch
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
@@ -38,6 +47,7 @@ from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_che
 from lmkit.store.found import read_metrics, read_result
 from lmkit.tasks import Validation
 from lmkit.tasks.language import LanguageModelling
+from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -86,14 +96,14 @@ def poison(patch: pytest.MonkeyPatch, *steps: int, factor: float = math.nan, onl
 
 
 def signal_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == step:
             signal.raise_signal(number)
 
-    patch.setattr(Session, "_follow_clock", follow)
+    patch.setattr(Timing, "follow", follow)
 
 
 @pytest.fixture(autouse=True)
@@ -698,15 +708,15 @@ def test_row_51_52_a_signal_that_saves_lets_the_run_go_on(
 
 def test_row_50_the_second_signal_ends_the_run_now(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config()
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == 5:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Session, "_follow_clock", follow)
+    monkeypatch.setattr(Timing, "follow", follow)
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(cfg)
     assert [p.name[-2:] for p in list_checkpoints(path_of(cfg))] == ["02", "04"]
@@ -770,10 +780,10 @@ def test_a_time_limit_stops_and_saves_like_a_signal(config: MakeConfig) -> None:
 def test_what_comes_before_the_first_step_is_not_taken_for_its_time(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepared_for_long(**parts: Any) -> Session:
-        return Session(**{**parts, "started": parts["started"] - 5000.0})
+    def prepared_for_long(trainer: Trainer, train: TrainConfig, started: float, **rest: Any) -> Timing:
+        return Timing(trainer, train, started - 5000.0, **rest)
 
-    monkeypatch.setattr(training, "Session", prepared_for_long)
+    monkeypatch.setattr(training, "Timing", prepared_for_long)
     assert pretrain.run(config(time_limit="1h"))["step"] == 12  # a step of 5000 s would have to end before the limit
 
 

@@ -37,6 +37,7 @@ from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
+from lmkit.timing import Timing
 
 MakeConfig = Callable[..., PretrainConfig]
 TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)
@@ -45,14 +46,14 @@ LSTM = RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send SIGTERM to this process when the given step is done, as a scheduler would."""
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == step:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Session, "_follow_clock", follow)
+    monkeypatch.setattr(Timing, "follow", follow)
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -30,11 +30,11 @@ from lmkit.config.training import EvalConfig, LogConfig, RunConfig, SaveConfig, 
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError, ResourceError, StoppedError
-from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks.classify import Classify
+from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -154,14 +154,14 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def signal_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == step:
             signal.raise_signal(signal.SIGTERM)
 
-    patch.setattr(Session, "_follow_clock", follow)
+    patch.setattr(Timing, "follow", follow)
 
 
 def house_maker() -> Any:

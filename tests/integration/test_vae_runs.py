@@ -27,10 +27,10 @@ from lmkit.config.softmax import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError, StoppedError
-from lmkit.session import Session
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.manifest import step_directory
+from lmkit.timing import Timing
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 TOPICS = [["red", "green", "blue"], ["one", "two", "three"], ["cat", "dog", "bird"], ["salt", "oil", "rice"]]
@@ -163,15 +163,15 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(vae: MakeConfig, monk
     whole = vae(run="whole", micro_batch_size=8)
     pretrain.run(whole)
     cut = vae(run="cut", micro_batch_size=8)
-    original = Session._follow_clock
+    original = Timing.follow
 
-    def follow(self: Session) -> None:
+    def follow(self: Timing) -> None:
         original(self)
         if self.state.step == 5:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_follow_clock", follow)
+        patch.setattr(Timing, "follow", follow)
         with pytest.raises(StoppedError):
             pretrain.run(cut)
     pretrain.run(replace(cut, resume=True))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit import cli, judging, session
+from lmkit import cli, judging, session, timing
 from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
@@ -30,6 +30,7 @@ from lmkit.horizon import EXIT_RESERVE_S
 from lmkit.store import checkpoint_writer
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.found import read_metrics, read_result
+from lmkit.timing import Timing
 from lmkit.train import StepReport, Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -173,7 +174,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of a training run."""
     clock = Clock()
-    for module in (session, judging, place):
+    for module in (session, timing, judging, place):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -211,15 +212,15 @@ def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(config: MakeConfig, t
 def test_a_run_that_goes_on_when_its_time_is_over_ends_without_another_step(
     config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    follow = session.Session._follow_clock
+    follow = Timing.follow
 
-    def stop(self: session.Session) -> None:
+    def stop(self: Timing) -> None:
         follow(self)
         if self.state.step == 31:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "_follow_clock", stop)
+        patch.setattr(Timing, "follow", stop)
         with pytest.raises(StoppedError):
             pretrain.run(config(max_steps=None, budget="20s"))
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1], with_optimizer=False).state
