@@ -6,6 +6,7 @@ other. Shape letters as there; M = (H + 2 K) C rows of the projection to heads, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,13 +41,14 @@ def attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, **options: Any) ->
 class UnitRMS(torch.autograd.Function):
     """n = x r with r = (mean(x^2) + eps)^(-1/2), an RMSNorm without its gain; keeps n and r.
 
-    dx = r (dn - n mean(dn n)).
+    dx = r (dn - n mean(dn n)). Where squares overflow r is NaN, not 0, which would hide it behind zeros.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, eps: float) -> Tensor:
         squares_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_()
         rate_BT1 = squares_BT1.div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
+        rate_BT1.masked_fill_(rate_BT1 == 0.0, math.nan)
         n_BTD: Tensor = x_BTD * rate_BT1
         ctx.save_for_backward(n_BTD, rate_BT1)
         return n_BTD

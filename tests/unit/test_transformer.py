@@ -239,6 +239,14 @@ def test_the_hand_written_functions_equal_the_plain_operations(
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_a_norm_of_what_is_too_large_to_be_squared_is_no_number() -> None:
+    """Zeros would look like a model that trains on, at the loss of equal probabilities."""
+    x = torch.tensor([[1e25, 1.0], [1e18, 1.0]], requires_grad=True)
+    n = lmkit.models.transformer.RMSNorm(2, eps=1e-6)(x)
+    assert n[0].isnan().all()
+    torch.testing.assert_close(n[1], torch.tensor([2**0.5, 0.0]))
+
+
 def test_the_hand_written_functions_are_for_training_on_cpus_in_one_precision_only() -> None:
     x = torch.zeros(1)
     assert lmkit.models.transformer.trains_on_cpu(x)
