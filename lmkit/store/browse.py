@@ -142,6 +142,10 @@ def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
     )
 
 
+BEFORE_A_STEP = {"changed", "data changed", "environment", "error", "no lock"}
+"""What a session that goes on writes down before it changes anything of the run."""
+
+
 def status_of(run_dir: Path) -> Status:
     """What has become of the run: the events of its last session, its result, and whether its lock is held."""
     has_result = _is_of_the_end(run_dir, readable(read_result, run_dir))
@@ -163,7 +167,7 @@ def status_of(run_dir: Path) -> Status:
         return Status.unknown
     if any(map(_is_divergence, session)):
         return Status.diverged
-    return Status.finished if has_result and names <= {"changed", "error", "no lock"} else Status.crashed
+    return Status.finished if has_result and names <= BEFORE_A_STEP else Status.crashed
 
 
 def newest_finished_run(root: str | Path) -> Path:

@@ -117,7 +117,9 @@ def test_a_run_that_went_on_after_its_end_is_not_finished_until_it_ends_again(tm
         finish(run, step=2)
     assert read_summary(run.path).end["step"] == 2
     with open_run(run.path, resume=True) as run:
+        run.journal("data changed", {"from": {}, "to": {}, "first_step": 2, "order": 1})
         run.journal("changed", {"keys": ["train.max_steps: 2 -> 4"]})
+        run.journal("environment", {"changed": {"torch": ["2.12.0", "2.13.0"]}})
     assert status_of(run.path) is Status.finished  # killed before it did anything
     with open_run(run.path, resume=True) as run:
         run.log_metrics({"step": 3, "loss": 2.0})
