@@ -265,9 +265,9 @@ def _softmax_minus_target(
         rare = (at_target_C1 < LEAST_EXACT).squeeze(1).nonzero().squeeze(1)
         if len(rare) > 0:
             targets_R1 = targets_C1[rare]
-            logits_RV = products.linear(hidden_CD[rare], weight_VD, bias_V)
+            logits_RV = nn.functional.linear(hidden_CD[rare], weight_VD, bias_V)  # of any shape, without preparation
             logits_RV = _lowered(logits_RV, targets_R1, None if own_C1 is None else own_C1[rare])
-            nats_C1[rare] = logits_RV.log_softmax(1).gather(1, targets_R1).neg_()
+            nats_C1[rare] = logits_RV.logsumexp(1, keepdim=True) - logits_RV.gather(1, targets_R1)
     else:
         at_target_C1, top_C1 = logits_CV.gather(1, targets_C1), logits_CV.amax(1, keepdim=True)
         torch.softmax(logits_CV, 1, out=logits_CV)
