@@ -142,8 +142,9 @@ def packed(weight_OI: Tensor, num_rows: int) -> Tensor:
 
 
 def onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x W^T + b; the weight may be ``packed``."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    """x W^T + b; the weight may be ``packed``. The result is no view, so that it may be written over."""
+    y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight_OI, bias_O, "none", [], "")
+    y: Tensor = y_NO if x.ndim == 2 else torch.ops.aten._unsafe_view(y_NO, [*x.shape[:-1], len(weight_OI)])
     return y
 
 

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from lmkit import products
 
+BLOCK_ELEMENTS = 1_000_000
+"""Numbers that are worked on at a time: 4 MB, which caches hold together with what is made of them."""
+
 
 def trains_on_cpu(x: Tensor) -> bool:
     """Whether the hand-written functions below apply."""
@@ -62,32 +65,52 @@ class UnitRMS(torch.autograd.Function):
 
 
 class SwigluDown(torch.autograd.Function):
-    """y = (silu(gate) * up) W^T + b; keeps gate and up, and makes their product again in the backward pass."""
+    """y = (silu(gate) * up) W^T + b; keeps gate and up, and makes their product again in the backward pass.
+
+    Some rows at a time: what lies between two products stays in the cache, and needs little memory beside what is kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate_up_BTF: Tensor, weight_DF: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_BTF, weight_DF)
-        gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
-        return products.linear(F.silu(gate_BTF).mul_(up_BTF), weight_DF, bias_D)
+        gate_up_NF = gate_up_BTF.flatten(0, -2)
+        y_BTD = gate_up_BTF.new_empty(*gate_up_BTF.shape[:-1], len(weight_DF))
+        y_ND = y_BTD.view(-1, len(weight_DF))
+        for rows in row_blocks(gate_up_NF):
+            gate_RF, up_RF = gate_up_NF[rows].chunk(2, dim=-1)
+            y_ND[rows] = products.linear(F.silu(gate_RF).mul_(up_RF), weight_DF, bias_D)
+        return y_BTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_BTF, weight_DF = ctx.saved_tensors
-        gate_BTF, up_BTF = gate_up_BTF.chunk(2, dim=-1)
-        active_BTF = F.silu(gate_BTF)
-        d_gate_up_BTF = d_weight_DF = d_bias_D = None
-        if ctx.needs_input_grad[0]:
-            d_inner_BTF = products.times(dy_BTD, weight_DF)
-            d_gate_up_BTF = torch.empty_like(gate_up_BTF)
-            d_gate_BTF, d_up_BTF = d_gate_up_BTF.chunk(2, dim=-1)
-            torch.mul(d_inner_BTF, active_BTF, out=d_up_BTF)
-            torch.ops.aten.silu_backward.grad_input(d_inner_BTF.mul_(up_BTF), gate_BTF, grad_input=d_gate_BTF)
-        if ctx.needs_input_grad[1]:
-            d_weight_DF = products.outer(dy_BTD, active_BTF.mul_(up_BTF))
-        if ctx.needs_input_grad[2]:
-            d_bias_D = dy_BTD.flatten(0, -2).sum(0)
-        return d_gate_up_BTF, d_weight_DF, d_bias_D
+        needs_gate_up, needs_weight, needs_bias = ctx.needs_input_grad
+        gate_up_NF, dy_ND = gate_up_BTF.flatten(0, -2), dy_BTD.flatten(0, -2)
+        d_gate_up_NF = torch.empty_like(gate_up_NF) if needs_gate_up else None
+        d_weight_DF: Tensor | None = None
+        for rows in row_blocks(gate_up_NF):
+            gate_RF, up_RF = gate_up_NF[rows].chunk(2, dim=-1)
+            active_RF = F.silu(gate_RF)
+            if d_gate_up_NF is not None:
+                d_gate_RF, d_up_RF = d_gate_up_NF[rows].chunk(2, dim=-1)
+                d_inner_RF = products.times(dy_ND[rows], weight_DF)
+                torch.mul(d_inner_RF, active_RF, out=d_up_RF)
+                torch.ops.aten.silu_backward.grad_input(d_inner_RF.mul_(up_RF), gate_RF, grad_input=d_gate_RF)
+            if needs_weight:
+                d_weight_DF = products.add_outer(d_weight_DF, dy_ND[rows], active_RF.mul_(up_RF), weight_DF.dtype)
+        return (
+            None if d_gate_up_NF is None else d_gate_up_NF.view(gate_up_BTF.shape),
+            d_weight_DF,
+            dy_ND.sum(0) if needs_bias else None,
+        )
+
+
+def row_blocks(x_NF: Tensor) -> list[slice]:
+    """Blocks of about as many rows each, with at most BLOCK_ELEMENTS numbers or one row."""
+    number = max(1, -(-x_NF.numel() // BLOCK_ELEMENTS))
+    size = max(1, -(-len(x_NF) // number))
+    return [slice(start, start + size) for start in range(0, len(x_NF), size)]
 
 
 class RotaryProjection(torch.autograd.Function):

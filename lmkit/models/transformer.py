@@ -194,10 +194,9 @@ class Block(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         if self.pre_norm:
             normed_BTD, gain_D = normalised(self.attention_norm, x_BTD, self.attention.qkv)
-            x_BTD = x_BTD + self.dropout(self.attention(normed_BTD, rotary, cached, start, mask_B1TT, gain_D))
+            x_BTD = plus(x_BTD, self.dropout(self.attention(normed_BTD, rotary, cached, start, mask_B1TT, gain_D)))
             normed_BTD, gain_D = normalised(self.feed_forward_norm, x_BTD, self.feed_forward.first)
-            y_BTD: Tensor = x_BTD + self.dropout(self.feed_forward(normed_BTD, gain_D))
-            return y_BTD
+            return plus(x_BTD, self.dropout(self.feed_forward(normed_BTD, gain_D)))
         x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotary, cached, start, mask_B1TT)))
         normed: Tensor = self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
         return normed
@@ -388,16 +387,17 @@ class RMSNorm(nn.RMSNorm):
 def normalised(norm: nn.Module, x_BTD: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(x normalised, gain_D), where the layer that reads it has still to apply the gain if there is one.
 
-    The gain of an RMSNorm costs less in the layer's matrix than in x where there are more positions than rows of it.
+    The gain of an RMSNorm costs less in the layer's matrix than in x, unless there are few positions.
     """
-    if (
-        isinstance(norm, RMSNorm)
-        and products.is_plain(layer)
-        and trains_on_cpu(x_BTD)
-        and x_BTD.numel() >= layer.weight.numel()
-    ):
+    if isinstance(norm, RMSNorm) and products.is_plain(layer) and trains_on_cpu(x_BTD):
         return norm.without_gain(x_BTD), norm.weight
     return norm(x_BTD), None
+
+
+def plus(x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+    """x + branch; written over the branch, which nothing else reads, where trains_on_cpu: then there is one
+    precision."""
+    return branch_BTD.add_(x_BTD) if trains_on_cpu(x_BTD) else x_BTD + branch_BTD
 
 
 __all__ = ["KVCache", "Transformer"]
