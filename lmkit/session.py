@@ -19,13 +19,14 @@ from lmkit.due import ANOTHER, Due
 from lmkit.errors import DivergedError, StoppedError, is_out_of_memory, undetermined
 from lmkit.judging import Interrupted, judge
 from lmkit.signals import StopRequests
-from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
+from lmkit.snapshots import restore_trainer, snapshot_of, state_in
+from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_latest
 from lmkit.store.incidents import out_of_memory, record_batch, resume_command
 from lmkit.store.runs import Run
 from lmkit.store.saving import NoSaves, Saves
 from lmkit.tasks import Task, Validation
 from lmkit.timing import Timing
-from lmkit.train import StepReport, Trainer, TrainState, fit, restore_trainer, trainer_tensors
+from lmkit.train import StepReport, Trainer, TrainState, fit
 from lmkit.window import Window
 
 OFFER_EVERY_S = 600.0
@@ -251,16 +252,8 @@ class Session:
         return state.valid_steps[-1:] == [state.step] and state.valid_losses[-1] == min(state.valid_losses)
 
     def _snapshot(self) -> Snapshot:
-        """What there is to save, in the first process, when all have given what they have of it and agree about it."""
-        state = self.state
-        state.scaler = self.trainer.scaler.state_dict()
-        data = state.to_json()
-        if state.valid_steps and state.valid_steps[-1] == state.step:
-            data[VALID_LOSS] = state.valid_losses[-1]
-        model, extra = trainer_tensors(self.trainer)
-        self.world.check_step(state.step)
-        self.world.check_same(dict(self.trainer.model.named_parameters()))
-        return Snapshot(step=state.step, model=model, optimizer=extra, state=data, config=self.stored_config)
+        """What there is to save; taken in all processes at once."""
+        return snapshot_of(self.trainer, self.stored_config)
 
     def _raise_stopped(self, name: str) -> None:
         self.run.journal("stopped", {"signal": name, "step": self.state.step})
@@ -326,7 +319,7 @@ class Session:
         if found is None:
             raise DivergedError("there is no checkpoint to go back to", "set train.nonfinite=skip")
         skipped, eval_s = self.state.skipped_steps, self.state.eval_s
-        self.trainer.state = TrainState.from_json(state_of(found[1]))
+        self.trainer.state = state_in(found[1])
         self.state.skipped_steps, self.state.eval_s = sorted({*self.state.skipped_steps, *skipped}), eval_s
         restore_trainer(self.trainer, found[1].model, found[1].optimizer)
         self.run.cut_metrics(self.state.step)
@@ -363,8 +356,3 @@ class Session:
             raise out_of_memory(
                 error, self.command, path, where=where, shape=shape, length=length, saved=saved
             ) from error
-
-
-def state_of(snapshot: Snapshot) -> dict[str, Any]:
-    """What TrainState.from_json reads."""
-    return {key: value for key, value in snapshot.state.items() if key != VALID_LOSS}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from lmkit.device import Device
 from lmkit.distributed import SINGLE, World
 from lmkit.horizon import Horizon
 from lmkit.models.base import State
-from lmkit.optim import load_optimizer_tensors, optimizer_tensors, set_lr
+from lmkit.optim import set_lr
 from lmkit.revocable import RevocableSteps
 from lmkit.rng import derive_key
 from lmkit.schedules import lr_factor
-from lmkit.sharding import gathered, pieced, whole
+from lmkit.sharding import whole
 from lmkit.tasks.base import Task
 
 SPIKE_MEAN_WEIGHT = 0.02
@@ -295,84 +294,3 @@ def fit(trainer: Trainer, batches: Batches) -> Iterator[StepReport]:
 def pays_to_read_late(device: Device) -> bool:
     """Whether reading the loss in each step would make the processor wait for a card that computes by itself."""
     return device.torch_device.type == "cuda"
-
-
-def trainer_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a trainer: the weights to use (averaged if there is an average), and the rest for resuming.
-
-    Called in all processes at once; what lies in pieces is put together for the first one, and left out in the others.
-    """
-    trainer.steps.settle()
-    model: dict[str, Tensor] = dict(trainer.model.state_dict(keep_vars=True))
-    extra = {f"optimizer/{k}": v for k, v in optimizer_tensors(trainer.optimizer, model).items()}
-    for micro, carried in enumerate(_gathered_carry(trainer)):
-        if carried is not None:
-            extra.update({f"carry/{micro}/{name}": t for name, t in carried.tensors().items()})
-    if trainer.spike_nats is not None:
-        extra["guard/mean_nats"] = trainer.mean_nats
-    if trainer.average is not None:
-        extra.update({f"raw/{name}": p.detach() for name, p in trainer.model.named_parameters()})
-        average = trainer.average.tensors()
-        average_of = {id(p): average[name] for name, p in trainer.model.named_parameters()}
-        model = {name: average_of.get(id(t), t) for name, t in model.items()}
-    keep = trainer.world.is_first
-    return gathered(model, keep=keep), gathered(extra, keep=keep)
-
-
-def _gathered_carry(trainer: Trainer) -> list[State | None]:
-    """The carried state of each micro-batch, from the process that has it; called in all of them at once."""
-    world, carry = trainer.world, list(trainer.carry)
-    own = [c.tensors() for c in carry[world.rank :: world.size] if c is not None]
-    if world.size == 1 or not own:
-        return carry
-    stacked = {name: torch.stack([tensors[name] for tensors in own]) for name in sorted(own[0])}
-    of_rank = {name: world.gather(tensor) for name, tensor in stacked.items()}
-    for micro in range(len(carry)):
-        turn, rank = divmod(micro, world.size)
-        tensors = {name: gathered[rank][turn] for name, gathered in of_rank.items()}
-        carry[micro] = trainer.task.state_from_tensors(tensors)
-    return carry
-
-
-def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:
-    """Put back what ``trainer_tensors`` gave, into a trainer of the same configuration whose state is already set.
-
-    The micro-batch size may be another one: the carried state is cut anew.
-    """
-    device = trainer.device.torch_device
-    own = trainer.model.state_dict()
-    trainer.model.load_state_dict({name: pieced(t, own.get(name, t)) for name, t in model.items()})
-    parameters: dict[str, Tensor] = dict(trainer.model.named_parameters())
-    if trainer.average is not None:
-        trainer.average = trainer.average.restarted(trainer.model)
-    optimizer: dict[str, Tensor] = {}
-    carried: dict[str, list[tuple[int, Tensor]]] = {}
-    for key, tensor in extra.items():
-        part, _, name = key.partition("/")
-        if part == "optimizer":
-            optimizer[name] = tensor
-        elif part == "carry":
-            micro, _, slot = name.partition("/")
-            carried.setdefault(slot, []).append((int(micro), tensor))
-        elif part == "raw":
-            parameters[name].data.copy_(pieced(tensor, parameters[name]))
-        elif part == "guard":
-            trainer.mean_nats = tensor.to(device)
-    trainer.optimizer.state.clear()
-    load_optimizer_tensors(trainer.optimizer, parameters, optimizer)
-    trainer.carry = _cut_carry(trainer, carried)
-    trainer.trust()
-
-
-def _cut_carry(trainer: Trainer, carried: Mapping[str, list[tuple[int, Tensor]]]) -> list[State | None]:
-    """The carried state of each micro-batch, from (number of the micro-batch, rows) of each of its tensors."""
-    rows_of = {
-        slot: torch.cat([t for _, t in sorted(parts, key=itemgetter(0))]).to(trainer.device.torch_device)
-        for slot, parts in carried.items()
-    }
-    size = trainer.micro_batch_size
-    starts = range(0, len(next(iter(rows_of.values()), ())), size)
-    return [
-        trainer.task.state_from_tensors({slot: rows[start : start + size].clone() for slot, rows in rows_of.items()})
-        for start in starts
-    ]

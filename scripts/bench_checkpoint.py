@@ -41,13 +41,14 @@ from lmkit.device import resolve_device
 from lmkit.horizon import NUM_EVALS, Horizon
 from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer
+from lmkit.snapshots import trainer_tensors
 from lmkit.store import manifest, storage
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, load_checkpoint
 from lmkit.store.runs import Run
 from lmkit.store.saving import Saves, may_save
 from lmkit.tasks.language import NextToken
 from lmkit.tokenizers import ByteTokenizer
-from lmkit.train import Trainer, TrainState, trainer_tensors
+from lmkit.train import Trainer, TrainState
 
 BATCH, SEQ_LEN = 16, 128
 HUGE = 10**13

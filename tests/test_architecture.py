@@ -34,7 +34,7 @@ LAYERS = [
         *("console", "plots", "device", "distributed", "signals", "reporting", "loggers"),
     },
     {
-        *("train", "tasks", "session", "due", "window", "horizon", "timing", "judging"),
+        *("train", "tasks", "session", "due", "window", "horizon", "timing", "judging", "snapshots"),
         *("evaluation", "generate", "loading", "memory", "planning"),
     },
     {"commands", "lm_eval"},

@@ -43,9 +43,10 @@ from lmkit.loggers import attach_logger
 from lmkit.models.base import LanguageModel
 from lmkit.optim import build_optimizer
 from lmkit.plots import plot_run
-from lmkit.session import Session, state_of
+from lmkit.session import Session
 from lmkit.sharding import shard
 from lmkit.signals import StopRequests
+from lmkit.snapshots import restore_trainer, state_in
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.found import RUN_INFO, read_result
@@ -54,7 +55,7 @@ from lmkit.store.runs import Run, SharedRun
 from lmkit.tasks import Task, Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.timing import Timing
-from lmkit.train import Trainer, TrainState, pays_to_read_late, restore_trainer
+from lmkit.train import Trainer, TrainState, pays_to_read_late
 from lmkit.tuning import lr_factors, unfreezing
 
 WHAT_BEGINS = {
@@ -226,7 +227,7 @@ def build_trainer(
         device=device,
         seed=cfg.seed,
         micro_batch_size=train.micro_batch_size or train.batch_size,
-        state=TrainState() if snapshot is None else TrainState.from_json(state_of(snapshot)),
+        state=TrainState() if snapshot is None else state_in(snapshot),
         average=build_average(train, model, optimizer),
         average_begins=lambda state: average_begins(train, state.horizon.progress(state.step), state.valid_losses),
         max_skips=train.max_skips if train.nonfinite is NonFinite.skip else 0,

@@ -37,8 +37,9 @@ from lmkit.horizon import Horizon
 from lmkit.models.base import IGNORE, Head, LanguageModel, Scores, State
 from lmkit.objectives import ExactSoftmax
 from lmkit.optim import build_optimizer, is_on_host
+from lmkit.snapshots import restore_trainer, trainer_tensors
 from lmkit.tasks.language import NextToken
-from lmkit.train import Trainer, TrainState, fit, pays_to_read_late, restore_trainer, trainer_tensors
+from lmkit.train import Trainer, TrainState, fit, pays_to_read_late
 
 VOCAB = 11
 OPTIMIZERS = [
