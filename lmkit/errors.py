@@ -50,8 +50,20 @@ class ResourceError(LmkitError):
     exit_code = 6
 
 
+LITTLE_MEMORY = 64 << 20
+"""Bytes that a process which is not out of memory can have."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python had no memory for something, on the card or on the host; torch is not imported."""
+    """Whether torch or Python had no memory for something, on the card or on the host; torch is not imported.
+
+    Without memory a function of Python's own may fail and not say why, which is a SystemError.
+    """
+    if isinstance(error, SystemError):
+        try:
+            bytearray(LITTLE_MEMORY)
+        except MemoryError:
+            return True
     texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or any(text in str(error) for text in texts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmkit.heads
-from lmkit import revocable
+from lmkit import errors, revocable
 from lmkit.averaging import WeightAverage
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision
 from lmkit.config.optimization import (
@@ -472,3 +472,12 @@ def test_the_average_of_constant_weights_is_those_weights_and_swapping_restores(
 )
 def test_what_is_taken_for_a_want_of_memory(error: Exception, found: bool) -> None:
     assert is_out_of_memory(error) is found
+
+
+def test_an_error_that_python_cannot_name_is_want_of_memory_only_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = SystemError("error return without exception set")
+    assert not is_out_of_memory(error)
+    monkeypatch.setattr(errors, "LITTLE_MEMORY", 1 << 60)
+    assert is_out_of_memory(error)
