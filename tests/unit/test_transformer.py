@@ -255,6 +255,15 @@ def equal_by_hand_and_plain(model: Transformer, text: Tensor, monkeypatch: pytes
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_under_autocast_what_branches_are_added_to_stays_in_fp32() -> None:
+    model, seen = randomised(llama()).train(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _inputs, x_BTD: seen.append(x_BTD.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens())
+    assert seen == [torch.float32, torch.float32]
+
+
 def test_a_norm_of_what_is_too_large_to_be_squared_is_no_number() -> None:
     """Zeros would look like a model that trains on, at the loss of equal probabilities."""
     x = torch.tensor([[1e25, 1.0], [1e18, 1.0]], requires_grad=True)
