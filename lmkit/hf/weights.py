@@ -24,7 +24,8 @@ from lmkit.config.model import Positions, TransformerConfig
 from lmkit.errors import ConfigError, DataError
 from lmkit.hf.family import Family, Row
 from lmkit.hf.keys import read_json
-from lmkit.models.transformer import d_ff, sinusoidal_table
+from lmkit.models.positions import sinusoidal_table
+from lmkit.models.transformer import d_ff
 from lmkit.store.manifest import MAX_TENSORS, check_tensor_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -21,7 +21,8 @@ from torch import Tensor
 from lmkit.config.model import TransformerConfig
 from lmkit.models.base import State
 from lmkit.models.by_hand import attention
-from lmkit.models.transformer import Attention, Transformer, rotary_tables, rotate
+from lmkit.models.positions import rotary_tables, rotate
+from lmkit.models.transformer import Attention, Transformer
 
 
 @dataclass(frozen=True)
