@@ -255,6 +255,14 @@ def equal_by_hand_and_plain(model: Transformer, text: Tensor, monkeypatch: pytes
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_a_norm_keeps_its_result_and_not_its_input() -> None:
+    x, kept = torch.randn(2, 3, 8, requires_grad=True), set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        n = lmkit.models.transformer.RMSNorm(8, eps=1e-6).without_gain(x)
+    assert n.data_ptr() in kept
+    assert x.data_ptr() not in kept
+
+
 def test_under_autocast_what_branches_are_added_to_stays_in_fp32() -> None:
     model, seen = randomised(llama()).train(), []
     for block in model.blocks:
