@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +199,34 @@ def test_a_sampled_loss_does_not_depend_on_the_rounding_of_its_candidates(monkey
         assert b is not None
         assert torch.isfinite(b).all()
         close(a, b)
+
+
+OTHER_SHAPES = """
+import ctypes
+import torch
+from lmkit import products
+from lmkit.config.machine import DeviceConfig, DeviceType
+from lmkit.device import resolve_device
+
+class Account(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f in_use g h".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Account
+resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1))
+weight = torch.randn(64, 64)
+for rows in range(100, 900):
+    products.onednn(torch.randn(rows, 64), weight, None)
+    if rows == 200:
+        before = libc.mallinfo2().in_use
+print(libc.mallinfo2().in_use - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc how much memory is in use")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+def test_shapes_that_do_not_come_back_do_not_fill_the_memory() -> None:
+    environment = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
+    done = subprocess.run([sys.executable, "-c", OTHER_SHAPES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 3_000_000
