@@ -26,7 +26,10 @@ class _Wide(nn.RNNBase):
     """Computes in fp32 (on cards: TF32) where bf16 is missing."""
 
     def forward(self, x_TBD: Tensor, state: Any = None) -> Any:
-        """As the layer of torch. state: None, (hidden,) as a tensor, or (hidden, cell)."""
+        """As the layer of torch. state: None, (hidden,) as a tensor, or (hidden, cell); cuDNN, but not the layer of a
+        CPU, refuses one that is not contiguous."""
+        if state is not None:
+            state = tuple(t.contiguous() for t in state) if isinstance(state, tuple) else state.contiguous()
         if not bf16_is_missing(x_TBD):
             return super().forward(x_TBD, state)
         with torch.autocast(x_TBD.device.type, enabled=False):
