@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +30,7 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.machine import DeviceConfig, Precision
 from lmkit.device import Device
 from lmkit.distributed import World
+from lmkit.heads import SoftmaxHead
 from lmkit.store import staging
 from lmkit.train import StepReport, Trainer
 
@@ -223,6 +224,36 @@ def test_every_optimizer_steps_without_waiting(
     words = ["model=tiny", *TRANSFORMER, f"optimizer={optimizer}"]
     run("pretrain", *text, "tokenizer=byte", *words, *SHORT, "device=cuda", f"run.dir={tmp_path / 'run'}")
     assert waits_of_steps[2:] == [[], []]
+
+
+class Strides(TorchDispatchMode):
+    """Context that notes from row to row how many bytes there are in each matrix of a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row_bytes: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        if func.overloadpacket in (aten.mm, aten.addmm):
+            matrices = [t for t in (*args, result) if isinstance(t, Tensor) and t.ndim == 2]
+            self.row_bytes.update(max(t.stride()) * t.element_size() for t in matrices)
+        return result
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_in_the_products_of_the_head_each_row_begins_at_a_multiple_of_16_bytes(dtype: torch.dtype) -> None:
+    head = SoftmaxHead(nn.Parameter(torch.empty(50_257, 32, dtype=dtype, device=META)))
+    hidden_ND = torch.empty(300, 32, dtype=dtype, device=META, requires_grad=True)
+    with Strides() as strides:
+        head.loss(hidden_ND, torch.zeros(300, dtype=torch.int64, device=META)).backward()  # type: ignore[no-untyped-call]
+    assert strides.row_bytes
+    assert {row_bytes % 16 for row_bytes in strides.row_bytes} == {0}
+    assert head.weight.grad is not None
+    assert head.weight.grad.shape == head.weight.shape
 
 
 PAIR_MODELS = {

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmkit.heads
-from lmkit.heads import SoftmaxHead, linear_cross_entropy, rows_per_chunk
+from lmkit.heads import SoftmaxHead, linear_cross_entropy, rows_per_chunk, spare_types
 from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import IGNORE, Head
 from lmkit.models.mixture import MixtureHead
 
-VOCAB, WIDTH, N = 97, 12, 50
+VOCAB, WIDTH, N, SPARE = 97, 12, 50, 31
 
 
 @pytest.fixture(params=[1, 16, 10_000], ids=["chunks of 1", "chunks of 16", "one chunk"])
@@ -29,9 +29,11 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 @pytest.fixture(params=[True, False], ids=["rows dropped", "rows masked"], autouse=True)
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without a target, as on CPUs and as on cards."""
+    """Rows without a target, and types behind the vocabulary, as on CPUs and as on cards."""
     for module in (lmkit.heads, lmkit.models.mixture):
         monkeypatch.setattr(module, "drops_unscored", lambda device: request.param)
+    if not request.param:
+        monkeypatch.setattr(lmkit.heads, "spare_types", lambda vocab_size, device: SPARE)
 
 
 def case(*, bias: bool = True, ignored: tuple[int, ...] = ()) -> tuple[SoftmaxHead, Tensor, Tensor]:
@@ -259,6 +261,14 @@ def test_a_chunk_has_a_row_and_few_more_logits_than_fit_the_cache_and_enough_row
         assert rows >= 1
         assert rows * vocab_size <= max(limit, lmkit.heads.MAX_ELEMENTS)
         assert rows >= lmkit.heads.MIN_ROWS or (rows + 1) * vocab_size > lmkit.heads.MAX_ELEMENTS
+
+
+@pytest.mark.parametrize("vocab_size", [1, 97, 10_000, 50_257, 50_304])
+def test_rows_of_logits_begin_at_multiples_of_16_bytes_on_a_card_whatever_the_vocabulary(vocab_size: int) -> None:
+    assert spare_types(vocab_size, torch.device("cpu")) == 0
+    spare = spare_types(vocab_size, torch.device("cuda"))
+    assert 0 <= spare < 64
+    assert (vocab_size + spare) * torch.bfloat16.itemsize % 16 == 0
 
 
 @pytest.mark.parametrize("kind", ["exact", "mixture", "adaptive"])
