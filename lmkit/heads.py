@@ -17,7 +17,8 @@ from lmkit.models.base import IGNORE, Head, Scores
 CHUNK_ELEMENTS_CPU = 4_000_000
 """Logits held at a time on a CPU: 16 MB, few enough for the last-level cache between the product and the softmax, and
 at usual vocabularies several hundred rows, enough for the products to run at full speed."""
-CHUNK_ELEMENTS_GPU = 64_000_000
+CHUNK_ELEMENTS_GPU = 128_000_000
+"""On a card: 2,544 rows at GPT-2's vocabulary. For each chunk the gradient of the matrix is read and written once."""
 MIN_ROWS, MAX_ELEMENTS = 64, 32_000_000
 """At very large vocabularies the weights are read from memory for each chunk, which with few rows takes longer than the
 product: 64 are 1.5 x as fast as 16 at 267,735 types. They must not take more than 128 MB."""
@@ -74,6 +75,9 @@ class Candidates:
 class SoftmaxHead(Head):
     """logits = hidden W^T + b. ``weight`` may be the embedding's (Press & Wolf 2017, "Using the output embedding")."""
 
+    compiled = False
+    """Whether torch's compiler is to make the softmax of training; it does on cards."""
+
     def __init__(self, weight_VD: Tensor, *, bias: bool = False) -> None:
         """weight_VD: the parameter to use, which may be another module's."""
         super().__init__()
@@ -82,7 +86,9 @@ class SoftmaxHead(Head):
 
     def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
         """As Head.loss; the gradients are made chunk by chunk in the forward pass."""
-        return linear_cross_entropy(hidden_ND, self.weight, self.bias, targets_N, weights_N=weights_N)
+        return linear_cross_entropy(
+            hidden_ND, self.weight, self.bias, targets_N, weights_N=weights_N, compiled=self.compiled
+        )
 
     def sampled_loss(self, hidden_ND: Tensor, candidates: Candidates, targets_N: Tensor) -> Tensor:
         """Like ``loss``, but with a partition function that is estimated from some of the vocabulary.
@@ -100,7 +106,7 @@ class SoftmaxHead(Head):
         weight_CD = nn.functional.pad(weight_CD, (0, 0, 0, spare))
         bias_C = nn.functional.pad(bias_C, (0, spare), value=-math.inf)
         own_N = candidates.log_weight_C[targets_N.where(targets_N != IGNORE, 0)]
-        return linear_cross_entropy(hidden_ND, weight_CD, bias_C, targets_N, own_N)
+        return linear_cross_entropy(hidden_ND, weight_CD, bias_C, targets_N, own_N, compiled=self.compiled)
 
     def lead(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Summed difference between each target's logit and the mean logit (scalar, differentiable).
@@ -157,10 +163,13 @@ def linear_cross_entropy(
     targets_N: Tensor,
     own_N: Tensor | None = None,
     weights_N: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum over N of the cross-entropy of hidden W^T + b with the targets; IGNORE targets count nothing.
 
     own_N: subtracted from the logit of each row's own target. weights_N: factors of the rows, without a gradient.
+    compiled: as of ``SoftmaxHead``; where weights or the gradient of the bias are asked for it makes no difference.
     """
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
@@ -173,7 +182,7 @@ def linear_cross_entropy(
             own_N = None if own_N is None else own_N[kept]
             weights_N = None if weights_N is None else weights_N[kept]
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, bias_V, targets_N, own_N, weights_N, scored_N
+        hidden_ND, weight_VD, bias_V, targets_N, own_N, weights_N, scored_N, compiled
     )
     return loss
 
@@ -196,6 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         own_N: Tensor | None,
         weights_N: Tensor | None,
         scored_N: Tensor | None,
+        compiled: bool,
     ) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -211,6 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight: Tensor | None = None
         d_bias = bias_V.new_zeros(len(weight)) if needs_bias and bias_V is not None else None
         total = torch.zeros((), device=hidden.device)
+        in_one_pass = compiled and scored_N is not None and weights_N is None and d_bias is None
         size = max(1, min(rows_per_chunk(len(weight), hidden.device), len(targets_N)))
         with torch.autocast(device, enabled=False):
             to_vocab = products.Factor(weight, size)
@@ -223,7 +234,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = to_vocab.product(x, bias, out=None if buffer is None else buffer[: len(x)])
                 if spare > 0:
                     logits[:, num_types:] = -math.inf
-                nats_C1, delta = _softmax_minus_target(logits, y, own, x, weight, bias)
+                if in_one_pass:
+                    nats_C1, delta = _compiled()(logits, y, own)
+                else:
+                    nats_C1, delta = _softmax_minus_target(logits, y, own, x, weight, bias)
                 if weights_N is not None:
                     nats_C1, delta = nats_C1 * weights_N[rows, None], delta.mul_(weights_N[rows, None])
                 total += (nats_C1 if scored_N is None else nats_C1.where(scored_N[rows, None], 0.0)).sum()
@@ -251,10 +265,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else (d_hidden * grad).to(ctx.hidden_dtype),
             None if d_weight is None else d_weight * grad,
             None if d_bias is None else d_bias * grad,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -289,6 +300,30 @@ def _softmax_minus_target(
         torch.softmax(logits_CV, 1, out=logits_CV)
         nats_C1 = top_C1 - at_target_C1 - logits_CV.amax(1, keepdim=True).log()
     return nats_C1, logits_CV.scatter_add_(1, targets_C1, torch.full_like(nats_C1, -1.0))
+
+
+def _softmax_minus_target_in_one_pass(
+    logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, but the gradient in the format of the logits, and nothing overwritten.
+
+    For torch's compiler: it has to read each row from memory once and to write it once, in bf16, where the operations
+    above go over it some eight times, most of them in fp32.
+    """
+    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C1
+    wide_CV = logits_CV.float()
+    if own_C1 is not None:
+        wide_CV = torch.where(is_target_CV, wide_CV - own_C1.float(), wide_CV)
+    top_C1 = wide_CV.amax(1, keepdim=True)
+    powers_CV = (wide_CV - top_C1).exp()
+    total_C1 = powers_CV.sum(1, keepdim=True)
+    delta = powers_CV / total_C1 - is_target_CV.float()
+    return total_C1.log() + (top_C1 - wide_CV.gather(1, targets_C1)), delta.to(logits_CV.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    return torch.compile(_softmax_minus_target_in_one_pass)
 
 
 def _lowered(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None) -> Tensor:

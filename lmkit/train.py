@@ -18,6 +18,7 @@ from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
 from lmkit.data.batches import Batches, TrainingBatch
 from lmkit.device import Device
 from lmkit.distributed import SINGLE, World
+from lmkit.heads import SoftmaxHead
 from lmkit.horizon import Horizon
 from lmkit.models.base import State
 from lmkit.optim import set_lr
@@ -141,6 +142,9 @@ class Trainer:
         self.forward: nn.Module = self.model
         if self.device.compile:
             self.forward = torch.compile(self.model)  # type: ignore[assignment]
+            for module in self.model.modules():
+                if isinstance(module, SoftmaxHead):
+                    module.compiled = True
         self.mean_nats = torch.full((), math.inf, device=self.device.torch_device)
         """Running mean of the loss per target, for ``spike_nats``; infinite before the first batch."""
         self.updating = False

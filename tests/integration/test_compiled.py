@@ -19,6 +19,7 @@ from lmkit.config.commands import PretrainConfig
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision
 from lmkit.data.batches import Batch
 from lmkit.device import resolve_device
+from lmkit.heads import SoftmaxHead
 from lmkit.horizon import Horizon
 from lmkit.models.base import IGNORE
 from lmkit.objectives import build_objective
@@ -48,7 +49,14 @@ DROPS = {
 
 
 def losses(model_name: str, *words: str, compiled: bool, precision: Precision = Precision.fp32) -> list[float]:
-    """Summed losses of three steps of two micro-batches, with carried state, some padding and a shorter last batch."""
+    """Losses of three steps of two micro-batches, with carried state, some padding and a shorter last batch."""
+    trainer, batches = prepared(model_name, *words, compiled=compiled, precision=precision)
+    return [trainer.train_step(batch).loss for batch in batches]
+
+
+def prepared(
+    model_name: str, *words: str, compiled: bool, precision: Precision = Precision.fp32
+) -> tuple[Trainer, list[Batch]]:
     torch.manual_seed(1)
     line = parse("pretrain", ["dataset=ptb", f"model={model_name}", *MODELS[model_name], *words])
     config = OmegaConf.to_object(compose(line))
@@ -72,7 +80,7 @@ def losses(model_name: str, *words: str, compiled: bool, precision: Precision = 
         micro_batch_size=2,
         state=TrainState(horizon=Horizon(1e-3)),
     )
-    return [trainer.train_step(batch).loss for batch in batches]
+    return trainer, batches
 
 
 @pytest.fixture
@@ -96,3 +104,12 @@ def test_a_compiled_model_has_the_losses_of_the_plain_one(model: str) -> None:
 def test_a_model_that_drops_out_is_compiled_under_autocast_too(model: str) -> None:
     found = losses(model, *DROPS[model], compiled=True, precision=Precision.bf16)
     assert all(0.0 < loss < 10.0 for loss in found)
+
+
+@pytest.mark.usefixtures("_traced")
+def test_with_the_model_the_softmax_of_its_head_is_compiled() -> None:
+    for compiled in (False, True):
+        trainer, _ = prepared("gpt2", compiled=compiled)
+        head = trainer.model.head
+        assert isinstance(head, SoftmaxHead)
+        assert head.compiled == compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,69 @@ def test_targets_of_any_probability_have_all_their_digits(below: float, own: flo
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
     for ours_grad, theirs_grad in zip(gradients(head, hidden_ND, ours), torch.autograd.grad(theirs, wide), strict=True):
         torch.testing.assert_close(ours_grad.double(), theirs_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def compiled_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the chunks whose softmax was made as torch's compiler has traced it, as on cards."""
+    torch.compiler.reset()
+    traced: Any = torch.compile(lmkit.heads._softmax_minus_target_in_one_pass, backend="aot_eager")
+    rows: list[int] = []
+
+    def counted(logits_CV: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(logits_CV))
+        found: tuple[Tensor, Tensor] = traced(logits_CV, *others)
+        return found
+
+    monkeypatch.setattr(lmkit.heads, "drops_unscored", lambda device: False)
+    monkeypatch.setattr(lmkit.heads, "spare_types", lambda vocab_size, device: SPARE)
+    monkeypatch.setattr(lmkit.heads, "_compiled", lambda: counted)
+    monkeypatch.setattr(lmkit.heads, "rows_per_chunk", lambda vocab_size, device: 16)
+    return rows
+
+
+@pytest.mark.parametrize("own", [None, 3.0], ids=["plain", "lowered"])
+def test_compiled_it_is_the_same(own: float | None, compiled_chunks: list[int]) -> None:
+    head, hidden_ND, targets_N = case(bias=False, ignored=(0, 7, 49))
+    own_N = None if own is None else torch.full((N,), own)
+    ours = linear_cross_entropy(hidden_ND, head.weight, None, targets_N, own_N, compiled=True)
+    assert compiled_chunks == [16, 16, 16, 2]
+    kept_N = targets_N != IGNORE
+    logits_NV = F.linear(hidden_ND, head.weight)[kept_N] - F.one_hot(targets_N[kept_N], VOCAB) * (own or 0.0)
+    theirs = F.cross_entropy(logits_NV, targets_N[kept_N], reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours_grad, theirs_grad in zip(
+        gradients(head, hidden_ND, ours), gradients(head, hidden_ND, theirs), strict=True
+    ):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_the_loss_and_the_gradients_are_rounded_no_more_than_without_under_autocast(
+    compiled_chunks: list[int],
+) -> None:
+    head, hidden_ND, targets_N = case(bias=False, ignored=(5,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = head.loss(hidden_ND, targets_N)
+        assert not compiled_chunks
+        head.compiled = True
+        loss = head.loss(hidden_ND, targets_N)
+    assert compiled_chunks
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    for ours, theirs in zip(gradients(head, hidden_ND, loss), gradients(head, hidden_ND, plain), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-2)
+
+
+def test_compiled_or_not_weights_and_the_gradient_of_a_bias_are_those_of_fp32(compiled_chunks: list[int]) -> None:
+    head, hidden_ND, targets_N = case()
+    head.compiled = True
+    gradients(head, hidden_ND, head.loss(hidden_ND, targets_N))
+    assert head.bias is not None
+    head.bias.requires_grad_(False)
+    head.loss(hidden_ND, targets_N, torch.rand(N))
+    assert not compiled_chunks
+    head.loss(hidden_ND, targets_N)
+    assert compiled_chunks
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "hidden+weight"])
