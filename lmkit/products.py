@@ -115,8 +115,11 @@ def add_outer(total_OI: Tensor | None, dy_NO: Tensor, x_NI: Tensor, dtype: torch
     large = len(dy_NO) >= MIN_ROWS_TO_ADD and adds_by_onednn(dy_NO)
     if total_OI is None:
         return (_outer_by_onednn(dy_NO, x_NI) if large else outer(dy_NO, x_NI)).to(dtype)
-    if large or dy_NO.dtype != dtype:
-        return total_OI.add_((_outer_by_onednn(dy_NO, x_NI) if large else dy_NO.T @ x_NI).to(dtype))
+    if large:
+        return total_OI.add_(_outer_by_onednn(dy_NO, x_NI).to(dtype))
+    if dy_NO.dtype != dtype:
+        part_OI = dy_NO.T @ x_NI
+        return total_OI.add_(part_OI.to(dtype) if part_OI.device.type == "cpu" else part_OI)  # a card widens as it adds
     return total_OI.addmm_(dy_NO.T, x_NI)
 
 

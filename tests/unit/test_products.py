@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 
+
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmkit import heads, products
 from lmkit.heads import Candidates, SoftmaxHead
@@ -98,6 +102,26 @@ def test_sums_are_added_up_in_place_whatever_the_number_of_rows(rows: int) -> No
             assert before is None or total is before
             expected += dy.double().T @ x.double()
         close(total / rows, expected / rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sums_in_bf16_are_added_up_in_fp32_and_on_a_card_without_a_copy_of_them(device: str) -> None:
+    class Copies(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += func.overloadpacket is torch.ops.aten._to_copy
+            return func(*args, **kwargs or {})
+
+    dy, x, total = drawn(300, 40).bfloat16(), drawn(300, 24).bfloat16(), drawn(40, 24)
+    expected = total + (dy.T @ x).float()
+    dy, x, total = dy.to(device), x.to(device), total.to(device)
+    with Copies() as copies:
+        assert products.add_outer(total, dy, x, torch.float32) is total
+    assert copies.number == (device == "cpu")
+    if device == "cpu":
+        assert torch.equal(total, expected)
+        assert torch.equal(drawn(40, 24).add_(dy.T @ x), expected)  # as on a card
 
 
 def test_only_float32_in_eager_mode_on_a_cpu_goes_to_onednn(library: bool) -> None:
