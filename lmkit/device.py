@@ -66,6 +66,22 @@ class Device:
         return int(psutil.Process().memory_info().rss)
 
 
+@contextlib.contextmanager
+def attention_of_any_shape() -> Iterator[None]:
+    """Context for what reads other shapes again and again, as generation does with each token.
+
+    In half precision on Hopper and Blackwell cards torch 2.13 leaves attention to cuDNN, which makes a plan for each
+    new shape and keeps it: some 40 ms of the host, once in training, with each token in generation. The others whose
+    kernels torch has need none.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
     """Turn the configuration into a device that exists here; the processes on a machine share its cores and cards.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmkit.config.generation import SamplingConfig
 from lmkit.config.machine import Precision
-from lmkit.device import Device
+from lmkit.device import Device, attention_of_any_shape
 from lmkit.models.base import LanguageModel
 from lmkit.models.stepping import MIN_TOKENS, TokenStep, token_step
 from lmkit.sampling import sample, uniforms
@@ -69,6 +69,7 @@ def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new
 
 
 @torch.inference_mode()
+@attention_of_any_shape()
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmkit.data.prepared import Split
-from lmkit.device import Device
+from lmkit.device import Device, attention_of_any_shape
 from lmkit.errors import ConfigError, DivergedError
 from lmkit.evaluation.plan import NO_PREFIX, Indices, Tokens, Windows
 from lmkit.ids import check_ids, check_text, file_of
@@ -74,6 +74,7 @@ def perplexity(
 
 
 @torch.inference_mode()
+@attention_of_any_shape()
 def score(
     model: LanguageModel,
     tokens: Tokens,

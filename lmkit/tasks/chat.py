@@ -16,7 +16,7 @@ from lmkit.config.tasks import TaskConfig
 from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded
 from lmkit.data.conversations import fitted
-from lmkit.device import Device
+from lmkit.device import Device, attention_of_any_shape
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.loading import LoadedRun
 from lmkit.models.base import LanguageModel
@@ -105,6 +105,7 @@ def encode_all(
 
 
 @torch.no_grad()
+@attention_of_any_shape()
 def greedy_answers(
     model: LanguageModel,
     prompts: Sequence[list[int]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
-from lmkit.device import available_cores, resolve_device
+from lmkit.device import attention_of_any_shape, available_cores, resolve_device
 from lmkit.errors import ResourceError, undetermined
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -159,3 +160,15 @@ def test_on_a_card_without_what_compiling_takes_it_says_so_or_refuses(
     with pytest.raises(ResourceError, match=re.escape(lack)):
         resolve_device(DeviceConfig(compile=Switch.on))
     assert not resolve_device(DeviceConfig(compile=Switch.off)).compile
+
+
+def test_attention_of_any_shape_is_not_left_to_cudnn_and_what_was_allowed_comes_back() -> None:
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    assert allowed()
+    with contextlib.suppress(ValueError), attention_of_any_shape():
+        assert not allowed()
+        with attention_of_any_shape():
+            assert not allowed()
+        assert not allowed()
+        raise ValueError
+    assert allowed()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +19,11 @@ from lmkit.config.machine import Precision
 from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.device import Device
 from lmkit.errors import DivergedError
+from lmkit.evaluation.plan import Segments, sliding
+from lmkit.evaluation.scoring import score
 from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt
 from lmkit.models.base import Head, LanguageModel, Scores, State
+from lmkit.tasks.chat import greedy_answers
 from lmkit.tokenizers import ByteTokenizer, CharTokenizer, HfTokenizer, Tokenizer, WordTokenizer
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
@@ -291,3 +295,24 @@ def test_a_model_that_has_diverged_is_an_error() -> None:
         model.head.bias[2] = float("nan")  # type: ignore[index, union-attr]
     with pytest.raises(DivergedError):
         run(model, WORDS, "the", SamplingConfig(), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("what", ["generate", "score", "answer"])
+def test_what_is_read_in_many_shapes_needs_no_plan_for_each(what: str) -> None:
+    """See attention_of_any_shape."""
+    model = TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=32).build(BYTES.vocab_size, seed=1)
+    allowed: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    if what == "generate":
+        prompt = read_prompt(BYTES, "a", context=32, max_new_tokens=3)
+        generate(model, BYTES, prompt, sampling=GREEDY, device=CPU, max_new_tokens=3)
+    elif what == "score":
+        tokens = np.arange(20, dtype=np.uint8)
+        windows = sliding(Segments.whole(len(tokens), BYTES.eos_id), 8, 8)
+        score(model, tokens, windows, seq_len=8, batch_size=2, device=CPU)
+    else:
+        eos_id = BYTES.eos_id
+        greedy_answers(model, [[1, 2]], [2], eos_id=eos_id, device=CPU, batch_size=1, progress=lambda _: None)
+    assert allowed
+    assert not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
