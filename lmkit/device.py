@@ -37,6 +37,7 @@ class Device:
     precision: Precision
     """fp32, bf16 or fp16: the format of matrix products; parameters stay in fp32."""
     compile: bool
+    """Whether models are compiled for training; for device.compile=auto only those without recurrent layers are."""
     fused: bool
     """Whether the optimizer may use torch's fused kernels."""
     description: str
@@ -172,7 +173,8 @@ def compiler_lack() -> str | None:
 
 
 def _describe(name: str, precision: Precision, compiled: bool, config: DeviceConfig) -> str:
-    parts = [name, precision.name, *["compiled"] * compiled, *["deterministic"] * config.deterministic]
+    what = "compiled" if config.compile is Switch.on else "Transformers compiled"
+    parts = [name, precision.name, *[what] * compiled, *["deterministic"] * config.deterministic]
     return ", ".join(parts)
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from lmkit.commands.resuming import (
 )
 from lmkit.config.adapter import TuneConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.machine import Switch
 from lmkit.config.model import ModelConfig
 from lmkit.config.optimization import SgdConfig
 from lmkit.config.plain import kind_of, with_defaults
@@ -41,6 +42,7 @@ from lmkit.evaluation.scoring import perplexity
 from lmkit.judging import judged
 from lmkit.loggers import attach_logger
 from lmkit.models.base import LanguageModel
+from lmkit.models.recurrent import has_recurrent_layers
 from lmkit.optim import build_optimizer
 from lmkit.plots import plot_run
 from lmkit.session import Session
@@ -214,6 +216,8 @@ def build_trainer(
     if world.shards and world.size > 1:
         shard(model, device.torch_device)
     model = model.to(device.torch_device)
+    if cfg.device.compile is not Switch.on and has_recurrent_layers(model):
+        device = replace(device, compile=False)
     tune = cfg.tune if isinstance(cfg, FinetuneConfig) else TuneConfig()
     factors = lr_factors(model, tune) | task.lr_factors()
     fused = device.fused and not (world.shards and isinstance(cfg.optimizer, SgdConfig))  # torch cannot, for pieces

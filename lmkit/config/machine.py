@@ -45,7 +45,7 @@ class DeviceConfig:
     precision: Precision = Precision.auto
     """auto: bf16 on CUDA cards that have it in hardware, fp32 elsewhere (bf16 trains faster on CPUs with AMX)."""
     compile: Switch = Switch.auto
-    """torch.compile; auto: on for CUDA, off elsewhere."""
+    """torch.compile; auto: on for CUDA, but not for models with recurrent layers, off elsewhere."""
     fused: Switch = Switch.auto
     """Fused optimizer kernels; auto: wherever torch has them."""
     deterministic: bool = False

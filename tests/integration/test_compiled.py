@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lmkit.arguments import parse
+from lmkit.commands.training import build_trainer
 from lmkit.composing import compose
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision
@@ -58,9 +59,7 @@ def prepared(
     model_name: str, *words: str, compiled: bool, precision: Precision = Precision.fp32
 ) -> tuple[Trainer, list[Batch]]:
     torch.manual_seed(1)
-    line = parse("pretrain", ["dataset=ptb", f"model={model_name}", *MODELS[model_name], *words])
-    config = OmegaConf.to_object(compose(line))
-    assert isinstance(config, PretrainConfig)
+    config = configured(model_name, *words)
     model = config.model.build(VOCAB, seed=1)
     batches = []
     for number, length in enumerate((9, 9, 6)):
@@ -81,6 +80,13 @@ def prepared(
         state=TrainState(horizon=Horizon(1e-3)),
     )
     return trainer, batches
+
+
+def configured(model_name: str, *words: str) -> PretrainConfig:
+    line = parse("pretrain", ["dataset=ptb", f"model={model_name}", *MODELS[model_name], *words])
+    config = OmegaConf.to_object(compose(line))
+    assert isinstance(config, PretrainConfig)
+    return config
 
 
 @pytest.fixture
@@ -113,3 +119,15 @@ def test_with_the_model_the_softmax_of_its_head_is_compiled() -> None:
         head = trainer.model.head
         assert isinstance(head, SoftmaxHead)
         assert head.compiled == compiled
+
+
+@pytest.mark.usefixtures("_traced")
+@pytest.mark.parametrize("model_name", ["tiny", "transformer_xl", "lstm", "gru", "mogrifier"])
+def test_a_card_compiles_recurrent_layers_only_where_it_is_asked_to(model_name: str) -> None:
+    by_itself = model_name in ("tiny", "transformer_xl")
+    card = replace(resolve_device(DeviceConfig(type=DeviceType.cpu, threads=1)), compile=True)
+    for asked, expected in (("auto", by_itself), ("on", True)):
+        config = configured(model_name, f"device.compile={asked}")
+        model = config.model.build(VOCAB, seed=1)
+        trainer = build_trainer(config, NextToken(model, [], build_objective(config.softmax, None)), model, card, None)
+        assert (trainer.forward is not model) == expected

@@ -139,7 +139,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_on_a_card_it_compiles(card: pytest.MonkeyPatch) -> None:
     device = resolve_device(DeviceConfig())
     assert (device.compile, device.precision) == (True, Precision.bf16)
-    assert device.description == "cuda:0 (pretended), bf16, compiled"
+    assert device.description == "cuda:0 (pretended), bf16, Transformers compiled"
+    assert resolve_device(DeviceConfig(compile=Switch.on)).description == "cuda:0 (pretended), bf16, compiled"
 
 
 @pytest.mark.parametrize(
