@@ -21,7 +21,7 @@ from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.start import InitConfig
 from lmkit.config.training import TrainConfig
 from lmkit.console import format_number
-from lmkit.data.batches import Batch
+from lmkit.data.batches import Batch, to_device
 from lmkit.data.prepared import PreparedData
 from lmkit.data.sentences import SentenceBatches
 from lmkit.device import Device
@@ -107,7 +107,7 @@ class AdversarialSentences(Task):
             self.config.length,
             self.tokenizer.eos_id,
             self.config.inverse_temperature(progress),
-            self.ends_V.to(batch.inputs_BT.device),
+            to_device(self.ends_V, batch.inputs_BT.device),
         )
         return (generator + discriminator) * (batch.targets_BT != IGNORE).sum(), None
 
