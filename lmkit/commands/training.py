@@ -34,7 +34,7 @@ from lmkit.config.plain import kind_of, with_defaults
 from lmkit.config.training import Average, NonFinite
 from lmkit.console import Console, format_count, format_duration
 from lmkit.data.batches import ORDER
-from lmkit.device import Device
+from lmkit.device import Device, attention_of_any_shape
 from lmkit.distributed import SINGLE, World
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.evaluation.plan import Segments, unbroken
@@ -273,7 +273,8 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         command=command_line(job.world),
     )
     _say_plan(job, timing)
-    validation = session.execute()
+    with attention_of_any_shape() if job.task.shapes_vary else contextlib.nullcontext():
+        validation = session.execute()
     job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
     job.stop.deferring = False
     state = trainer.state

@@ -46,6 +46,8 @@ class Task(ABC):
     batches: Batches
     carries_state = False
     """Whether the model's state is carried from batch to batch."""
+    shapes_vary = False
+    """Whether batches are of many shapes, each as long as its longest row, for models with attention."""
     unit = "token"
     """What is counted as a target."""
     num_targets: int

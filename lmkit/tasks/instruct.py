@@ -31,6 +31,8 @@ SPARE_TOKENS = 8
 class Instruct(Task):
     """Nats of the answers' tokens, their end tokens included; validation also answers some conversations itself."""
 
+    shapes_vary = True
+
     def __init__(
         self,
         model: LanguageModel,

@@ -19,7 +19,7 @@ from lmkit.data.batches import to_device
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded, Turn
 from lmkit.data.conversations import answer_of, chat_batch, digest_of, epoch_rows, read_splits
 from lmkit.data.rows import Record
-from lmkit.device import Device
+from lmkit.device import Device, attention_of_any_shape
 from lmkit.errors import DataError
 from lmkit.loading import LoadedRun
 from lmkit.models.base import IGNORE, LanguageModel, State
@@ -119,6 +119,7 @@ class Prefer(Task):
     noisy preferences"). Dropout is off, as it was when the reference was taken.
     """
 
+    shapes_vary = True
     unit = "pair"
 
     def __init__(
@@ -225,6 +226,7 @@ def margins(log_probs_P2: Tensor, batch: PairBatch) -> Tensor:
 
 
 @torch.no_grad()
+@attention_of_any_shape()
 def with_reference(
     pairs: Iterable[Pair], model: LanguageModel, *, pad_id: int, device: Device, batch_size: int
 ) -> list[Pair]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmkit.config.tasks import RowsTaskConfig
 from lmkit.config.training import TrainConfig
 from lmkit.data.examples import ExampleBatch, Examples, RowReader, ShuffledExamples
-from lmkit.device import Device
+from lmkit.device import Device, attention_of_any_shape
 from lmkit.errors import ConfigError
 from lmkit.models.base import LanguageModel, State
 from lmkit.tasks.base import Task
@@ -30,6 +30,7 @@ PREDICT_BATCH = 32
 class RowsTask(Task):
     """Learn one thing about each example; an epoch has each training example once."""
 
+    shapes_vary = True
     unit = "example"
 
     def __init__(
@@ -78,6 +79,7 @@ class RowsTask(Task):
 
 
 @torch.no_grad()
+@attention_of_any_shape()
 def all_outputs(
     model: nn.Module,
     outputs: Callable[[nn.Module, ExampleBatch], Tensor],

@@ -149,6 +149,20 @@ def waits_of_steps(card: Card, monkeypatch: pytest.MonkeyPatch) -> list[list[str
     return found
 
 
+@pytest.fixture
+def plans_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether cuDNN, which makes a plan for each shape, might compute the attention of each update."""
+    found: list[bool] = []
+    train_step: Callable[..., StepReport] = Trainer.train_step
+
+    def watched(trainer: Trainer, batch: Any) -> StepReport:
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return train_step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    return found
+
+
 def run(*words: str) -> None:
     assert cli.main([*words, "debug=true"]) == 0
 
@@ -292,9 +306,13 @@ TASKS = {
 }
 
 
+PADDED = ["classify", "regress", "instruct", "prefer"]
+"""The tasks whose batches are each as long as its longest row."""
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_finetuned_on_the_card(
-    task: str, text: list[str], waits_of_steps: list[list[str]], tmp_path: Path
+    task: str, text: list[str], waits_of_steps: list[list[str]], plans_of_steps: list[bool], tmp_path: Path
 ) -> None:
     base, data = tmp_path / "base", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
@@ -313,3 +331,5 @@ def test_every_task_is_finetuned_on_the_card(
     run("finetune", f"run={base}", *words, *STEPS, "device=cuda", f"run.dir={tmp_path / 'run'}")
     assert len(waits_of_steps) == 5
     assert waits_of_steps[3:] == [[], []]
+    assert plans_of_steps == [True, *[task not in PADDED] * 4]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
