@@ -22,10 +22,10 @@ On a CPU lmkit takes the fused AdamW and the others torch's default, which is no
 
 ``--device cuda`` measures on a card: all ways have weights and batches there and fused AdamW, the clock waits for the
 card, and memory is the peak that torch has allocated there. ``--compile on`` compiles each way's model (of lmkit: what
-``device.compile`` does, all but the loss). With bf16 lmkit computes its LSTM layers in TF32 there, and autocast takes
-those of the plain loop to fp16. All ways keep their memory from round to round, so a large shape may need a smaller
-``--batch``, or ``--ways lmkit``. None of this has been run on a card yet: there was none at hand. On CPUs it is tested
-but for the waiting and the memory.
+``device.compile`` does, all but the head's products). With bf16 lmkit computes its LSTM layers in TF32 there, and
+autocast takes those of the plain loop to fp16. All ways keep their memory from round to round, so a large shape may
+need a smaller ``--batch``, or ``--ways lmkit``. None of this has been run on a card yet: there was none at hand. On
+CPUs it is tested but for the waiting and the memory.
 
 ``--scaling`` measures lmkit alone while one of layers, width, context, vocabulary and batch changes.
 """
