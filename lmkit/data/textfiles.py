@@ -155,8 +155,9 @@ def _chunks(part: Part) -> Iterator[bytes]:
         file.seek(start)
         chunks = _decompressed(path, file)
         if is_compressed(path):
-            chunks = _plausible(path, before.st_size, chunks)
-        yield from _span(chunks, start, part)
+            yield from _in_blocks(_span(_plausible(path, before.st_size, chunks), start, part))
+        else:
+            yield from _span(chunks, start, part)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"{path} changed while it was read", "run again when the file is complete")
@@ -172,6 +173,18 @@ def _span(chunks: Iterator[bytes], position: int, part: Part) -> Iterator[bytes]
         position += len(chunk)
         if part.end is not None and position >= part.end:
             return
+
+
+def _in_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, BLOCK_BYTES at a time as from a plain file: where a text is cut may change its tokens."""
+    rest = bytearray()
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) >= BLOCK_BYTES:
+            yield bytes(rest[:BLOCK_BYTES])
+            del rest[:BLOCK_BYTES]
+    if rest:
+        yield bytes(rest)
 
 
 def _decompressed(path: Path, file: BinaryIO) -> Iterator[bytes]:

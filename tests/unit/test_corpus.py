@@ -426,6 +426,21 @@ def test_text_is_the_same_however_the_file_is_blocked(tmp_path: Path, monkeypatc
         assert counts(source) == whole
 
 
+@pytest.mark.parametrize("start", [0, 35])
+def test_a_compressed_text_comes_in_the_blocks_of_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 64)
+    lines = [f"line {i}\n".encode() for i in range(100)]
+    (tmp_path / "a.txt").write_bytes(b"".join(lines))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"".join(lines), mtime=0))
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(map(zstandard.compress, lines)))
+    paths = [tmp_path / name for name in ("a.txt", "a.txt.gz", "a.txt.zst")]
+    plain, *compressed = [list(textfiles.text_blocks(textfiles.Part(path, start))) for path in paths]
+    assert len(plain) > 10
+    assert compressed == [plain, plain]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
