@@ -37,6 +37,7 @@ _TAR_MAGIC = slice(257, 262)
 _MAGIC = {
     b"\x1f\x8b": "gzip data",
     b"\x28\xb5\x2f\xfd": "zstd data",
+    **{bytes([0x50 + i]) + b"\x2a\x4d\x18": "zstd data" for i in range(16)},  # a frame to skip, as pzstd writes first
     b"\xfd7zXZ\x00": "xz data",
     b"BZh": "bzip2 data",
     b"PK\x03\x04": "a zip archive",
@@ -213,6 +214,11 @@ def _decompressed_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
             try:
                 chunk = frame.decompress(compressed)
             except zstandard.ZstdError as error:
+                if "too much memory" in str(error):
+                    raise DataError(
+                        f"{path} needs more than 128 MB of memory to decompress (zstd --long)",
+                        f"compress it again: zstd -dc --long=31 {path.name} | zstd > NEW.zst",
+                    ) from error
                 raise DataError(f"{path} is a damaged zstd file: {error}", "fetch the file again") from error
             if chunk:
                 yield chunk
@@ -252,12 +258,14 @@ def _check_magic(path: Path, head: bytes) -> None:
     """The first bytes must be those of the type that the name promises."""
     found = _kind_of(head)
     wanted = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix)
-    if found == wanted or not head:
+    if found == wanted:
         return
     if found in ("gzip data", "zstd data") and wanted is None:
         ending = ".gz" if found == "gzip data" else ".zst"
         raise DataError(f"{path} is {found}, not plain text", f"rename it to {path.name}{ending}")
     if wanted is not None:
+        if not head:
+            raise DataError(f"{path} is empty, not {wanted}", "fetch the file again")
         raise DataError(f"{path} is not {wanted}", f"rename it without {path.suffix} if it is plain text")
     if found == "an HTML page":
         raise DataError(f"{path} is {found}, not plain text", "take the text out of it, or use dataset=jsonl")

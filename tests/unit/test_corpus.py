@@ -39,6 +39,10 @@ from lmkit.errors import ConfigError, DataError, LmkitError
 
 NOISE = random.Random(0).randbytes(5000).hex().encode()
 """Data that does not compress; the same in every process, since test names must be."""
+SKIPPED = b"\x50\x2a\x4d\x18\x04\0\0\0size"
+"""A frame of zstd that is to be skipped, as pzstd writes one before each of its own."""
+WIDE = bytes.fromhex("28b52ffd0090290000") + b"text\n"
+"""zstd data that asks for a window of 256 MB."""
 
 
 def text_of(source: Corpus, split: str = "train") -> str:
@@ -441,6 +445,13 @@ def test_a_compressed_text_comes_in_the_blocks_of_the_plain_one(
     assert compressed == [plain, plain]
 
 
+def test_frames_to_skip_are_part_of_zstd(tmp_path: Path) -> None:
+    frames = [SKIPPED + zstandard.compress(line) for line in (b"one\n", b"two\n")]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
+    source = open_corpus(TextConfig(path=str(tmp_path / "a.txt.zst"), valid_fraction=0.0, test_fraction=0.0))
+    assert text_of(source) == "one\ntwo\n"
+
+
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
@@ -453,6 +464,10 @@ def test_a_compressed_text_comes_in_the_blocks_of_the_plain_one(
         ("a.txt.zst", b"plain\n", ["is not zstd data"]),
         ("a.txt.gz", gzip.compress(NOISE, mtime=0)[:-700], ["damaged gzip"]),
         ("a.txt.zst", zstandard.compress(NOISE)[:-700], ["damaged zstd", "ends inside"]),
+        ("a.txt.gz", b"", ["a.txt.gz is empty, not gzip data", "fetch the file again"]),
+        ("a.txt.zst", b"", ["a.txt.zst is empty, not zstd data"]),
+        ("a.txt.zst", WIDE, ["more than 128 MB", "zstd -dc --long=31 a.txt.zst | zstd"]),
+        ("a.txt", SKIPPED + zstandard.compress(b"text\n"), ["is zstd data", "rename it to a.txt.zst"]),
         ("a.txt", "text".encode("utf-16"), ["is UTF-16 text"]),
         ("a.txt", b"PAR1....", ["is a parquet file"]),
         ("a.txt", b"PK\x03\x04...", ["is a zip archive"]),
