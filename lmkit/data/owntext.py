@@ -63,7 +63,7 @@ class TextCorpus(Corpus):
         parts |= {split: [] for split in ("train", *self._held_out)}
         if len(files) >= _MANY_DOCUMENTS:
             base = self._root if self._root.is_dir() else self._root.parent
-            ranked = sorted(files, key=lambda path: hash_fraction(path.relative_to(base).as_posix().encode()))
+            ranked = sorted(files, key=lambda path: hash_fraction(os.fsencode(path.relative_to(base).as_posix())))
             owner = dict.fromkeys(files, "train")
             for split, fraction in self._held_out.items():
                 count = max(1, round(fraction * len(files)))
@@ -132,23 +132,28 @@ def _existing_path(path: str | None, kind: str) -> Path:
     if path is None:
         raise ConfigError(f"dataset={kind} needs a file or folder", "set dataset.path=PATH")
     found = Path(os.path.expanduser(path)).absolute()
-    if not os.path.exists(found):  # False, where Path.exists raises, for a name that is too long
-        raise DataError(f"{found} does not exist", "set dataset.path to a file or folder")
+    try:
+        os.stat(found)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise DataError(f"{found} does not exist", "set dataset.path to a file or folder") from error
+    except OSError as error:
+        raise DataError(f"cannot read {found}: {error.strerror or error}", "check dataset.path") from error
     return found
 
 
 def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
     """Split -> its files. With none by name, or train alone, all are train. DataError for others without it."""
-    if root.is_file():
+    if os.path.isfile(root):
         return {"train": [root]}
     named: dict[str, list[Path]] = {}
     for split, names in _SPLIT_NAMES.items():
         for name in names:
             files = [root / (name + suffix + ending) for ending in ("", ".gz", ".zst")]
-            found = [path for path in files if path.is_file()]
-            found += textfiles.find_files(root / name, suffix) if (root / name).is_dir() else []
+            found = [path for path in files if os.path.isfile(path)]  # what may not be looked at find_files will name
+            found += textfiles.find_files(root / name, suffix) if os.path.isdir(root / name) else []
             if found and split in named:
-                raise DataError(f"{root} has more than one {split} split: {named[split][0].name}, {found[0].name}")
+                both = ", ".join(path.relative_to(root).parts[0] for path in (named[split][0], found[0]))
+                raise DataError(f"{root} has more than one {split} split: {both}", "rename or remove one of them")
             if found:
                 named[split] = found
     if named and "train" not in named:

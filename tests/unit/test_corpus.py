@@ -508,6 +508,41 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         open_corpus(TextConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("path", "place"), [("locked", "locked/train.txt"), ("locked/train.txt", "locked/train.txt")])
+def test_what_may_not_be_looked_at_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, place: str
+) -> None:
+    write(tmp_path / "locked/train.txt", "a\n")
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and Path(path).parent.name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(DataError, match=rf"^cannot read \S*{place}: Permission denied; check dataset\.path$"):
+        open_corpus(TextConfig(path=str(tmp_path / path)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and names that Windows does not have")
+def test_a_loop_of_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DataError, match=r"^cannot read \S*loop: .*; check dataset\.path$"):
+        open_corpus(TextConfig(path=str(tmp_path / "loop")))
+    for i in range(30):
+        write(tmp_path / os.fsdecode(b"texts/caf\xe9") / f"{i}.txt", f"text {i}\n")
+    found = counts(open_corpus(TextConfig(path=str(tmp_path / "texts"))))
+    assert sum(split.num_documents for split in found.values()) == 30
+
+
+def test_two_splits_of_the_same_kind_are_both_named(tmp_path: Path) -> None:
+    for name in ("train.txt", "valid/a.txt", "dev/a.txt"):
+        write(tmp_path / name, "a\n")
+    with pytest.raises(DataError, match=r"more than one valid split: valid, dev; rename or remove one of them"):
+        open_corpus(TextConfig(path=str(tmp_path)))
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 @pytest.mark.parametrize(
     ("files", "taken", "renamed"),
