@@ -25,7 +25,7 @@ class CleaningConfig:
     normalize_nfc: bool = False
     """Normalise the text to Unicode NFC."""
     strip_control: bool = False
-    """Remove control characters (category Cc) other than tab and newline."""
+    """Remove control characters (category Cc) but tab and newline; what keeps two words apart becomes a blank."""
     drop_duplicates: bool = False
     """Drop documents that are exact copies of an earlier document of the same split."""
     min_chars: int = 0

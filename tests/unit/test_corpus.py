@@ -670,6 +670,18 @@ def test_cleaning_does_what_its_report_says(tmp_path: Path) -> None:
     assert report["NFC"]["chars_before"] - report["NFC"]["chars_after"] == 1
 
 
+@pytest.mark.parametrize("space", ["\r", "\x0b", "\x0c", "\x1c", "\x1f", "\x85"])
+def test_no_words_run_together_where_control_characters_are_removed(tmp_path: Path, space: str) -> None:
+    texts = [
+        f"one{space}two{space}\n{space}three {space} fo\x00ur{space}\x00{space}five{space}",
+        f"{space}one\r{space}\n",
+    ]
+    documents, report = cleaned(tmp_path, texts, CleaningConfig(strip_control=True))
+    assert documents == ["one two\nthree  four five\n", "one\n"]
+    assert [document.split() for document in documents] == [text.replace("\x00", "").split() for text in texts]
+    assert report["control characters"]["chars_after"] == sum(map(len, documents))
+
+
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_the_end_of_the_last_line_is_no_character_of_a_short_document(tmp_path: Path, end: str) -> None:
     documents, _ = cleaned(tmp_path, [f"1234567{end}", f"12345678{end}", f"123\n567{end}"], CleaningConfig(min_chars=8))
