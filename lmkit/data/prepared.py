@@ -102,7 +102,7 @@ class _Preparation:
         with self._lock():
             self._sweep()
             fingerprint = self._fingerprint()
-            survey = recall(self.root / "surveys", fingerprint)
+            survey = None if self.force else recall(self.root / "surveys", fingerprint)
             if found := self._find(survey):
                 return found
             if survey is None:

@@ -273,6 +273,17 @@ def test_force_prepares_again(folder: Path) -> None:
     assert (again.path / "index.json").stat().st_ino != before
 
 
+def test_force_reads_a_text_that_was_changed_behind_its_stamp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textfiles, "stamp_files", lambda paths: [str(path) for path in paths])
+    first = prepared(folder)
+    (folder / "valid.txt").write_text("the cat sat\n", encoding="utf-8")
+    assert prepared(folder).key == first.key
+    again = prepared(folder, force=True)
+    assert again.key != first.key
+    assert again.splits["valid"].num_unk == 0
+    assert prepared(folder).key == again.key
+
+
 # --- damage
 
 
