@@ -221,12 +221,12 @@ class _Preparation:
         return entries
 
     def _publish(self, temporary: Path, target: Path) -> None:
-        """One rename makes the folder visible. Another process may have been first with the same content."""
+        """One rename makes the folder visible. What another process has made meanwhile stays: it may be reading it."""
         for path in sorted(temporary.rglob("*")):
             if path.is_dir():
                 storage.sync_directory(path)
         storage.sync_directory(temporary)
-        if target.exists():
+        if target.exists() and (self.force or not _is_whole(target)):
             storage.discard(target)
         try:
             storage.rename(temporary, target)
@@ -268,6 +268,13 @@ class _Preparation:
                     storage.remove_tree(path)
                 elif path.name.startswith(storage.TRASH_PREFIX):
                     storage.remove_tree(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a folder holds the data that its name is the key of, undamaged."""
+    with contextlib.suppress(DataError):
+        return open_prepared(path).key == path.name
+    return False
 
 
 def _file_lock(folder: Path, request: str) -> filelock.BaseFileLock:

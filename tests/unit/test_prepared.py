@@ -284,6 +284,23 @@ def test_force_reads_a_text_that_was_changed_behind_its_stamp(folder: Path, monk
     assert prepared(folder).key == again.key
 
 
+def test_what_another_process_prepared_meanwhile_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prepared_data._Preparation._encode
+    made: list[tuple[Path, int]] = []
+
+    def encode(self: Any, *args: Any) -> Any:
+        if not made:
+            made.append((folder, 0))
+            monkeypatch.chdir(folder)  # from elsewhere it is another request, which takes no turns with this one
+            other = prepared(folder)
+            made[0] = other.path, (other.path / "index.json").stat().st_ino
+        return real(self, *args)
+
+    monkeypatch.setattr(prepared_data._Preparation, "_encode", encode)
+    data = prepared(folder)
+    assert (data.path, (data.path / "index.json").stat().st_ino) == made[0]
+
+
 # --- damage
 
 
