@@ -209,10 +209,10 @@ class _Writer:
 
     def _release(self, new: str, *, everything: bool) -> None:
         pending = self.held + new
-        cuts = [cut for cut in (pending.find(text) for text in self.stop) if cut >= 0]
-        if cuts:
+        found = [(cut + len(text), cut) for text in self.stop if (cut := pending.find(text)) >= 0]
+        if found:  # the one that is complete first ends the text, however much of it a token brings
             self.finish = "stop"
-            ready, self.held = pending[: min(cuts)], ""
+            ready, self.held = pending[: min(found)[1]], ""
         else:
             keep = 0 if everything else max((_overlap(pending, text) for text in self.stop), default=0)
             ready, self.held = pending[: len(pending) - keep], pending[len(pending) - keep :]

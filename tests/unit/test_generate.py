@@ -179,6 +179,15 @@ def test_a_sample_ends_before_the_first_stop_string_and_no_piece_goes_beyond(tex
     assert not any(s in sample.text for s in stop)
 
 
+@given(st.lists(st.integers(1, 5), max_size=6), st.lists(st.text("ab \n", min_size=1, max_size=5), max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_where_a_sample_ends_does_not_depend_on_how_much_text_a_token_brings(ids: list[int], stop: list[str]) -> None:
+    words = WordTokenizer(["a", "abba", "baab", "aabab"])
+    text = words.decode(ids)
+    assert say(words, ids, stop=stop)[0].text == say(BYTES, BYTES.encode(text).tolist(), stop=stop)[0].text
+    assert say(words, [5], stop=["aabab", "ba"])[0].text == "aa"
+
+
 def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_decided() -> None:
     sample, pieces = say(BYTES, BYTES.encode("one enough end").tolist(), stop=["end"])
     assert sample == Sample("one enough ", 14, "stop")
