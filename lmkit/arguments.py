@@ -94,13 +94,18 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
         line.stop.append(text)
     elif name == "--prompt-file":
         try:
-            content = Path(os.path.expanduser(value)).read_bytes().decode("utf-8")
-            line.prompts.append(content.removesuffix("\n").removesuffix("\r"))
+            line.prompts.append(prompt_in(Path(os.path.expanduser(value)).read_bytes().decode("utf-8")))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             line.problems.append(f"--prompt-file {value}: {reason}")
     else:
         line.prompts.append(None if text == "-" else text)
+
+
+def prompt_in(content: str) -> str:
+    """The prompt that a file or standard input holds, read as a corpus is (no mark at its start, "\\n" for CRLF), up to
+    its last line end."""
+    return content.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").removesuffix("\r")
 
 
 def _take_option(line: Line, name: str, value: str | None, words: list[str]) -> None:

@@ -159,7 +159,9 @@ def run_command(line: Line, config: Any) -> Any:
         return module.run(config)
     config.stop += line.stop
     if None in line.prompts:  # kept in the list, which the other jobs of a multirun have too
-        piped = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+        from lmkit.arguments import prompt_in
+
+        piped = prompt_in(sys.stdin.buffer.read().decode("utf-8", "replace"))
         line.prompts[:] = [piped if text is None else text for text in line.prompts]
     return module.run(config, line.prompts or ([] if config.chat or config.interactive else [""]))
 

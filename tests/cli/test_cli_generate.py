@@ -73,6 +73,16 @@ def test_a_prompt_can_come_from_a_file(lmkit: Any, tmp_path: Path) -> None:
     assert lmkit.prompts == [["line one\n我喜欢 ${x}"] * 2]
 
 
+def test_a_prompt_is_read_from_a_file_and_standard_input_as_a_corpus_is(
+    lmkit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = "\ufeffone\r\ntwo\rthree\r\n\r\n".encode()
+    (tmp_path / "windows.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert lmkit("generate", "--prompt-file", str(tmp_path / "windows.txt"), "--prompt", "-") == 0
+    assert lmkit.prompts == [["one\ntwo\rthree\n"] * 2]
+
+
 def test_a_prompt_file_that_cannot_be_read_is_named(lmkit: Any, tmp_path: Path) -> None:
     assert "No such file" in lmkit.refused("generate", "--prompt-file", str(tmp_path / "missing.txt"))
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
