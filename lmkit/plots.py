@@ -46,7 +46,7 @@ def plot_curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kept = {name: points for name, curve in curves.items() if (points := _finite_points(curve))[0]}
+    kept = {_drawable(name): points for name, curve in curves.items() if (points := _finite_points(curve))[0]}
     rates = {name: points for name, points in kept.items() if name.lower().replace("_", " ") in ("learning rate", "lr")}
     losses = {name: points for name, points in kept.items() if name not in rates}
     figure = Figure(figsize=(8, 5.2 if rates else 4.4), dpi=120, layout="constrained")
@@ -65,10 +65,15 @@ def plot_curves(
         axes.set_xlabel(x_label)
     _plot_losses(axes, losses, per_token=per_token)
     if title:
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(_drawable(title), loc="left", fontsize=11)
     drawn = io.BytesIO()
     canvas.print_figure(drawn, format="png")
     storage.replace_file(path, drawn.getvalue())
+
+
+def _drawable(text: str) -> str:
+    """The text without half characters, as in the name of a run that is not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _plot_losses(axes: Any, losses: Mapping[str, Curve], *, per_token: bool) -> None:

@@ -71,7 +71,9 @@ def decode(value: Any) -> Any:
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(encode(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    """The object as UTF-8. Half characters, as in the name of a file that is not UTF-8, become JSON's \\udce9."""
+    text = json.dumps(encode(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,6 +220,9 @@ def test_row_117_every_bad_value_is_named_at_once_before_anything_is_made(small:
 
 LONG = "x" * 300
 VERY_LONG = "/".join(["y" * 200] * 25)
+NOT_UTF8 = pytest.param(
+    "caf\udce9", id="latin-1", marks=pytest.mark.skipif(sys.platform != "linux", reason="names of Linux")
+)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +246,11 @@ def test_row_118_a_path_that_is_not_there_is_named_in_full(lmkit: Lmkit, trained
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["with blank", "ünï cödé", "a,b=c", "-x", "{a}", "$HOME"])
+@pytest.mark.parametrize("name", ["with blank", "ünï cödé", "a,b=c", "-x", "{a}", "$HOME", NOT_UTF8])
 def test_row_118_odd_and_relative_paths_mean_what_they_say(
-    small: list[str], lmkit: Lmkit, corpus: Path, name: str
+    small: list[str], lmkit: Lmkit, corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["lmkit", f"dataset.path={name}"])  # which the run notes
     Path(name).mkdir()
     for path in corpus.iterdir():
         (Path(name) / path.name).write_bytes(path.read_bytes())

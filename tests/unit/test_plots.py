@@ -19,6 +19,7 @@ CURVES = {
     },
     "single points": {"train loss": ([1], [4.0]), "valid loss": ([1], [4.1]), "learning rate": ([1], [0.0])},
     "one point": {"valid loss": ([7], [0.0])},
+    "not UTF-8": {"train caf\udce9": ([1, 2], [4.0, 3.0]), "valid caf\udce9": ([1, 2], [4.0, 3.0])},
     "nothing": {},
     "empty": {"train loss": ([], []), "learning rate": ([], [])},
     "not finite": {"train loss": ([1, 2, 3], [math.nan, math.inf, 3.0]), "valid loss": ([1], [math.nan])},
@@ -31,7 +32,7 @@ CURVES = {
 @pytest.mark.parametrize("name", CURVES)
 def test_any_curves_can_be_plotted(name: str, tmp_path: Path) -> None:
     path = tmp_path / "loss.png"
-    plot_curves(path, CURVES[name], title="a $title_ with %")
+    plot_curves(path, CURVES[name], title="a $title_ with % caf\udce9")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 

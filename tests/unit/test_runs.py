@@ -356,6 +356,12 @@ def test_the_result_is_read_back_with_its_status(tmp_path: Path) -> None:
     assert (result["status"], result["word_ppl"], result["nats"]) == ("finished", 99.5, math.inf)
 
 
+def test_a_value_that_utf8_lacks_is_written_and_read_back(tmp_path: Path) -> None:
+    value = {"path": "é caf\udce9 \\udce9"}
+    (tmp_path / "a.json").write_bytes(records.to_json(value))
+    assert records.read_object(tmp_path / "a.json") == value
+
+
 def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"a": 1, "a": 2}', encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"result\.json is not valid JSON \(duplicate key\)"):
