@@ -275,7 +275,10 @@ def _column(table: Any, column: str, where: str) -> Iterator[list[str]]:
         rows = batch.column(column).to_pylist()
         for row in rows:
             if not isinstance(row, str):
-                raise DataError(f"{where}, row {number}: column '{column}' holds {type(row).__name__}, not text")
+                raise DataError(
+                    f"{where}, row {number}: column '{column}' holds {type(row).__name__}, not text",
+                    "set dataset.column=NAME to one that holds text in every row",
+                )
             number += 1
         yield rows
 

@@ -110,9 +110,10 @@ class JsonlCorpus(RecordCorpus):
 
     def _text(self, line: str, where: str) -> str:
         try:
-            record = json.loads(line)
+            record = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON: {error}", "repair or remove the line") from error
+            reason = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"{where} is not JSON: {reason}", "repair or remove the line") from error
         if not isinstance(record, dict) or self._field not in record:
             keys = (
                 f"its keys are {', '.join(map(repr, record))[:200]}" if isinstance(record, dict) else "it is no object"

@@ -129,7 +129,9 @@ def _read_hf(path: Path) -> HfTokenizer:
         try_in_child(HfTokenizer, content)
         return HfTokenizer(content)
     except DataError as error:
-        raise DataError(f"{path} is not a usable tokenizer.json: {error}") from None
+        raise DataError(
+            f"{path} is not a usable tokenizer.json: {error}", "set tokenizer.path to another file"
+        ) from None
 
 
 def _read_bytes(path: Path) -> bytes:

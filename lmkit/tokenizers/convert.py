@@ -22,6 +22,7 @@ from lmkit.tokenizers.sentencepiece import SentencePieceTokenizer
 END = "<|endoftext|>"
 """Name of the end-of-document token of the tokenizers that have none of their own."""
 BLANK = "\u2581"
+_ITS_OWN = "put the tokenizer.json there that the model was trained with"
 SPACES = "".join(chr(code) for code in range(0x110000) if chr(code).isspace() and chr(code) != "\n")
 """What separates words, as ``str.split`` sees it."""
 
@@ -90,11 +91,11 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> HfTokenizer:
         if tokenizer.token_text(tokenizer.eos_id) in HfTokenizer.EOS_NAMES and tokenizer.vocab_size < vocab_size:
             tokenizer = HfTokenizer(_padded(content, tokenizer, vocab_size))
     except DataError as error:
-        raise DataError(f"{path} is not a usable tokenizer.json: {error}") from None
+        raise DataError(f"{path} is not a usable tokenizer.json: {error}", _ITS_OWN) from None
     if tokenizer.token_text(tokenizer.eos_id) not in HfTokenizer.EOS_NAMES:
-        raise DataError(f"{path} has no end-of-document token: none of {', '.join(HfTokenizer.EOS_NAMES)}")
+        raise DataError(f"{path} has no end-of-document token: none of {', '.join(HfTokenizer.EOS_NAMES)}", _ITS_OWN)
     if tokenizer.vocab_size != vocab_size:
-        raise DataError(f"{path} has {tokenizer.vocab_size} tokens, but the model only {vocab_size} types")
+        raise DataError(f"{path} has {tokenizer.vocab_size} tokens, but the model only {vocab_size} types", _ITS_OWN)
     return tokenizer
 
 

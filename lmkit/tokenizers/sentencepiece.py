@@ -130,7 +130,7 @@ class SentencePieceTokenizer(BytesTokenizer):
         known = _common_characters(sample, (config.vocab_size - cls._NUM_META_PIECES) // 2)
         model = io.BytesIO()
         if not known:
-            raise DataError("the train split has no text to train the sentencepiece tokenizer on")
+            raise DataError("the train split has no text to train the sentencepiece tokenizer on", "use tokenizer=byte")
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(sample, known, cls._MAX_LINE_CHARS),

@@ -328,6 +328,12 @@ def test_a_wrong_column_of_the_hub_is_answered_with_the_columns(hub: FakeHub) ->
         text_of(open_corpus(HubConfig(name="a/b")))
 
 
+def test_a_row_of_the_hub_without_text_is_named_with_what_to_do(hub: FakeHub) -> None:
+    hub.rows = {"train": ["a", None]}  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"row 1: column 'text' holds NoneType, not text; set dataset\.column=NAME"):
+        text_of(open_corpus(HubConfig(name="a/b")))
+
+
 # --- own text
 
 
@@ -616,7 +622,7 @@ def test_jsonl_splits_are_found_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": 1', "is not JSON"),
+        ('{"text": 1', "is not JSON: Expecting ',' delimiter in column 11; repair"),
         ("<!DOCTYPE html>", "is not JSON"),
         ('{"body": "x"}', "has no field 'text'; its keys are 'body'"),
         ("[1]", "has no field 'text'; it is no object"),

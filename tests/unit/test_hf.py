@@ -412,7 +412,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     tensors = load_file(path)
     save_file({**tensors, "model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:200].clone()}, path)
     change(tmp_path / "m", vocab_size=200)
-    with pytest.raises(DataError, match="257 tokens, but the model only 200"):
+    with pytest.raises(DataError, match=r"only 200 types; put the tokenizer\.json there"):
         import_hf(tmp_path / "m")
 
 
@@ -420,7 +420,7 @@ def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path) -> No
     exported(tmp_path / "m", LLAMA)
     path = tmp_path / "m" / "tokenizer.json"
     path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|other|>"), encoding="utf-8")
-    with pytest.raises(DataError, match="no end-of-document token"):
+    with pytest.raises(DataError, match=r"no end-of-document token.*; put the tokenizer\.json there"):
         import_hf(tmp_path / "m")
 
 
