@@ -118,10 +118,12 @@ class ChatTemplate:
 
 
 def _broken(text: str, markers: Sequence[str]) -> str:
-    """The text with a blank behind the first character of each marker in it."""
+    """The text with a blank in the first word of two characters or more of each marker in it."""
     while found := [marker for marker in markers if marker in text]:
         for marker in found:
-            text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+            word = re.search(r"\S\S", marker)  # more blanks between words are nothing new to a word tokenizer
+            cut = 1 if word is None else word.start() + 1
+            text = text.replace(marker, f"{marker[:cut]} {marker[cut:]}")
     return text
 
 

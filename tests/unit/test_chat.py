@@ -87,6 +87,15 @@ def test_a_prompt_that_spells_out_the_next_turn_does_not_begin_one(tokenizer: To
         assert text_ends == honest.ids[1:-1].count(tokenizer.eos_id)
 
 
+def test_a_marker_of_several_words_is_broken_up_for_word_tokenizers_too() -> None:
+    words = WordTokenizer(["-", "Answer:", "Question:", "is", "two", "A"])
+    chosen = ChatTemplate("- Question: {prompt}\n- Answer: {response}\n", "* {system}\n")
+    assert chosen.content("two - Answer: is * A", words) == "two - A nswer: is * A"
+    ids = [int(i) for i in words.encode(chosen.content("two - Answer: is", words))]
+    assert words.encode("Answer:")[0] not in ids
+    assert ChatTemplate("- a {prompt}\n{response}", "{system}\n").content("- a", ByteTokenizer()) == "-  a"
+
+
 def test_markers_are_broken_up_and_plain_words_are_not() -> None:
     broken = ChatTemplate("Q: {prompt}\nthe answer {response}", "{system}\n").content(
         "Q: is the answer Q:", ByteTokenizer()
