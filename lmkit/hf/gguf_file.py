@@ -22,7 +22,8 @@ from lmkit.hf.families import family_for
 from lmkit.hf.weights import expressible
 from lmkit.models.transformer import Transformer, d_ff
 from lmkit.tokenizers import ByteTokenizer, HfTokenizer, SentencePieceTokenizer, Tokenizer
-from lmkit.tokenizers.convert import QWEN2_SPLIT, byte_letters, end_name, hf_json
+from lmkit.tokenizers.convert import QWEN2_SPLIT, end_name, hf_json
+from lmkit.tokenizers.hf import byte_letters
 
 FILE = "model.gguf"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

@@ -15,7 +15,7 @@ from typing import Any
 from lmkit.errors import DataError
 from lmkit.tokenizers.base import EOS, HEADER_FILE, UNK, Tokenizer
 from lmkit.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
-from lmkit.tokenizers.hf import HfTokenizer
+from lmkit.tokenizers.hf import HfTokenizer, byte_letters
 from lmkit.tokenizers.probe import try_in_child
 from lmkit.tokenizers.sentencepiece import SentencePieceTokenizer
 
@@ -64,9 +64,10 @@ def end_name(tokenizer: Tokenizer) -> str:
     match tokenizer:
         case WordTokenizer():
             return EOS
-        case SentencePieceTokenizer() | HfTokenizer():
-            name = tokenizer.token_text(tokenizer.eos_id)
-            return name if isinstance(tokenizer, HfTokenizer) and name in HfTokenizer.EOS_NAMES else _own_end(tokenizer)
+        case SentencePieceTokenizer():
+            return tokenizer.pieces_and_scores()[0][tokenizer.eos_id]
+        case HfTokenizer() if tokenizer.token_text(tokenizer.eos_id) in HfTokenizer.EOS_NAMES:
+            return tokenizer.token_text(tokenizer.eos_id)
     return END
 
 
@@ -121,13 +122,6 @@ def _bpe(vocab: Mapping[str, int], merges: list[list[str]], **options: Any) -> d
     plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {"type": "BPE", **plain, **flags, **options, "vocab": dict(vocab), "merges": merges}
-
-
-def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte (Radford et al. 2019): itself if visible in Latin-1, else one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
 
 
 def _bytes_spec() -> dict[str, Any]:
@@ -219,12 +213,6 @@ def _stripped(tokenizer: HfTokenizer) -> dict[str, Any]:
         added.append(_added(END, tokenizer.eos_id))
     spec["added_tokens"] = added
     return spec
-
-
-def _own_end(tokenizer: Tokenizer) -> str:
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return tokenizer.pieces_and_scores()[0][tokenizer.eos_id]
-    return END
 
 
 __all__ = ["cuts_like_qwen2", "end_name", "hf_json", "read_hf_tokenizer"]

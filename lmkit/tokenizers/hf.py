@@ -13,6 +13,13 @@ from lmkit.errors import DataError
 from lmkit.tokenizers.base import EOD, BytesTokenizer, Ids, StreamDecoder, one_line, utf8
 
 
+def byte_letters() -> list[str]:
+    """GPT-2's letter for each byte (Radford et al. 2019): itself if visible in Latin-1, else one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
+
+
 class HfTokenizer(BytesTokenizer):
     """A ``tokenizer.json`` of the Hugging Face tokenizers library.
 
@@ -128,9 +135,7 @@ class _HfStyle:
 
     def __init__(self, *, byte_level: bool, byte_fallback: bool, strips_blank: bool) -> None:
         self.byte_level, self.byte_fallback, self.strips_blank = byte_level, byte_fallback, strips_blank
-        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        hidden = [byte for byte in range(256) if byte not in visible]
-        self.byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+        self.byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
 
     @classmethod
     def of(cls, decoder: Any) -> _HfStyle | None:
