@@ -33,6 +33,8 @@ def run(
     decoder = _Decoder(cfg, loaded, device, console)
     vae = cfg.vae
     if vae.reconstruct is None and vae.interpolate_from is None:
+        for prompt in dict.fromkeys(prompts):
+            decoder.warn_about(prompt)
         return [
             decoder.write(prompt, index * cfg.num_samples + number, decoder.from_prior(index, number), {})
             for index, prompt in enumerate(prompts)
@@ -74,15 +76,19 @@ class _Decoder:
         generator = torch.Generator().manual_seed(derive_key(self.cfg.seed, "latent", "prior", prompt, number))
         return torch.randn(self.model.config.d_latent, generator=generator).to(self.device.torch_device)
 
+    def warn_about(self, text: str) -> None:
+        """Name the words of a text that the run does not know."""
+        unknown = read_prompt(self.loaded.tokenizer, text, context=None, max_new_tokens=0).unknown
+        if unknown:
+            self.console.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
+
     @torch.inference_mode()
     def mean_of(self, text: str) -> Tensor:
         """The posterior mean of a sentence."""
         tokenizer = self.loaded.tokenizer
         line = text if text.endswith("\n") else f"{text}\n"
         ids = [int(i) for i in tokenizer.encode(line)]
-        unknown = read_prompt(tokenizer, text, context=None, max_new_tokens=0).unknown
-        if unknown:
-            self.console.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
+        self.warn_about(text)
         return self.model.encode(torch.tensor([ids], device=self.device.torch_device)).mean_BZ[0]
 
     def write(self, prompt: str, number: int, latent_Z: Tensor, about: dict[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def test_sentences_from_the_prior_differ_repeat_by_seed_and_can_be_begun(
     assert capsys.readouterr().out == first
     assert cli.main([*words.split(), "--prompt", "red"]) == 0
     assert all(line.startswith("red ") for line in capsys.readouterr().out.splitlines())
+    assert cli.main([*words.split(), "--prompt", "zebra red", "--prompt", "red zebra"]) == 0
+    assert capsys.readouterr().err.count("not in the vocabulary, read as <unk>: zebra") == 2
 
 
 def generation(path: str, vae: VaeGenerateConfig) -> GenerateConfig:
