@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import lmkit
-from lmkit.errors import DataError
+from lmkit.errors import DataError, ResourceError
 from lmkit.store.cache import cache_dir
 from lmkit.tokenizers.base import Tokenizer, digest_of, one_line
 
@@ -34,7 +34,8 @@ _REFUSED = 3
 
 
 def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
-    """Raises DataError if a tokenizer of this class cannot be made of ``content`` and used within the limits.
+    """Raises DataError if a tokenizer of this class cannot be made of ``content`` and used within the limits, and
+    ResourceError if no process can be started.
 
     Content that was found good before by the same version of the library is not tried again; where the cache folder
     cannot be written it is.
@@ -50,6 +51,10 @@ def try_in_child(cls: type[Tokenizer], content: bytes) -> None:
         )
     except subprocess.TimeoutExpired:
         raise DataError(f"it takes more than {WALL_SECONDS:.0f} s to load and try") from None
+    except OSError as error:
+        raise ResourceError(
+            f"no process can be started to try the tokenizer: {error.strerror or error}", "end other processes"
+        ) from None
     if done.returncode == _REFUSED:
         raise DataError(done.stdout.decode("utf-8", "replace"))
     if done.returncode != 0:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from lmkit.config.data import (
     TokenizerConfig,
     WordTokenizerConfig,
 )
-from lmkit.errors import DataError
+from lmkit.errors import DataError, ResourceError
 from lmkit.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer, probe, train_tokenizer
 from lmkit.tokenizers.sentencepiece import _draw
 
@@ -262,6 +263,16 @@ def test_hf_names_an_unusable_file(tmp_path: Path, damage: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(damage.encode("utf-8", "surrogatepass"))
     with pytest.raises(DataError, match=r"tokenizer\.json .*; set tokenizer\.path to another file$"):
         train_tokenizer(HfTokenizerConfig(path=str(tmp_path / "tokenizer.json")), lines_of(""))
+
+
+def test_hf_says_that_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: object, **options: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(ResourceError, match=r"no process can be started to try the tokenizer: .*; end other"):
+        read_hf(tmp_path, word_piece_json())
 
 
 def test_hf_names_a_missing_file(tmp_path: Path) -> None:
