@@ -94,23 +94,43 @@ class Cleaner:
     def _unless_seen(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """The document unless an earlier one had the same text, compared by a 128-bit BLAKE2b digest."""
         digest = hashlib.blake2b(digest_size=16)
-        with contextlib.ExitStack() as stack:
-            waiting: IO[bytes] | None = None
-            lengths: list[int] = []
+        with contextlib.closing(_Waiting()) as waiting:
             for piece in pieces:
-                data = piece.text.encode()
-                digest.update(data)
+                digest.update(piece.text.encode())
                 if not piece.ends_document:
-                    waiting = waiting or stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_WAITING_BYTES))
-                    waiting.write(data)
-                    lengths.append(len(data))
+                    waiting.add(piece)
                 elif digest.digest() not in self._seen:
                     self._seen.add(digest.digest())
-                    if waiting is not None:
-                        waiting.seek(0)
-                        for length in lengths:
-                            yield Piece(waiting.read(length).decode(), False)
+                    yield from waiting.release()
                     yield piece
+
+
+class _Waiting:
+    """Pieces of a document of which it is not yet known whether it is kept: 16 MB in memory, else in a file."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._lengths: list[int] = []
+
+    def add(self, piece: Piece) -> None:
+        """Put a piece that does not end its document, or will not be asked for, behind the others."""
+        if self._file is None:
+            self._file = tempfile.SpooledTemporaryFile(max_size=_WAITING_BYTES)  # noqa: SIM115 - open till ``close``
+        self._lengths.append(self._file.write(piece.text.encode()))
+
+    def release(self) -> Iterator[Piece]:
+        """Give them back, in order and once."""
+        if self._file is not None:
+            self._file.seek(0)
+            for length in self._lengths:
+                yield Piece(self._file.read(length).decode(), False)
+            self.close()
+
+    def close(self) -> None:
+        """Forget them."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._lengths = None, []
 
 
 def document_pieces(text: str) -> Iterator[Piece]:
@@ -172,14 +192,12 @@ def _num_chars(piece: Piece) -> int:
 
 def _at_least(document: Iterator[Piece], minimum: int, measure: Callable[[Piece], int]) -> Iterator[Piece]:
     """The document if its pieces measure ``minimum`` or more in sum."""
-    held: list[Piece] = []
     total = 0
-    for piece in document:
-        if total >= minimum:
-            yield piece
-            continue
-        held.append(piece)
-        total += measure(piece)
-        if total >= minimum:
-            yield from held
-            held = []
+    with contextlib.closing(_Waiting()) as waiting:
+        for piece in document:
+            total += measure(piece)
+            if total < minimum:
+                waiting.add(piece)
+            else:
+                yield from waiting.release()
+                yield piece

@@ -6,10 +6,12 @@ import dataclasses
 import errno
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from lmkit.config.data import (
     PydocsConfig,
     TextConfig,
 )
-from lmkit.data import corpus, textfiles
+from lmkit.data import cleaning, corpus, textfiles
 from lmkit.data.benchmarks import BENCHMARKS, Expected, canonical_lines
 from lmkit.data.corpus import open_corpus
 from lmkit.data.documents import Corpus
@@ -699,6 +701,23 @@ def test_without_options_only_empty_documents_are_dropped(tmp_path: Path) -> Non
     documents, report = cleaned(tmp_path, texts, CleaningConfig())
     assert documents == ["a\x00\n", "a\x00\n", "e\u0301\n"]
     assert list(report) == ["empty documents"]
+
+
+@pytest.mark.parametrize("options", [{}, {"min_chars": 1 << 30}, {"drop_duplicates": True}])
+def test_a_document_that_waits_to_be_kept_does_not_wait_in_memory(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(cleaning, "_WAITING_BYTES", 1 << 16)
+    size, kept = 1 << 16, []
+    tracemalloc.start()
+    pieces = (cleaning.Piece(" " * size + "\n", False) for _ in range(200))
+    document = itertools.chain(pieces, [cleaning.Piece("text", True)])
+    for piece in cleaning.Cleaner(CleaningConfig(**options)).clean(document):
+        kept.append((len(piece.text), piece.ends_document))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept == ([] if "min_chars" in options else [*[(size + 1, False)] * 200, (5, True)])
+    assert peak < 2 << 20
 
 
 def test_long_duplicates_are_found_and_the_first_one_is_whole(tmp_path: Path) -> None:
