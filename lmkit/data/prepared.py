@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from lmkit.data.workers import count_words, encoded
 from lmkit.errors import DataError, ResourceError
 from lmkit.store import storage
 from lmkit.store.cache import cache_dir
-from lmkit.tokenizers import Tokenizer, train_tokenizer
+from lmkit.tokenizers import HfTokenizer, Tokenizer, train_tokenizer
 from lmkit.tokenizers.probe import vouch
 
 __all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare"]
 
 _QUIET_S = 1.0
 """No progress is shown before this time, since most preparations are over by then."""
+_TRIED_LINES, _LINE_CHARS = 1000, 1000
+"""How many lines of train, and how much of each, show whether a tokenizer made elsewhere gives the text back."""
 
 
 def prepare(
@@ -94,6 +97,11 @@ class _Preparation:
             if found["in_train"]:
                 total = data.splits[split].num_documents
                 self.console.warn(f"{found['in_train']:,} of {total:,} documents of {split} stand in train, too")
+        if change := data.report.get("changes_text"):
+            self.console.warn(
+                f"the tokenizer does not give the text back: {change[0]!r} (blanks left out) comes back as"
+                f" {change[1]!r}; numbers per word, byte and character are lower than for all of the text"
+            )
         return data
 
     def _run(self) -> PreparedData:
@@ -191,6 +199,9 @@ class _Preparation:
         try:
             splits = self._encode(survey, self.tokenizer, temporary)
             report = {"source": self.corpus.source, "cleaning": survey.cleaning, "repeats": survey.repeats}
+            if isinstance(self.tokenizer, HfTokenizer):
+                lines = (line[:_LINE_CHARS] for text in self._train_text(survey) for line in text.split("\n"))
+                report["changes_text"] = self.tokenizer.first_change(islice(lines, _TRIED_LINES))
             write_index(temporary, key, self.corpus.name, self.tokenizer, splits, report)
             self._publish(temporary, self.folder / key)
             if self.config is not None:

@@ -72,7 +72,8 @@ class PreparedData:
     splits: dict[str, Split]
     report: dict[str, Any]
     """``source``: where the text came from; ``cleaning``: split -> step -> counts before and after; ``repeats``: split
-    -> documents that are copies of others (always there in what ``prepare`` returns)."""
+    -> documents that are copies of others (always there in what ``prepare`` returns); ``changes_text`` of a tokenizer
+    made elsewhere: a place that it does not give back, as it was and as it came back (null: none was found)."""
 
 
 def _smallest_type(vocab_size: int) -> np.dtype[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -89,6 +90,21 @@ class HfTokenizer(BytesTokenizer):
         plain = [i for i in map(int, ids) if self.check_id(i) != self.eos_id]
         return str(self._hf.decode(plain, skip_special_tokens=True))
 
+    def first_change(self, lines: Iterable[str]) -> tuple[str, str] | None:
+        """The place in the first of the lines that does not come back, as it was and as it came back.
+
+        Blanks, canonically equal characters (NFC) and lines with unknown words, which are counted, are left out of
+        account.
+        """
+        for line in lines:
+            ids = self.encode(line)
+            if self.unk_id is None or self.unk_id not in ids:
+                before, after = ("".join(normalize("NFC", text).split()) for text in (line, self.decode(ids)))
+                if before != after:
+                    start = max(0, _common(before, after) - 5)
+                    return before[start : start + 20], after[start : start + 20]
+        return None
+
     def decoder(self) -> StreamDecoder:
         return super().decoder() if self._streams else _WholeDecoder(self)
 
@@ -117,14 +133,18 @@ class _WholeDecoder(StreamDecoder):
 
     def flush(self) -> str:
         text = self.tokenizer.decode(self.ids)
-        # what follows may have changed the end of what was skipped
-        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.skipped, text, strict=False)))
+        kept = _common(self.skipped, text)  # what follows may have changed the end of what was skipped
         self.ids, self.skipped = [], ""
         return text[kept:]
 
     def skip(self, ids: Sequence[int]) -> None:
         super().skip(ids)
         self.skipped = self.tokenizer.decode(self.ids)
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters the two have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 class _HfStyle:

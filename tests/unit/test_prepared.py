@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lmkit.commands import prepare as command
 from lmkit.config.commands import PrepareConfig
@@ -23,6 +24,7 @@ from lmkit.config.data import (
     ByteTokenizerConfig,
     CharTokenizerConfig,
     CleaningConfig,
+    HfTokenizerConfig,
     PydocsConfig,
     SentencePieceTokenizerConfig,
     TextConfig,
@@ -263,6 +265,40 @@ def test_a_text_that_changes_between_the_passes_is_refused(
     with pytest.raises(DataError, match="changed while it was read"):
         prepared(folder)
     assert list((cache / "prepared").iterdir()) == []
+
+
+def lower_case(unk: str | None, letters: str) -> tokenizers.Tokenizer:
+    """Letters of which capitals become small ones, and others ``unk``, or nothing."""
+    vocab = {letter: i for i, letter in enumerate([*letters, *([unk] if unk else [])])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token=unk))
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+    )
+    made.decoder = tokenizers.decoders.Fuse()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("unk", "letters", "text", "told"),
+    [
+        (None, "abcé ", "b a Cab\n", "'baCab' (blanks left out) comes back as 'bacab'"),
+        (None, "abcé ", "abcdabc\n", "'abcdabc' (blanks left out) comes back as 'abcabc'"),
+        (None, "abcé ", "abc  abc e\u0301\n", None),
+        ("?", "abcé ", "abcdabc\n", None),
+    ],
+)
+def test_a_tokenizer_that_does_not_give_the_text_back_is_told_each_time(
+    folder: Path, tmp_path: Path, unk: str | None, letters: str, text: str, told: str | None
+) -> None:
+    for split in TEXT:
+        (folder / f"{split}.txt").write_text(f"{text}{split}" if split == "valid" else text, encoding="utf-8")
+    lower_case(unk, letters).save(str(tmp_path / "tokenizer.json"))
+    for _ in range(2):
+        stream = io.StringIO()
+        prepared(folder, HfTokenizerConfig(path=str(tmp_path)), console=Console(stream))
+        warned = [line for line in stream.getvalue().splitlines() if "give the text back" in line]
+        assert len(warned) == (told is not None)
+        assert told is None or told in warned[0]
 
 
 def test_force_prepares_again(folder: Path) -> None:
