@@ -64,7 +64,7 @@ class TextConfig(DatasetConfig):
     """Own text: a file or a folder of .txt, .txt.gz or .txt.zst files, one document a file."""
 
     valid_fraction: float = 0.05
-    """Share of the documents (or of the lines, if there are fewer than 20 documents) that go to valid (0 to 0.5)."""
+    """Share of the documents (of fewer than 20: of the text of each, by lines) that goes to valid (0 to 0.5)."""
     test_fraction: float = 0.05
     """The same for test (0 to 0.5)."""
 
