@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.config.data import JsonlConfig, TextConfig
-from lmkit.data import textfiles
+from lmkit.data import cutting, textfiles
 from lmkit.data.cleaning import Piece, one_document
 from lmkit.data.documents import SPLITS, Corpus, RecordCorpus, hash_fraction, held_out_shares
 from lmkit.data.textfiles import Part
@@ -25,7 +25,7 @@ class TextCorpus(Corpus):
     A folder may hold the splits itself, as files (train.txt, valid.txt, test.txt) or as folders (train/, valid/,
     test/): if any of them, then train. A split that is not there is held out from train: of 20 documents or more, whole
     ones by the order of a hash of their relative path, at least one; of fewer, the end of each file (first train, then
-    valid, then test).
+    valid, then test; see ``cutting.py``).
     """
 
     name = "text"
@@ -45,7 +45,7 @@ class TextCorpus(Corpus):
         stamps = {split: textfiles.stamp_files(files) for split, files in self._sources.items()}
         if None in stamps.values():
             return None
-        return {"text": str(self._root), "held_out": self._held_out, "files": stamps}
+        return {"text": str(self._root), "held_out": self._held_out, "files": stamps, "cut": cutting.VERSION}
 
     def _read(self, splits: Collection[str]) -> Iterator[tuple[str, Piece]]:
         if self._parts is None:
@@ -74,7 +74,7 @@ class TextCorpus(Corpus):
             return parts
         for path in files:
             fractions = (self._held_out.get("valid", 0.0), self._held_out.get("test", 0.0))
-            second, third, size = textfiles.cut_by_lines(path, fractions)
+            second, third, size = cutting.cut_by_lines(path, fractions)
             for split, start, end in (("train", 0, second), ("valid", second, third), ("test", third, size)):
                 if start < end:
                     parts[split].append(Part(path, start, end))

@@ -12,13 +12,10 @@ import gzip
 import os
 import time
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-import numpy as np
 
 from lmkit.errors import DataError
 
@@ -54,7 +51,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes ``start`` to ``end`` (None: the end) of a file after decompression; both are starts of lines."""
+    """Bytes ``start`` to ``end`` (None: the end) of a file after decompression; at both begins a line, as a rule."""
 
     path: Path
     start: int = 0
@@ -71,7 +68,7 @@ def find_files(folder: Path, suffix: str) -> list[Path]:
     for place, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place, name) for name in names if name.endswith(endings) and not name.startswith(".")):
-            with _readable(path):
+            with readable(path):
                 if path.is_file():
                     found.append(path)
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -83,7 +80,7 @@ def is_compressed(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Within it an OSError is a DataError that names the path."""
     try:
         yield
@@ -93,7 +90,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _refuse(error: OSError) -> None:
     """What is done about a folder that os.walk cannot read."""
-    with _readable(Path(error.filename)):
+    with readable(Path(error.filename)):
         raise error
 
 
@@ -105,7 +102,7 @@ def stamp_files(paths: Iterable[Path]) -> list[list[int | str]] | None:
     """
     stamps: list[list[int | str]] = []
     for path in paths:
-        with _readable(path):
+        with readable(path):
             stat = path.stat()
         if max(stat.st_mtime_ns, stat.st_ctime_ns) > time.time_ns() - _SETTLED_NS:
             return None
@@ -120,7 +117,7 @@ def text_blocks(part: Part) -> Iterator[str]:
     that changes while it is read.
     """
     offset, rest = part.start, b""
-    for chunk in _chunks(part):
+    for chunk in chunks(part):
         data = rest + chunk
         cut = data.rfind(b"\n") + 1
         if cut == 0:
@@ -146,19 +143,19 @@ def text_lines(path: Path) -> Iterator[str]:
         yield "".join(rest)
 
 
-def _chunks(part: Part) -> Iterator[bytes]:
+def chunks(part: Part) -> Iterator[bytes]:
     """The decompressed bytes of a part in chunks; checks the magic bytes first and the file's stamp last."""
     path = part.path
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         before = os.fstat(file.fileno())
         _check_magic(path, file.read(512))
         start = 0 if is_compressed(path) else part.start
         file.seek(start)
-        chunks = _decompressed(path, file)
+        stream = _decompressed(path, file)
         if is_compressed(path):
-            yield from _in_blocks(_span(_plausible(path, before.st_size, chunks), start, part))
+            yield from _in_blocks(_span(_plausible(path, before.st_size, stream), start, part))
         else:
-            yield from _span(chunks, start, part)
+            yield from _span(stream, start, part)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"{path} changed while it was read", "run again when the file is complete")
@@ -291,70 +288,10 @@ def _decode(path: Path, data: bytes, offset: int) -> str:
         text = data[skip:].decode("utf-8")
     except UnicodeDecodeError as error:
         place = offset + skip + error.start
-        line = 1 + sum(chunk.count(b"\n") for chunk in _chunks(Part(path, 0, place)))
+        line = 1 + sum(chunk.count(b"\n") for chunk in chunks(Part(path, 0, place)))
         where = "byte offset (decompressed)" if is_compressed(path) else "byte offset"
         raise DataError(
             f"{path} is not UTF-8: {error.reason} 0x{data[skip + error.start]:02x} in line {line}, {where} {place}",
             "convert it to UTF-8 first",
         ) from error
     return text.replace("\r\n", "\n") if "\r" in text else text
-
-
-def cut_by_lines(path: Path, fractions: tuple[float, float]) -> tuple[int, int, int]:
-    """Byte offsets (begin of the second part, begin of the third part, size) that cut a text in three.
-
-    The last two parts get the given shares of the bytes, and at least one line each where their share is not 0. A
-    text without line ends is cut at blanks. The offsets count decompressed bytes. Raises DataError for a file that
-    cannot be read.
-    """
-    with _readable(path):
-        return _cut(path, fractions)
-
-
-def _cut(path: Path, fractions: tuple[float, float]) -> tuple[int, int, int]:
-    size, starts = _line_starts(path, b"\n") if is_compressed(path) else (path.stat().st_size, None)
-    ends = (1 - fractions[0] - fractions[1], 1 - fractions[1])
-
-    def start_before(position: int, separator: bytes) -> int:
-        if starts is None:
-            return _start_before(path, position, separator)
-        return starts[bisect_right(starts, position) - 1]
-
-    for separator in (b"\n", b" "):
-        if separator == b" " and is_compressed(path):
-            _, starts = _line_starts(path, b" ")
-        third = start_before(min(int(size * ends[1]), size - 1), separator) if fractions[1] and size else size
-        second = start_before(min(int(size * ends[0]), third - 1), separator) if fractions[0] and third else third
-        if second > 0 or size < 1024:
-            break
-    return second, third, size
-
-
-def _start_before(path: Path, position: int, separator: bytes) -> int:
-    """The last start of a line (or word) at or before ``position`` in a plain file."""
-    with path.open("rb") as file:
-        end = position
-        while end > 0:
-            begin = max(0, end - 65536)
-            file.seek(begin)
-            found = file.read(end - begin).rfind(separator)
-            if found >= 0:
-                return begin + found + 1
-            end = begin
-    return 0
-
-
-def _line_starts(path: Path, separator: bytes) -> tuple[int, list[int]]:
-    """Size and starts of lines (or words) of a compressed file; thinned evenly so that at most a million are kept."""
-    starts, position, step, seen = [0], 0, 1, 0
-    for chunk in _chunks(Part(path)):
-        found = np.flatnonzero(np.frombuffer(chunk, np.uint8) == separator[0]) + (position + 1)
-        keep = found[(-seen - 1) % step :: step]
-        starts.extend(keep.tolist())
-        seen += len(found)
-        position += len(chunk)
-        while len(starts) > 1_000_000:
-            starts, step = starts[::2], step * 2
-    if starts[-1] == position and position:
-        starts.pop()
-    return position, starts

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from lmkit.data import textfiles
 from lmkit.data.benchmarks import canonical_lines
 from lmkit.data.cleaning import Piece, document_pieces
+from lmkit.data.cutting import cut_by_lines
 from lmkit.data.survey import Counter, count_words
-from lmkit.data.textfiles import Part, cut_by_lines, text_blocks
+from lmkit.data.textfiles import Part, text_blocks
 
 LAW = settings(max_examples=50, deadline=None)
 

@@ -393,6 +393,29 @@ def test_a_text_without_line_ends_is_cut_at_blanks(tmp_path: Path, ending: str) 
     assert len(parts[1]) > 500 < len(parts[2])
 
 
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
+@pytest.mark.parametrize(
+    ("text", "blanks"),
+    [
+        ("我喜欢学习" * 400, False),
+        ("title\nauthor\n\n" + "我喜欢学习。" * 400, False),
+        ("title\nauthor\n\n" + "word " * 2000, True),
+        ("a b c\n" + "31415926535" * 1000, False),
+    ],
+    ids=range(4),
+)
+def test_a_text_whose_lines_and_words_are_too_long_gives_each_part_its_share(
+    tmp_path: Path, ending: str, text: str, blanks: bool
+) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if ending == ".txt.gz" else text.encode())
+    source = open_corpus(TextConfig(path=str(path), valid_fraction=0.1, test_fraction=0.2))
+    parts = [text_of(source, split) for split in ("train", "valid", "test")]
+    assert "".join(part.removesuffix("\n") for part in parts) == text
+    assert [round(len(part) / len(text), 1) for part in parts] == [0.7, 0.1, 0.2]
+    assert all(part.endswith(" \n") for part in parts) == blanks
+
+
 def test_twenty_files_or_more_are_split_whole_and_every_file_is_used(tmp_path: Path) -> None:
     for i in range(30):
         write(tmp_path / f"{i}.txt", f"file {i}\n")
