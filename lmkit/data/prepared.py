@@ -198,7 +198,11 @@ class _Preparation:
         temporary.mkdir()
         try:
             splits = self._encode(survey, self.tokenizer, temporary)
-            report = {"source": self.corpus.source, "cleaning": survey.cleaning, "repeats": survey.repeats}
+            report: dict[str, Any] = {
+                "source": self.corpus.source,
+                "cleaning": survey.cleaning,
+                "repeats": survey.repeats,
+            }
             if isinstance(self.tokenizer, HfTokenizer):
                 lines = (line[:_LINE_CHARS] for text in self._train_text(survey) for line in text.split("\n"))
                 report["changes_text"] = self.tokenizer.first_change(islice(lines, _TRIED_LINES))
