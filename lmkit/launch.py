@@ -191,6 +191,7 @@ class _Trials:
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """The jobs of these overrides, composed and written down."""
+        from lmkit.config.commands import PretrainConfig
         from lmkit.store.sweeps import Job as StoredJob
         from lmkit.store.sweeps import begin
 
@@ -203,6 +204,8 @@ class _Trials:
             lines.append(dataclasses.replace(self._line, groups=groups, values=values))
             self._noted.append(StoredJob(str(number), chosen))
         made = compose_all(lines)[1]
+        if any(isinstance(one, PretrainConfig) and one.plan for one in made):
+            raise ConfigError("plan=true trains nothing that a search could choose by", "leave it out")
         begin(root, ["lmkit", *sys.argv[1:]], self._noted, grows=True)
         return [
             Job(number, f"job {number + 1}", one, config)

@@ -122,7 +122,7 @@ def sweep(line: Line) -> int:
         for one, config in zip(lines, composed, strict=True):
             show(f"---  # {' '.join(_words(one).split())}\n{to_yaml(config)}", end="")
         return 0
-    noted = _note(line, lines)
+    noted = _note(line, lines) if any(_run_dir(made) is not None for made in configs) else []
     jobs = [
         Job(number, f"job {number + 1} of {len(lines)}", one, made)
         for number, (one, made) in enumerate(zip(lines, configs, strict=True))
@@ -214,10 +214,10 @@ def is_finished(made: Any) -> bool:
 
 
 def _run_dir(made: Any) -> Path | None:
-    """Where the run of a job is made, if it makes one in a given place."""
+    """Where the run of a job is made, if it makes one in a given place; a plan makes none."""
     from lmkit.config.commands import FinetuneConfig, PretrainConfig
 
-    is_training = isinstance(made, PretrainConfig | FinetuneConfig)
+    is_training = isinstance(made, FinetuneConfig) or (isinstance(made, PretrainConfig) and not made.plan)
     return Path(made.run.dir) if is_training and made.run.dir is not None else None
 
 

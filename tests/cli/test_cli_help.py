@@ -151,6 +151,13 @@ def test_jobs_that_finetune_never_start_from_one_another(lmkit: Any) -> None:
     assert lmkit("finetune", "-m", "predict=a.csv,b.csv") == 0, lmkit.err  # which trains nothing
 
 
+def test_plans_of_a_multirun_leave_nothing_behind(lmkit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lmkit("pretrain", "-m", "plan=true", "seed=1,2", "run.dir=runs/x") == 0
+    assert len(lmkit.configs) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_list_in_brackets_is_one_value(lmkit: Any) -> None:
     assert lmkit("generate", "-m", "stop=[a,b]", "--prompt", "x,y", "seed=1,2") == 0
     assert [config.stop for config in lmkit.configs] == [["a", "b"]] * 2

@@ -216,6 +216,14 @@ def test_a_job_of_a_search_that_was_stopped_does_not_count_as_failed(tmp_path: P
         trials.launch([["seed=1"]], 0)
 
 
+def test_a_search_does_not_plan(tmp_path: Path) -> None:
+    line = parse("pretrain", ["-m", "seed=1,2", "plan=true", f"run.dir={tmp_path / 'new'}"])
+    trials = launch._Trials(line, {"seed": "seed"}, lambda jobs: pytest.fail("a job was run"))
+    with pytest.raises(ConfigError, match=r"plan=true trains nothing that a search could choose by"):
+        trials.launch([["seed=1"]], 0)
+    assert not (tmp_path / "new").exists()
+
+
 def test_finished_jobs_are_skipped_where_the_stored_configuration_is_not_the_asked_one(
     lmkit: Lmkit, capsys: Output
 ) -> None:
