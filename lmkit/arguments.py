@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmkit.keys import every_key, flags_of
-from lmkit.presets import groups_of, names_in, nearest
+from lmkit.presets import groups_of, names_in, nearest, preset_name
 
 PLUGINS = ("launcher", "sweeper")
 """Hydra's plugins of a multirun: ``launcher=NAME`` and ``launcher.KEY=VALUE``, also as ``hydra/launcher=NAME``."""
@@ -147,8 +147,7 @@ def _put(line: Line, key: str, value: str) -> None:
     elif key[:1] in ("+", "~") or key.partition(".")[0] == "hydra":
         line.problems.append(f"{key}: keys can be set, not added or removed: write key=value")
     elif key in groups_of(line.command):
-        plain = value.replace("-", "_")
-        line.groups[key] = plain if plain in names_in(key) else value
+        line.groups[key] = preset_name(key, value)
     else:
         line.values[ALIASES.get(key, key)] = value
 

@@ -192,13 +192,14 @@ class _Trials:
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """The jobs of these overrides, composed and written down."""
         from lmkit.config.commands import PretrainConfig
+        from lmkit.presets import preset_name
         from lmkit.store.sweeps import Job as StoredJob
         from lmkit.store.sweeps import begin
 
         lines, root = [], _root(self._line)
         for number, overrides in enumerate(job_overrides, start=first):
             chosen = {self._names[name]: text for name, text in map(_plain, overrides)}
-            groups = {key: chosen.get(key, value) for key, value in self._line.groups.items()}
+            groups = {key: preset_name(key, chosen.get(key, value)) for key, value in self._line.groups.items()}
             values = {key: chosen.get(key, value) for key, value in self._line.values.items()}
             values["run.dir"] = str(root / str(number))
             lines.append(dataclasses.replace(self._line, groups=groups, values=values))

@@ -40,6 +40,12 @@ def names_in(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+def preset_name(group: str, text: str) -> str:
+    """The preset that a text names, which may have dashes for its underscores; the text itself if it names none."""
+    plain = text.replace("-", "_")
+    return plain if plain in names_in(group) else text
+
+
 def description(group: str, name: str) -> str:
     """The comment at the top of a preset."""
     lines = [line for line in _text(f"{group}/{name}").splitlines() if "@package" not in line]

@@ -61,11 +61,13 @@ def combinations(line: Line) -> list[Line]:
     in it, and where they would share a file that they write each gets a number in its name. Raises ConfigError for
     predictions that would replace one another.
     """
+    from lmkit.presets import preset_name
+
     choices = {**line.groups, **line.values}
     jobs = []
     for picked in itertools.product(*map(_split, choices.values())):
         chosen = dict(zip(choices, picked, strict=True))
-        groups = {key: chosen[key] for key in line.groups}
+        groups = {key: preset_name(key, chosen[key]) for key in line.groups}
         values = {key: chosen[key] for key in line.values}
         jobs.append(dataclasses.replace(line, groups=groups, values=values))
     for key in (*FOLDERS, *FILES):
@@ -87,7 +89,9 @@ def is_given(job: Line, key: str) -> bool:
 
 def _own(key: str, name: str, number: int) -> str:
     path = Path(name)
-    return str(path / str(number) if key in FOLDERS else path.with_stem(f"{path.stem}-{number}"))
+    if key in FOLDERS:
+        return str(path / str(number))
+    return str(path.with_stem(f"{path.stem}-{number}")) if path.name else name  # which the command refuses
 
 
 def _split(value: str) -> list[str]:

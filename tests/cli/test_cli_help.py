@@ -85,6 +85,17 @@ def test_multirun_runs_every_combination_in_order(lmkit: Any, option: str) -> No
     assert all(config.save.keep == 3 for config in lmkit.configs)
 
 
+def test_presets_of_a_multirun_may_be_written_with_dashes_as_a_single_one_may(lmkit: Any) -> None:
+    assert lmkit("pretrain", "-m", "model=awd-lstm,transformer-xl") == 0, lmkit.err
+    assert [type(config.model).__name__ for config in lmkit.configs] == ["RecurrentConfig", "TransformerConfig"]
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_file_without_a_name_is_left_to_the_command_to_refuse(lmkit: Any, name: str) -> None:
+    assert lmkit("eval-ppl", "-m", "run=a,b", f"output={name}") == 0, lmkit.err
+    assert [config.output for config in lmkit.configs] == [name, name]
+
+
 def test_a_failing_job_does_not_stop_the_rest_and_the_worst_code_is_returned(
     lmkit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
