@@ -156,7 +156,7 @@ def plan(
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         checkpoint_bytes=checkpoint_bytes(trainer),
-        num_checkpoints=save.keep + 2,  # the best one, and one that is being written
+        num_checkpoints=_most_checkpoints(save, steps),
         paces=paces,
         step_s=step_s,
         validation_s=validation_s,
@@ -193,6 +193,16 @@ def _length(
         by_clock = max(1, int(left_s / (step_s + validation_s / every)))
         num_early = by_clock // every
     return by_clock if steps is None else min(steps, by_clock), num_early + 1
+
+
+def _most_checkpoints(save: SaveConfig, steps: int | None) -> int:
+    """Checkpoints that lie on the disk at the same time: the newest, the best, one that is being written, and those of
+    every ``keep_every``-th step, of which as many are saved as ``every_steps`` has in common with it."""
+    most = save.keep + 2
+    if save.keep_every is None or steps is None:
+        return most
+    every = save.keep_every if save.every_steps is None else math.lcm(save.keep_every, save.every_steps)
+    return most + steps // every
 
 
 def time_steps(trainer: Trainer, progress: float = 0.0) -> float:

@@ -205,6 +205,15 @@ def test_a_plan_counts_parameters_steps_epochs_and_disk() -> None:
     assert rows["fits"] == "yes; train.micro_batch_size up to 4 would"
 
 
+def test_a_plan_counts_the_checkpoints_that_are_kept_for_good() -> None:
+    trainer, train = make_trainer(), TrainConfig(batch_size=4, seq_len=16, max_steps=100)
+    for keep_every, every_steps, number in ((None, None, 4), (10, None, 14), (10, 15, 7), (200, None, 4)):
+        save = SaveConfig(keep_every=keep_every, every_steps=every_steps)
+        made = plan(trainer, train, EvalConfig(), save, timed=False)
+        assert made.num_checkpoints == number
+        assert f"{number} checkpoints of" in dict(made.rows())["disk"]
+
+
 @pytest.mark.parametrize("every_steps", [None, 50])
 def test_a_plan_by_the_clock_fits_into_it_with_its_validations(
     every_steps: int | None, monkeypatch: pytest.MonkeyPatch
