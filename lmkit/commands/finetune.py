@@ -230,6 +230,9 @@ def _start_of(cfg: FinetuneConfig) -> ExistingRunConfig:
 
 def _numbers(task_config: RegressTaskConfig, cfg: FinetuneConfig, console: Console) -> SetUp:
     """Regression on numbers alone: no run is needed; the byte tokenizer stands in, since every checkpoint has one."""
+    for key, named in (("run", cfg.run.path), ("init", cfg.init.weights)):
+        if named is not None:
+            console.warn(f"{key}={named} is not used: task.text names no column of text, so numbers alone are read")
     task = regress.build_task(task_config, None, ByteTokenizer(), cfg.train, console, seed=cfg.seed)
     return SetUp(task, task.model, task_config.network, None)
 

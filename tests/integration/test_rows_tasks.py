@@ -254,6 +254,16 @@ def test_a_listing_that_is_read_beside_the_numbers_tells_more_than_the_numbers(
     assert row["prediction"] == pytest.approx(35, abs=12)
 
 
+def test_a_run_that_numbers_alone_do_not_start_from_is_told(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tasks_of(tmp_path)["numbers"]
+    finetune.run(config_of(task, tmp_path / "run", bases["lstm"], max_steps=2))
+    assert f"warning: run={bases['lstm']} is not used: task.text names no column" in capsys.readouterr().err
+    finetune.run(config_of(task, tmp_path / "alone", max_steps=2))
+    assert "is not used" not in capsys.readouterr().err
+
+
 def test_of_a_pair_both_texts_are_read(bases: dict[str, Path], tmp_path: Path) -> None:
     draw = random.Random(5)
     rows = []
