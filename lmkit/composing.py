@@ -53,7 +53,7 @@ def compose(line: Line, *, partial: bool = False) -> DictConfig:
         if key.partition(".")[0] not in bad_groups and (problem := _set(config, line, good, key, value)) is not None
     ]
     if not partial:
-        problems = problems or [*_missing(config), *_beside_weights(config, line)]
+        problems = problems or [*_missing(config), *_beside_weights(config, line), *_beside_task(line)]
     if problems:
         raise ConfigError("; ".join(problems))
     return config
@@ -213,6 +213,20 @@ def _beside_weights(config: DictConfig, line: Line) -> Iterator[str]:
     for key, value in {**named, **line.values}.items():
         if key.partition(".")[0] == "tokenizer":
             yield f"{key}={_brief(value)} has no use with init.weights={_brief(weights)}, which brings a tokenizer"
+
+
+def _beside_task(line: Line) -> Iterator[str]:
+    """What names a corpus where the task reads rows of its own, and the corpus of the run that it starts from is kept.
+
+    Beside ``init.weights``, where there is no such run, it is the one that is kept.
+    """
+    task = line.groups.get("task", "lm")
+    if line.command != "finetune" or task == "lm" or line.values.get("init.weights", "null") not in ("null", "None"):
+        return
+    named = {"dataset": line.groups["dataset"]} if "dataset" in line.groups else {}
+    for key, value in {**named, **line.values}.items():
+        if key.partition(".")[0] == "dataset":
+            yield f"{key}={_brief(value)} has no use with task={task}, which reads task.data: leave it out"
 
 
 def _missing(config: DictConfig) -> list[str]:

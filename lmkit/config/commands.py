@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lmkit.config.adapter import AdapterConfig, TuneConfig
 from lmkit.config.check import Problems
@@ -187,6 +187,17 @@ class FinetuneConfig:
                 "needs task=classify or task=regress, or no task and run=DIR of such a run",
             )
             check(self.output is None or self.predict is not None, "output", self.output, "needs predict=FILE")
+            if self.predict is not None and isinstance(self.task, LmTaskConfig):
+                self._check_only_predicts(check)
+
+    def _check_only_predicts(self, check: Problems) -> None:
+        """Note what would train something, or name another model, where predict=FILE alone does neither."""
+        rule = "has no use with predict=FILE and no task, which trains nothing: set task=, or leave it out"
+        for key, value in (("init.weights", self.init.weights), ("run.dir", self.run.dir)):
+            check(value is None, key, value, rule)
+        check(self.adapter is None, "adapter", "NAME", rule)
+        check(not self.resume, "resume", self.resume, rule)
+        check.unused("tune", self.tune, [field.name for field in fields(TuneConfig)], rule)
 
 
 @dataclass(kw_only=True)

@@ -30,19 +30,23 @@ GIVEN = {
 NEEDED = {"export": ["to=DIR"]}
 OBJECTIVE_OF = {"vae_lstm": "vae", "relgan": "gan"}
 """Models that no other objective trains, and the only models that these train."""
+ALONE = ("recipe", "task")
 GROUPS = sorted({group for command in cli.COMMANDS for group in presets.groups_of(command)})
 
 
 def choices_covering_all(command: str) -> list[dict[str, str]]:
-    """Choices of presets for a command in which each preset of each group occurs; recipes come alone."""
-    names = {group: presets.names_in(group) for group in presets.groups_of(command) if group != "recipe"}
+    """Choices of presets for a command in which each preset of each group occurs; recipes come alone, and tasks without
+    a dataset, which most of them do not take."""
+    names = {group: presets.names_in(group) for group in presets.groups_of(command) if group not in ALONE}
     rounds = max((len(known) for known in names.values()), default=1)
     choices = [{group: known[i % len(known)] for group, known in names.items()} for i in range(rounds)]
     for choice in choices:
         if "objective" in choice:
             choice["objective"] = OBJECTIVE_OF.get(choice["model"], "lm")
-    recipes = presets.names_in("recipe") if "recipe" in presets.groups_of(command) else []
-    return [*choices, *({"recipe": recipe} for recipe in recipes)]
+    beside = {group: known[0] for group, known in names.items() if group != "dataset"}
+    for group in set(ALONE) & set(presets.groups_of(command)):
+        choices += [{**(beside if group == "task" else {}), group: name} for name in presets.names_in(group)]
+    return choices
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -126,6 +126,26 @@ def test_beside_a_folder_that_brings_its_tokenizer_none_can_be_chosen(lmkit: Any
     assert lmkit.config("pretrain", "init=hf:x", "dataset=ptb").init.weights == "hf:x"  # whose tokenizer is word
 
 
+def test_a_task_that_reads_rows_takes_no_corpus(lmkit: Any) -> None:
+    words = ["finetune", "task=classify", "task.data=x.csv"]
+    message = lmkit.refused(*words, "dataset=text", "dataset.path=notes")
+    for word in ("dataset=text", "dataset.path=notes"):
+        assert f"{word} has no use with task=classify, which reads task.data" in message
+    assert lmkit.config(*words, "init=hf:x", "dataset=ptb").init.weights == "hf:x"  # its corpus, as far as is known
+    assert lmkit.config("finetune", "dataset=text", "dataset.path=notes").dataset.path == "notes"
+
+
+@pytest.mark.parametrize(
+    "word", ["init=hf:x", "run.dir=new", "adapter=lora", "tune.last_layers=1", "tune.layer_decay=0.5"]
+)
+def test_what_only_predicts_takes_nothing_that_trains_or_names_another_model(lmkit: Any, word: str) -> None:
+    said = lmkit.refused("finetune", "predict=new.csv", word)
+    assert "has no use with predict=FILE and no task" in said
+    assert word.partition("=")[0] in said
+    task = ["task=classify", "task.data=x.csv"]
+    assert lmkit.config("finetune", "predict=new.csv", word, *task).predict == "new.csv"
+
+
 def test_null_and_lists(lmkit: Any) -> None:
     assert lmkit.config("pretrain", "optimizer.clip_norm=null").optimizer.clip_norm is None
     assert lmkit.config("generate", "stop=a,b c").stop == ["a", "b c"]

@@ -366,7 +366,7 @@ def test_a_classifier_with_an_adapter_reports_forgetting_predicts_and_is_no_lang
     assert "new_corpus_before" not in result["forgetting"]
     existing = RunConfig(path=str(tmp_path / "run"), root=str(tmp_path))
     predicted = finetune.run(
-        replace(cfg, predict=str(data), task=LmTaskConfig(), run=existing, output=str(tmp_path / "p"))
+        replace(cfg, predict=str(data), task=LmTaskConfig(), adapter=None, run=existing, output=str(tmp_path / "p"))
     )
     assert predicted["accuracy"] >= 0.9
     refused = rf"run is a classifier; use lmkit finetune run={tmp_path / 'run'} predict=FILE"
