@@ -54,6 +54,7 @@ def run(cfg: EvalPplConfig) -> dict[str, Any]:
     loaded = load_run(cfg.run, device=device, console=console, adapter=cfg.adapter, latent=True)
     if loaded.model_config.objective == "vae":
         return eval_vae.run(cfg, loaded, device, console)
+    eval_vae.refuse(cfg, loaded)
     evaluator = Evaluator(cfg, loaded, device, console)
     passage = evaluator.passage(cfg.split)
     checks.check_vocabulary(loaded.model, passage.material.tokens, f"{passage.source.name} {cfg.split}")

@@ -61,17 +61,27 @@ def run(cfg: EvalPplConfig, loaded: LoadedRun, device: Device, console: Console)
     return result
 
 
+def refuse(cfg: EvalPplConfig, loaded: LoadedRun) -> None:
+    """Raise ConfigError if ``latent_samples`` is given for a run that is no sentence VAE."""
+    if cfg.latent_samples != EvalPplConfig.latent_samples:
+        raise ConfigError(
+            f"latent_samples={cfg.latent_samples} has no use with {loaded.path}, which is no sentence VAE",
+            "leave it out",
+        )
+
+
 def _refuse_what_needs_next_words(cfg: EvalPplConfig, loaded: LoadedRun) -> None:
     """Raise ConfigError that names every key which asks for the probability of single words."""
     given = {
         "context": cfg.context,
         "stride": cfg.stride,
-        "temperature": None if cfg.temperature == "1" else cfg.temperature,
+        "temperature": None if cfg.temperature != "valid" and float(cfg.temperature) == 1.0 else cfg.temperature,
         "mc_samples": cfg.mc_samples or None,
         "dynamic": cfg.dynamic,
         "cache": cfg.cache,
         "ensemble": cfg.ensemble or None,
         "mix": cfg.mix or None,
+        "weights": None if cfg.weights == EvalPplConfig.weights else cfg.weights,
         "compare": cfg.compare or None,
         "word_probs": cfg.word_probs,
         "report": cfg.report,
@@ -86,4 +96,4 @@ def _refuse_what_needs_next_words(cfg: EvalPplConfig, loaded: LoadedRun) -> None
         )
 
 
-__all__ = ["run"]
+__all__ = ["refuse", "run"]

@@ -270,6 +270,8 @@ class EvalPplConfig:
                 check(getattr(self, name) >= 1, name, getattr(self, name), "must be >= 1")
             for name in ("mc_samples", "bootstrap", "report_tokens", "seed"):
                 check(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
+            shown = self.report is not None or self.report_tokens == EvalPplConfig.report_tokens
+            check(shown, "report_tokens", self.report_tokens, "needs report=FILE")
             check(
                 self.temperature == "valid" or _positive(self.temperature),
                 "temperature",

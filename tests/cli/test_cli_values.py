@@ -209,6 +209,11 @@ def test_no_number_is_infinite_since_a_checkpoint_could_not_hold_it(
         assert f"{key}={value} " in lmkit.refused(command, *words, f"{key}={value}")
 
 
+def test_the_tokens_of_a_page_need_the_page(lmkit: Any) -> None:
+    assert "report_tokens=100 needs report=FILE" in lmkit.refused("eval-ppl", "report_tokens=100")
+    assert lmkit.config("eval-ppl", "report_tokens=100", "report=x.html").report_tokens == 100
+
+
 def test_negative_and_scientific_numbers(lmkit: Any) -> None:
     assert lmkit.config("pretrain", "--optimizer.lr", "1e-3").optimizer.lr == 1e-3
     assert "-0.5" in lmkit.refused("pretrain", "--model.dropout", "-0.5")

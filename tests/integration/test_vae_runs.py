@@ -279,7 +279,9 @@ def test_what_needs_the_probability_of_single_words_is_refused_by_name(trained: 
         eval_ppl.run(
             replace(base, temperature="2", mix=["kn5"], word_probs=str(tmp_path / "w"), protocol=StreamProtocolConfig())
         )
-    eval_ppl.run(replace(base, protocol=SentenceProtocolConfig()))
+    with pytest.raises(ConfigError, match=r"^weights cannot be used"):
+        eval_ppl.run(replace(base, weights="equal"))
+    eval_ppl.run(replace(base, protocol=SentenceProtocolConfig(), temperature="1.0"))
 
 
 def test_commands_that_need_a_language_model_refuse_it(
@@ -296,6 +298,8 @@ def test_vae_keys_are_refused_where_they_have_no_use(
     pretrain.run(plain)
     with pytest.raises(ConfigError, match="which is no sentence VAE"):
         generate.run(generation(run_dir(plain), VaeGenerateConfig(reconstruct="a")), [""])
+    with pytest.raises(ConfigError, match=r"latent_samples=64 has no use with .*, which is no sentence VAE"):
+        eval_ppl.run(EvalPplConfig(run=ExistingRunConfig(path=run_dir(plain)), device=CPU, latent_samples=64))
     with pytest.raises(ConfigError, match="belong to sentences from the prior"):
         generate.run(generation(trained, VaeGenerateConfig(reconstruct="red")), ["one"])
     assert cli.main(["generate", f"run={trained}", "vae.interpolate_from=red"]) == 2
