@@ -68,7 +68,7 @@ class _Decoder:
     def __init__(self, cfg: GenerateConfig, loaded: LoadedRun, device: Device, console: Console) -> None:
         self.cfg, self.loaded, self.device, self.console = cfg, loaded, device, console
         self.model = cast(VaeLstm, loaded.model)
-        if self.model.config.d_latent == 0 and (cfg.vae.reconstruct or cfg.vae.interpolate_from):
+        if self.model.config.d_latent == 0 and (cfg.vae.reconstruct, cfg.vae.interpolate_from) != (None, None):
             raise ConfigError(f"{loaded.path} has no latent units (model.d_latent=0)", "name another run")
 
     def from_prior(self, prompt: int, number: int) -> Tensor:

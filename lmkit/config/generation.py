@@ -65,6 +65,8 @@ class VaeGenerateConfig:
     def __post_init__(self) -> None:
         with Problems() as check:
             check(self.steps >= 2, "vae.steps", self.steps, "must be >= 2")
+            used = self.interpolate_from is not None or self.steps == VaeGenerateConfig.steps
+            check(used, "vae.steps", self.steps, "needs vae.interpolate_from and vae.interpolate_to")
             check(
                 (self.interpolate_from is None) == (self.interpolate_to is None),
                 "vae.interpolate_to" if self.interpolate_to is None else "vae.interpolate_from",

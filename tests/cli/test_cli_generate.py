@@ -110,3 +110,9 @@ def test_the_usual_options_set_the_sampling_keys(lmkit: Any) -> None:
 
 def test_a_prompt_is_not_an_option_of_other_commands(lmkit: Any) -> None:
     assert "prompt" in lmkit.refused("pretrain", "--prompt", "x")
+
+
+def test_the_sentences_of_a_line_need_its_ends(lmkit: Any) -> None:
+    assert "vae.steps=9 needs vae.interpolate_from" in lmkit.refused("generate", "vae.steps=9", "vae.reconstruct=x")
+    ends = ["vae.interpolate_from=a", "vae.interpolate_to=b"]
+    assert lmkit.config("generate", "vae.steps=9", *ends).vae.steps == 9

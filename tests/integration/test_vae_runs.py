@@ -306,6 +306,15 @@ def test_vae_keys_are_refused_where_they_have_no_use(
     assert "vae.interpolate_to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["red", ""])
+def test_what_has_no_latent_units_reconstructs_nothing(text: str, vae: MakeConfig) -> None:
+    cfg = vae(d_latent=0, max_steps=2)
+    pretrain.run(cfg)
+    for asked in (VaeGenerateConfig(reconstruct=text), VaeGenerateConfig(interpolate_from=text, interpolate_to=text)):
+        with pytest.raises(ConfigError, match="has no latent units"):
+            generate.run(generation(run_dir(cfg), asked), [""])
+
+
 def test_other_tokenizers_read_lines_too(vae: MakeConfig) -> None:
 
     cfg = vae(max_steps=2)
