@@ -252,20 +252,25 @@ def to_dataclass(config: DictConfig) -> Any:
         raise ConfigError("; ".join(_refused(config))) from None
     if not is_dataclass(made):
         raise TypeError(f"the configuration became a {type(made).__name__}")
-    infinite = [f"{key}={value} must be finite" for key, value in _numbers(made) if not math.isfinite(value)]
-    if infinite:  # of those that no check has refused; a checkpoint, which is JSON, could not hold it
-        raise ConfigError("; ".join(infinite))
+    too_large = []
+    for key, value in _numbers(made):  # of those that no check has refused
+        if isinstance(value, int) and abs(value) >= 2**63:
+            too_large.append(f"{key}={_brief(str(value))} must be below 2^63")
+        elif isinstance(value, float) and not math.isfinite(value):  # a checkpoint, which is JSON, could not hold it
+            too_large.append(f"{key}={value} must be finite")
+    if too_large:
+        raise ConfigError("; ".join(too_large))
     return made
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The floats of a configuration with their keys."""
+    """The numbers of a configuration with their keys."""
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
             yield from _numbers(value, f"{prefix}{field.name}.")
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float):
+            if isinstance(number, int | float):
                 yield f"{prefix}{field.name}", number
 
 

@@ -64,7 +64,10 @@ def is_out_of_memory(error: BaseException) -> bool:
             bytearray(LITTLE_MEMORY)
         except MemoryError:
             return True
-    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC")
+    texts = (
+        *("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC", "CUDNN_STATUS_ALLOC"),
+        *("Storage size calculation overflowed", "array is too big"),  # more bytes than an address can tell
+    )
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or any(text in str(error) for text in texts)
 

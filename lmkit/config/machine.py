@@ -34,6 +34,10 @@ class Switch(Enum):
     off = "off"
 
 
+MOST_THREADS = 1024
+"""OpenMP ends the process, without a word of ours, where the system does not let it start as many as it was told."""
+
+
 @dataclass(kw_only=True)
 class DeviceConfig:
     """Where and how to compute. ``auto`` picks what is fast there and the run says what was picked."""
@@ -52,9 +56,10 @@ class DeviceConfig:
     """Only operations that give the same bytes each time (torch.use_deterministic_algorithms), for an exact resume on
     CUDA; one that has no such version ends the command. On CPUs the bytes are the same without it."""
     threads: int | None = None
-    """CPU threads (>= 1); null: one per physical core that this process may use."""
+    """CPU threads (1 to 1024); null: one per physical core that this process may use."""
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.threads is None or self.threads >= 1, "device.threads", self.threads, "must be >= 1 or null")
+            good = self.threads is None or 1 <= self.threads <= MOST_THREADS
+            check(good, "device.threads", self.threads, f"must be between 1 and {MOST_THREADS}, or null")
             check(self.index is None or self.index >= 0, "device.index", self.index, "must be >= 0 or null")

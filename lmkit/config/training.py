@@ -48,7 +48,7 @@ class Average(Enum):
     nt_asgd = "nt_asgd"
 
 
-DEFAULT_MAX_EPOCHS = 3.0
+DEFAULT_MAX_EPOCHS, MOST_EPOCHS = 3.0, 1e9
 STREAM_KEYS = ("order", "shuffle", "seq_len_jitter")
 """Keys of ``train`` that say how a stream of tokens is cut and ordered: where none is read they would do nothing."""
 
@@ -117,10 +117,10 @@ class TrainConfig:
                 self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "must be >= 1 or null"
             )
             check(
-                self.max_epochs is None or 0 < self.max_epochs < float("inf"),
+                self.max_epochs is None or 0 < self.max_epochs <= MOST_EPOCHS,
                 "train.max_epochs",
                 self.max_epochs,
-                "must be > 0 or null",
+                f"must be > 0 and at most {MOST_EPOCHS:g}, or null",
             )
             check(self.patience is None or self.patience >= 1, "train.patience", self.patience, "must be >= 1 or null")
             check(
@@ -179,13 +179,12 @@ class TrainConfig:
 def parse_duration(text: str) -> float | None:
     """Seconds in a duration such as ``90s``, ``10m``, ``1h30m``, ``2d`` or a bare number of seconds, else None."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
-        seconds = float(text)
-        return seconds if seconds > 0 else None
+        text += "s"
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text)
     if not text or match is None:
         return None
     seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
-    return seconds if seconds > 0 else None
+    return seconds if 0 < seconds < float("inf") else None
 
 
 @dataclass(kw_only=True)

@@ -178,6 +178,12 @@ def test_null_and_lists(lmkit: Any) -> None:
         (["dataset.path="], ["dataset.path=", "empty"]),
         (["train.budget=soon"], ["train.budget=soon", "10m"]),
         (["resume=true"], ["resume=true", "run.dir=DIR"]),
+        (["train.max_epochs=1e308"], ["train.max_epochs=1e+308", "at most 1e+09"]),
+        ([f"train.budget={'9' * 400}"], ["train.budget=999", "10m"]),
+        ([f"train.time_limit={'9' * 400}d"], ["train.time_limit=999", "3d"]),
+        (["device.threads=100000"], ["device.threads=100000", "1 and 1024"]),
+        (["seed=9223372036854775808"], ["seed=9223372036854775808", "below 2^63"]),
+        ([f"train.max_steps={'9' * 400}"], ["train.max_steps=999", "(400 characters)", "below 2^63"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(

@@ -467,6 +467,11 @@ def test_the_average_of_constant_weights_is_those_weights_and_swapping_restores(
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("Storage size calculation overflowed with sizes=[10000000000, 10000000000]"), True),
+        (
+            ValueError("array is too big; `arr.size * arr.dtype.itemsize` is larger than the maximum possible"),
+            True,
+        ),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
