@@ -72,6 +72,10 @@ def _check_use(cfg: PretrainConfig) -> None:
             check.unused("train", cfg.train, ("average", "ema_decay"), rule)
             check(kind_of(cfg.softmax) == "exact", "softmax", kind_of(cfg.softmax), rule)
             check.unused("softmax", cfg.softmax, ADDED_TO_LOSS, rule)
+            check.unused("init", cfg.init, ("embeddings", "output_bias"), rule)
+        if isinstance(cfg.softmax, AdaptiveSoftmaxConfig) and isinstance(cfg.model, HeadConfig):
+            for name in ("cutoffs", "div_value"):
+                check.unused("model", cfg.model, (name,), f"is what softmax=adaptive sets: use softmax.{name}")
         if cfg.init.weights is not None:
             beside = f"has no use with init.weights={cfg.init.weights}"
             transformer = isinstance(cfg.model, TransformerConfig)

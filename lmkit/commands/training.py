@@ -315,6 +315,8 @@ def _count(job: Job) -> dict[str, Any]:
     """Estimate an n-gram model, save it as the checkpoint of step 1, and score valid."""
     task = cast(LanguageModelling, job.task)
     tokenizer, splits = task.tokenizer, task.prepared.splits
+    if (logger := kind_of(job.cfg.logger)) != "none":
+        job.console.warn(f"logger={logger} gets nothing: a model that counts makes no steps to log")
     job.console.say(f"counting {format_count(splits['train'].num_tokens)} tokens")
     from lmkit.models.ngram import KneserNey
 

@@ -36,12 +36,22 @@ def test_a_counted_model_moves_to_the_device(tmp_path: Path, corpus: Path, monke
     assert moved == [(torch.device("cpu"),)]
 
 
+def test_a_logger_that_gets_nothing_of_a_counted_model_is_told(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lmkit.commands.place.require_logger", lambda config: None)
+    words = ["dataset=text", f"dataset.path={corpus}", "tokenizer=byte", "device=cpu", "device.threads=1"]
+    assert cli.main(["pretrain", "model=kn5", *words, "logger=wandb", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert "warning: logger=wandb gets nothing: a model that counts makes no steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["train.shuffle=blocks", "train.seq_len_jitter=true", "train.order=windows"],
         ["softmax.ar_alpha=2.0", "softmax.tar_beta=1.0", "softmax.label_smoothing=0.1", "train.average=swa"],
         ["softmax=sampled", "train.ema_decay=0.9"],
+        ["init.embeddings=cooccurrence", "init.output_bias=zero"],
     ],
 )
 def test_keys_that_a_counted_model_would_ignore_are_refused_by_name_before_any_work(
