@@ -47,7 +47,8 @@ def explain(word: str, command: str | None = None) -> str:
     if having and equals:
         return _preset_text(name, value.replace("-", "_"), having)
     if having:
-        return _group_text(name, having)
+        keyed = [c for c in commands if c not in having and name in every_key(c)]  # adapter, which is a folder there
+        return "\n\n".join([_group_text(name, having), *([_key_text(name, keyed)] if keyed else [])])
     having = [c for c in commands if name in every_key(c)]
     if having:
         return _key_text(name, having)

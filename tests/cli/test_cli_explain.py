@@ -91,6 +91,13 @@ def test_a_part_lists_its_keys_with_the_commands_that_have_them(lmkit: Any) -> N
     assert text.endswith("run.root Folder in which runs are made and looked for.")  # in all of them
 
 
+def test_a_group_that_other_commands_have_as_a_key_is_both(lmkit: Any) -> None:
+    assert lmkit("explain", "adapter") == 0
+    assert "adapter   [a group: adapter=NAME]\n" in lmkit.out
+    assert "adapter   [text or null]\n  Folder of an adapter that was finetuned from the run" in lmkit.out
+    assert lmkit.out.endswith("commands: eval-ppl, generate, export\ndefault: null\n")
+
+
 def test_a_part_with_a_short_form_is_more_than_that_form(lmkit: Any) -> None:
     assert lmkit("explain", "init") == 0
     assert "  init=VALUE is short for init.weights=VALUE\n" in lmkit.out
