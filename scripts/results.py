@@ -3,13 +3,15 @@
     python scripts/results.py --run lstm=runs/A --run transformer=runs/B --run kn5=runs/C [--dynamic "KEY=VALUE ..."]
                               [--ways static,cache,dynamic,kn5,ensemble] [--out FOLDER]
 
-Every number is one call of ``lmkit eval-ppl``, whose command is printed and whose JSON is kept in ``--out``; what is
-there already is not computed again. Runs named kn5 are scored statically only; the ensemble is of the others.
+Every number is one call of ``lmkit eval-ppl``, whose command is printed and whose JSON is kept in ``--out``, named
+after the run and a digest of the whole command; what is there already is not computed again. Runs named kn5 are scored
+statically only; the ensemble is of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -17,16 +19,21 @@ import sys
 from pathlib import Path
 
 SPLITS = ("valid", "test")
+WAYS = ("static", "cache", "dynamic", "kn5", "ensemble")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN")
-    parser.add_argument("--dynamic", default="dynamic=rms")
-    parser.add_argument("--ways", default="static,cache,dynamic,kn5,ensemble")
-    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN", help="one for each run")
+    parser.add_argument("--dynamic", default="dynamic=rms", help="words of dynamic evaluation")
+    parser.add_argument("--ways", default=",".join(WAYS), help="ways of scoring, with commas")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the results in JSON")
     args = parser.parse_args()
-    runs = dict(text.split("=", 1) for text in args.run)
+    runs = dict(text.partition("=")[::2] for text in args.run)
+    if len(runs) < len(args.run) or not all(runs.values()):
+        parser.error("--run needs NAME=RUN, each with a name of its own")
+    if unknown := [way for way in args.ways.split(",") if way not in WAYS]:
+        parser.error(f"--ways {','.join(unknown)} is unknown: choose from {', '.join(WAYS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, run in runs.items():
@@ -36,8 +43,8 @@ def main() -> None:
     neural = [run for name, run in runs.items() if name != "kn5"]
     if "ensemble" in args.ways.split(",") and len(neural) > 1:
         words = [f"ensemble={','.join(neural[1:])}"]
-        rows.append(("ensemble of both", evaluate(args.out, neural[0], words)))
-        rows.append(("ensemble of both + kn5", evaluate(args.out, neural[0], [*words, "mix=kn5"])))
+        rows.append(("ensemble", evaluate(args.out, neural[0], words)))
+        rows.append(("ensemble + kn5", evaluate(args.out, neural[0], [*words, "mix=kn5"])))
     print("\n| model | valid | test |\n| --- | --- | --- |")
     for name, numbers in rows:
         print(f"| {name} | {numbers['valid']:.2f} | {numbers['test']:.2f} |")
@@ -54,8 +61,8 @@ def evaluate(out: Path, run: str, words: list[str]) -> dict[str, float]:
     """The perplexity on each split."""
     numbers = {}
     for split in SPLITS:
-        key = "-".join([Path(run).name, split, *words]).replace("/", "_")
-        path = out / f"{key[:150]}.json"
+        asked = "\0".join([str(Path(run).resolve()), split, *words])  # runs of multiruns are all named 0, 1, 2 ...
+        path = out / f"{Path(run).name}-{split}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
         if not path.exists():
             line = ["eval-ppl", f"run={run}", f"split={split}", *words, "baselines=false", f"output={path}"]
             print(f"lmkit {shlex.join(line)}", flush=True)

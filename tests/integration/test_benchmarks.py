@@ -404,3 +404,65 @@ def test_what_is_computed_alone_is_written_as_rows(
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert rows[0]["name"] == "computed: GPT-2 124M, 64 GPUs, 10 Gb/s"
     assert all(row["computed"] and {"tokens_per_s", "peak_bytes", "efficiency"} <= row.keys() for row in rows)
+
+
+# The table of results
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import results
+
+    yield results
+    sys.modules.pop("results")
+
+
+def call_results(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["results.py", *words])
+    results.main()
+
+
+def test_runs_of_one_name_and_long_lists_of_words_have_results_of_their_own(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of multiruns are all named 0, 1, 2 ...; and what was there was told by the start of a long name."""
+    numbers: dict[str, float] = {}
+
+    def run(command: list[str], **_: Any) -> None:
+        words = " ".join(word for word in command if not word.startswith("output="))
+        path = Path(command[-1].removeprefix("output="))
+        assert not path.exists()
+        numbers[words] = 100.0 + len(numbers)
+        path.write_text(json.dumps({"ppl": numbers[words]}), encoding="utf-8")
+
+    monkeypatch.setattr(results.subprocess, "run", run)
+    folders = [tmp_path / f"{'a long name ' * 8}{letter}" / "0" for letter in "abc"]
+    words = [f"--run={folder.parent.name[-1]}={folder}" for folder in folders]
+    words += ["--ways", "static,ensemble", "--out", str(tmp_path / "out")]
+    call_results(results, monkeypatch, *words)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and ".00" in line]
+    assert len(numbers) == 2 * 5
+    assert len({cell for line in table for cell in line.split("|")[2:4]}) == 10
+    call_results(results, monkeypatch, *words)  # all of it is there
+    assert len(numbers) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run", "runs/A"], "--run needs NAME=RUN"),
+        (["--run", "a=x", "--run", "a=y"], "each with a name of its own"),
+        (["--run", "a=x", "--ways", "static,cahce"], "--ways cahce is unknown: choose from static, cache"),
+    ],
+)
+def test_words_that_would_leave_rows_out_are_refused(
+    results: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        call_results(results, monkeypatch, *words)
+    assert said in capsys.readouterr().err
