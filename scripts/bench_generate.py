@@ -15,7 +15,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from peers import Work, is_installed, measure_in_turns, serve, table, write_rows
+from peers import Work, at_least, is_installed, measure_in_turns, serve, table, write_rows
 
 D_MODEL, NUM_LAYERS, NUM_HEADS, D_FF, CONTEXT, VOCAB = 256, 6, 8, 1024, 512, 10_000
 PROMPT_TOKENS, NEW_TOKENS = 32, 256
@@ -23,9 +23,9 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds")
     parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2", help="shape of the blocks")
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16], help="samples at once")
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 16], help="samples at once")
     parser.add_argument("--threads", type=int, default=None, help="threads of each (default: the cores)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)

@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import Work, measure_in_turns, peak_bytes, serve, table, write_rows
+from peers import Work, at_least, measure_in_turns, peak_bytes, serve, table, write_rows
 
 KINDS = ["word", "char", "byte", "sentencepiece"]
 LMKIT = ["lmkit, trained", "lmkit, cached", "lmkit"]
@@ -57,10 +57,10 @@ print(sum(split.num_tokens for split in data.splits.values()))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="text file to measure on, as it is")
-    parser.add_argument("--copies", type=int, default=8, help="copies of the default text, one after the other")
+    parser.add_argument("--copies", type=at_least(1), default=8, help="copies of the default text, one after the other")
     parser.add_argument("--tokenizers", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="default: all")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the sentencepiece model")
-    parser.add_argument("--rounds", "--repeat", type=int, default=3, help="measured rounds")
+    parser.add_argument("--rounds", "--repeat", type=at_least(1), default=3, help="measured rounds")
     parser.add_argument(
         "--gigabyte",
         nargs="*",

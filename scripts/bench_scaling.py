@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import write_rows
+from peers import at_least, write_rows
 
 SEQ_LEN, BATCH = 64, 32
 GPUS, TOKENS_PER_GPU = 64, 8192
@@ -44,9 +44,9 @@ NETWORKS = {"10 Gb/s": 10, "100 Gb/s": 100, "400 Gb/s": 400, "8 x 400 Gb/s": 320
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--processes", type=at_least(1), nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=at_least(1), default=2)
+    parser.add_argument("--steps", type=at_least(4), default=20, help="of which every second one is a line")
     parser.add_argument("--threads", type=int, help="threads of each process instead of cores / processes")
     parser.add_argument("--model", default="tiny", help="preset of a model")
     parser.add_argument("--json", type=Path, help="also write the rows here")

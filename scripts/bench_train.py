@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from peers import Peer, Work, is_installed, measure_in_turns, peak_bytes, serve, table, write_rows
+from peers import Peer, Work, at_least, is_installed, measure_in_turns, peak_bytes, serve, table, write_rows
 
 LEARNING_RATE, CLIP_NORM = 1e-3, 1.0
 
@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="the shape that the numbers below change")
     parser.add_argument("--model", choices=["llama", "gpt2"], help="lmkit's block (default: llama; gpt2_124m: gpt2)")
     parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, metavar="WAY", help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps a round")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds")
+    parser.add_argument("--steps", type=at_least(1), default=3, help="optimizer steps a round")
     parser.add_argument("--threads", type=int, default=0, help="threads of each (default: the cores)")
     for field in fields(Shape):
         default = field.default

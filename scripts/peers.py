@@ -7,6 +7,7 @@ numpy, since Linux counts what a parent had resident at the start of a child as 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -162,6 +163,17 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from ``least`` on, for argparse."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be a whole number, {least} or more")
+        return int(text)
+
+    return number
 
 
 def is_installed(name: str) -> bool:

@@ -406,6 +406,26 @@ def test_what_is_computed_alone_is_written_as_rows(
     assert all(row["computed"] and {"tokens_per_s", "peak_bytes", "efficiency"} <= row.keys() for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bench_train", ["--rounds", "0"]),
+        ("bench_train", ["--steps", "-1"]),
+        ("bench_generate", ["--rounds", "0"]),
+        ("bench_generate", ["--batch"]),
+        ("bench_prepare", ["--copies", "0"]),
+        ("bench_scaling", ["--rounds", "0"]),
+        ("bench_scaling", ["--steps", "3"]),
+    ],
+)
+def test_numbers_that_leave_nothing_to_take_a_median_of_are_refused_before_any_work(
+    name: str, words: list[str]
+) -> None:
+    done = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"argument {words[0]}" in done.stderr.replace("--rounds/--repeat", "--rounds")
+
+
 # The table of results
 
 
