@@ -120,6 +120,8 @@ def _verify_resume(config: RunsConfig) -> None:
     line.values = own | runs_resume.fixed_values(config.steps)
     if command == "finetune":
         line.values |= {"predict": "null", "output": "null"}  # the copies write nothing into the user's folder
+    else:
+        line.values["plan"] = "false"  # which would train nothing
     made = to_dataclass(compose(line))
     words = [f"{key}={value}" for key, value in {**line.groups, **line.values}.items()]
     runs_resume.run(made, [command, *words], config.steps)

@@ -41,6 +41,7 @@ def fixed_values(steps: int) -> dict[str, str]:
     return {
         "run.dir": "null",
         "resume": "false",
+        "run.allow_data_change": "false",
         "train.max_steps": str(steps),
         "train.max_epochs": "null",
         "train.budget": "null",

@@ -114,6 +114,16 @@ def test_verify_resume_sends_no_metrics_of_its_copies(lmkit: Any, monkeypatch: p
     assert [word for word in given if word.startswith("log")] == ["logger=none", "log.every_steps=1"]
 
 
+def test_verify_resume_trains_whatever_the_words_say_of_plans_and_of_going_on(
+    lmkit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(runs_resume, "run", lambda cfg, words, steps: given.extend(words))
+    words = ["plan=true", "run.dir=runs/mine", "resume=true", "run.allow_data_change=true"]
+    assert lmkit("runs", "verify-resume", *words) == 0, lmkit.err
+    assert {"plan=false", "run.dir=null", "resume=false", "run.allow_data_change=false"} <= set(given)
+
+
 @pytest.mark.usefixtures("two_runs")
 @pytest.mark.parametrize(
     ("line", "expected"),
