@@ -38,7 +38,8 @@ OPTIONS = """\
   -h, --help                 this help{example}
   --cfg job                  print the composed configuration as YAML, and stop
   -m, --multirun             run once for each combination of comma-separated values, as in
-                             -m {sweep}"""
+                             -m {sweep}
+                             (KEY=[A,B] is one value that holds a comma)"""
 
 SWEEPS = {
     "prepare": "tokenizer=char,byte",

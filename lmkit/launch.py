@@ -17,7 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import ConfigError, ResourceError, StoppedError
-from lmkit.sweep import SEARCH, Job, Outcome, Runner, compose_all, here, is_finished, is_given, run_job, summed_up, take
+from lmkit.sweep import (
+    SEARCH,
+    Job,
+    Outcome,
+    Runner,
+    compose_all,
+    here,
+    is_finished,
+    is_given,
+    one_value,
+    run_job,
+    summed_up,
+    take,
+)
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -201,6 +214,7 @@ class _Trials:
             chosen = {self._names[name]: text for name, text in map(_plain, overrides)}
             groups = {key: preset_name(key, chosen.get(key, value)) for key, value in self._line.groups.items()}
             values = {key: chosen.get(key, value) for key, value in self._line.values.items()}
+            values = {key: one_value(self._line.command, key, value) for key, value in values.items()}
             values["run.dir"] = str(root / str(number))
             lines.append(dataclasses.replace(self._line, groups=groups, values=values))
             self._noted.append(StoredJob(str(number), chosen))

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +58,16 @@ Runner = Callable[[Sequence[Job]], Iterator[tuple[Job, Outcome]]]
 def combinations(line: Line) -> list[Line]:
     """One line for every job; a value with commas stands for several, and the last one varies fastest.
 
-    A value in brackets, ``stop=[a,b]``, is one list. Where jobs would share a ``run.dir`` or ``to`` each gets a folder
-    in it, and where they would share a file that they write each gets a number in its name. Raises ConfigError for
-    predictions that would replace one another.
+    A value in brackets is one: ``stop=[a,b]`` a list, and ``weights=[0.9,0.1]`` the text between them. Where jobs would
+    share a ``run.dir`` or ``to`` each gets a folder in it, and where they would share a file that they write each gets
+    a number in its name. Raises ConfigError for predictions that would replace one another.
     """
     from lmkit.presets import preset_name
 
     choices = {**line.groups, **line.values}
     jobs = []
     for picked in itertools.product(*map(_split, choices.values())):
-        chosen = dict(zip(choices, picked, strict=True))
+        chosen = {key: one_value(line.command, key, text) for key, text in zip(choices, picked, strict=True)}
         groups = {key: preset_name(key, chosen[key]) for key in line.groups}
         values = {key: chosen[key] for key in line.values}
         jobs.append(dataclasses.replace(line, groups=groups, values=values))
@@ -92,6 +93,14 @@ def _own(key: str, name: str, number: int) -> str:
     if key in FOLDERS:
         return str(path / str(number))
     return str(path.with_stem(f"{path.stem}-{number}")) if path.name else name  # which the command refuses
+
+
+def one_value(command: str, key: str, text: str) -> str:
+    """A value of a multirun as it is without: what brackets keep together, unless the key takes a list."""
+    from lmkit.keys import every_key
+
+    keeps = text[:1] == "[" and text[-1:] == "]" and "," in text
+    return text[1:-1] if keeps and typing.get_origin(every_key(command).get(key)) is not list else text
 
 
 def _split(value: str) -> list[str]:

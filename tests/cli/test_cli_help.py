@@ -175,6 +175,16 @@ def test_a_list_in_brackets_is_one_value(lmkit: Any) -> None:
     assert lmkit.prompts == [["x,y"]] * 2
 
 
+def test_a_text_with_commas_is_one_value_of_a_multirun_in_brackets(lmkit: Any) -> None:
+    assert lmkit("eval-ppl", "-m", "run=a,b", "mix=kn5", "weights=[0.9,0.1]") == 0, lmkit.err
+    assert [(config.run.path, config.weights) for config in lmkit.configs] == [("a", "0.9,0.1"), ("b", "0.9,0.1")]
+    task = ["task=instruct", "task.data=x", "run=x", "seed=1,2"]
+    assert lmkit("finetune", "-m", *task, "task.template=[Well, {prompt}\n{response}]") == 0, lmkit.err
+    assert [config.task.template for config in lmkit.configs] == ["Well, {prompt}\n{response}"] * 2
+    assert lmkit("generate", "-m", "seed=1,2", "system=[aside]", "--chat", "--prompt", "x") == 0
+    assert [config.system for config in lmkit.configs] == ["[aside]"] * 2  # which holds no comma
+
+
 def test_multirun_with_help_or_cfg_runs_nothing(lmkit: Any) -> None:
     assert lmkit("pretrain", "-m", "seed=1,2", "--cfg", "job") == 0
     assert [shown["seed"] for shown in yaml.safe_load_all(lmkit.out)] == [1, 2]
