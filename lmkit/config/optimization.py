@@ -22,7 +22,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate (> 0); the schedule multiplies it by a factor from 0 to 1."""
     weight_decay: float = 0.0
-    """Weight decay (>= 0): decoupled for adamw, nadam and muon, an L2 term for the others."""
+    """Weight decay (>= 0): decoupled for adamw, nadam, muon and schedule_free, an L2 term for the others."""
     decay_on: Decay = Decay.matrices
     """What decays: matrices (embeddings among them), or all, that is gains and biases too."""
     clip_norm: float | None = 1.0
