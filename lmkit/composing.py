@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from lmkit.arguments import Line
 
 PATH_KEYS = (
-    *("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path"),
+    *("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path", "task.data", "task.valid"),
     *("adapter", "to", "output", "report", "word_probs", "predict"),
 )
+MISSING = "???"
+"""What OmegaConf takes for a missing value, whoever wrote it."""
 LONGEST_SHOWN = 200
 """Characters of a value that a message shows."""
 
@@ -133,9 +135,12 @@ def _set(config: DictConfig, line: Line, groups: Mapping[str, str], key: str, va
     if "${" in value:
         return f"{key}={_brief(value)}: nothing is interpolated: '${{' is not allowed in a value"
     if key in PATH_KEYS and not value:
-        return f"{key}= is empty: give a path, or null"
+        return f"{key}= is empty: give a path{', or null' if type_text(hints[key]).endswith('null') else ''}"
+    converted = _converted(key, value, hints[key])
+    if MISSING in (converted if isinstance(converted, list) else [converted]):
+        return f"{key}={_brief(value)}: {MISSING} stands for a value that must be given, and cannot be one"
     try:
-        OmegaConf.update(config, key, _converted(key, value, hints[key]))
+        OmegaConf.update(config, key, converted)
     except (OmegaConfBaseException, ValueError):
         names = choices(hints[key])
         near = f": {nearest(value, names)}" if len(names) > 2 and not nearest(value, names).startswith("choose") else ""

@@ -177,6 +177,7 @@ def test_null_and_lists(lmkit: Any) -> None:
         (["run.dir="], ["run.dir=", "empty"]),
         (["dataset.path="], ["dataset.path=", "empty"]),
         (["train.budget=soon"], ["train.budget=soon", "10m"]),
+        (["run.root=???"], ["run.root=???: ??? stands for a value that must be given"]),
         (["resume=true"], ["resume=true", "run.dir=DIR"]),
         (["train.max_epochs=1e308"], ["train.max_epochs=1e+308", "at most 1e+09"]),
         ([f"train.budget={'9' * 400}"], ["train.budget=999", "10m"]),
@@ -218,6 +219,20 @@ def test_no_number_is_infinite_since_a_checkpoint_could_not_hold_it(
 def test_the_tokens_of_a_page_need_the_page(lmkit: Any) -> None:
     assert "report_tokens=100 needs report=FILE" in lmkit.refused("eval-ppl", "report_tokens=100")
     assert lmkit.config("eval-ppl", "report_tokens=100", "report=x.html").report_tokens == 100
+
+
+def test_an_empty_path_may_be_null_only_where_null_is_a_value(lmkit: Any) -> None:
+    assert lmkit.refused("pretrain", "run.root=") == "run.root= is empty: give a path"
+    assert lmkit.refused("pretrain", "run.dir=") == "run.dir= is empty: give a path, or null"
+    assert lmkit.refused("finetune", "task=classify", "task.data=") == "task.data= is empty: give a path"
+
+
+@pytest.mark.parametrize("value", ["???", "a,???", "[???]"])
+def test_what_stands_for_a_missing_value_is_not_said_to_be_missing(lmkit: Any, value: str) -> None:
+    assert "stands for a value that must be given, and cannot be one" in lmkit.refused("generate", f"stop={value}")
+    assert lmkit.config("generate", "system=why,???", "chat=true").system == "why,???"
+    assert lmkit("generate", "--stop", "???", "--prompt", "???") == 0
+    assert (lmkit.configs[0].stop, lmkit.prompts) == (["???"], [["???"]])
 
 
 def test_negative_and_scientific_numbers(lmkit: Any) -> None:
