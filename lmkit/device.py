@@ -123,6 +123,8 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
             raise ResourceError("device.precision=fp16 needs a GPU", "use device.precision=fp32")
         name = f"cpu, {torch.get_num_threads()} threads"
     compiled = config.compile is Switch.on
+    if compiled and kind is DeviceType.cpu:
+        _refuse_lack(compiler_lack(on_card=False))
     fused = config.fused is not Switch.off
     return Device(torch.device(kind.name), precision, compiled, fused, _describe(name, precision, compiled, config))
 
@@ -149,9 +151,9 @@ def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
     torch.set_float32_matmul_precision("high")
     torch.cuda.set_device(index)
     compiled = config.compile is not Switch.off and not world.shards
-    lack = compiler_lack() if compiled else None
-    if lack is not None and config.compile is Switch.on:
-        raise ResourceError(f"device.compile=on needs {lack}, which is not here", "install it, or leave compile out")
+    lack = compiler_lack(on_card=True) if compiled else None
+    if config.compile is Switch.on:
+        _refuse_lack(lack)
     compiled = compiled and lack is None
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
     description = _describe(name, precision, compiled, config)
@@ -161,12 +163,21 @@ def _resolve_cuda(config: DeviceConfig, world: World) -> Device:
     return Device(torch.device("cuda", index), precision, compiled, fused, description)
 
 
-def compiler_lack() -> str | None:
-    """What torch.compile needs for a card and is missing here; None: nothing that can be seen before it is used."""
-    if importlib.util.find_spec("triton") is None:
+def _refuse_lack(lack: str | None) -> None:
+    if lack is not None:
+        raise ResourceError(f"device.compile=on needs {lack}, which is not here", "install it, or leave compile out")
+
+
+def compiler_lack(*, on_card: bool) -> str | None:
+    """What torch.compile needs for a card, or for this CPU, and is missing here; None: nothing that can be seen before
+    it is used."""
+    if on_card and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+    if on_card and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
         return "a C compiler"
+    cxx = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not on_card and shutil.which(cxx) is None:
+        return f"a C++ compiler ({cxx}; the variable CXX names another)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's header files (Python.h)"
     return None

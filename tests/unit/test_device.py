@@ -173,3 +173,21 @@ def test_attention_of_any_shape_is_not_left_to_cudnn_and_what_was_allowed_comes_
         assert not allowed()
         raise ValueError
     assert allowed()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "lack"),
+    [(shutil, "which", "a C++ compiler (g++; the variable CXX"), (Path, "is_file", "Python's header files (Python.h)")],
+)
+def test_what_compiling_for_a_cpu_takes_is_looked_for_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, lack: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/g++")
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    config = DeviceConfig(type=DeviceType.cpu, threads=1, compile=Switch.on)
+    assert resolve_device(config).compile
+    monkeypatch.setattr(owner, name, lambda _: None)
+    with pytest.raises(ResourceError, match=re.escape(lack)):
+        resolve_device(config)
