@@ -270,6 +270,10 @@ class EvalPplConfig:
                 check(getattr(self, name) >= 1, name, getattr(self, name), "must be >= 1")
             for name in ("mc_samples", "bootstrap", "report_tokens", "seed"):
                 check(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
+            named: dict[str, str] = {}
+            for key, file in (("output", self.output), ("report", self.report), ("word_probs", self.word_probs)):
+                first = key if file is None else named.setdefault(file, key)
+                check(first == key, key, file, f"is the file of {first}, too: name another")
             shown = self.report is not None or self.report_tokens == EvalPplConfig.report_tokens
             check(shown, "report_tokens", self.report_tokens, "needs report=FILE")
             check(

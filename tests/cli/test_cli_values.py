@@ -235,6 +235,11 @@ def test_what_stands_for_a_missing_value_is_not_said_to_be_missing(lmkit: Any, v
     assert (lmkit.configs[0].stop, lmkit.prompts) == (["???"], [["???"]])
 
 
+def test_two_outputs_do_not_go_into_one_file(lmkit: Any) -> None:
+    said = lmkit.refused("eval-ppl", "output=out", "word_probs=out", "report=x.html")
+    assert said == "word_probs=out is the file of output, too: name another"
+
+
 def test_negative_and_scientific_numbers(lmkit: Any) -> None:
     assert lmkit.config("pretrain", "--optimizer.lr", "1e-3").optimizer.lr == 1e-3
     assert "-0.5" in lmkit.refused("pretrain", "--model.dropout", "-0.5")
