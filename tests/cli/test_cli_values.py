@@ -183,6 +183,7 @@ def test_null_and_lists(lmkit: Any) -> None:
         ([f"train.budget={'9' * 400}"], ["train.budget=999", "10m"]),
         ([f"train.time_limit={'9' * 400}d"], ["train.time_limit=999", "3d"]),
         (["device.threads=100000"], ["device.threads=100000", "1 and 1024"]),
+        (["parallel=ddp", "parallel.timeout_s=1e15"], ["parallel.timeout_s=", "at most 1e9"]),
         (["seed=9223372036854775808"], ["seed=9223372036854775808", "below 2^63"]),
         ([f"train.max_steps={'9' * 400}"], ["train.max_steps=999", "(400 characters)", "below 2^63"]),
     ],
