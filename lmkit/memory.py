@@ -155,10 +155,14 @@ def _table_bytes(table: Tensor, num_softmaxes: int = 1, *, num_chunks: int = 1) 
 
 
 def _long_batch(trainer: Trainer) -> Batch:
-    """One of the first batches that no other one is longer than: sentences are of many lengths."""
+    """One of the first batches that no other one is longer than: sentences are of many lengths. Its only row twice
+    where it has one, as what a row takes shows in two."""
     batches = trainer.task.batches
     first = (cast(Batch, batches[step]) for step in range(min(batches.steps_per_epoch, MOST_LOOKED)))
-    return max(first, key=lambda batch: batch.inputs_BT.shape[1])
+    longest = max(first, key=lambda batch: batch.inputs_BT.shape[1])
+    if longest.num_rows > 1:
+        return longest
+    return Batch(longest.inputs_BT.repeat(2, 1), longest.targets_BT.repeat(2, 1), longest.starts_text)
 
 
 def _kept(trainer: Trainer, rows: int, progress: float = 0.0) -> list[int]:

@@ -300,6 +300,13 @@ def test_where_batches_have_many_lengths_a_long_one_is_counted() -> None:
     assert estimate_memory(uneven).per_row == estimate_memory(even).per_row
 
 
+def test_batches_of_one_row_take_what_a_row_of_others_takes() -> None:
+    several, alone = estimate_memory(make_trainer()), estimate_memory(make_trainer(batch_size=1, micro_batch_size=1))
+    assert alone.per_row == several.per_row > 0
+    assert alone.working_per_row == several.working_per_row > 0
+    assert alone.fixed == pytest.approx(several.fixed, rel=0.01)
+
+
 def test_schedule_free_training_has_no_average_beside_its_weights_but_saves_both() -> None:
     """AdamW's optimizer, with the same number of tensors, stands in for that of the package."""
     trainer = make_trainer()
