@@ -43,7 +43,7 @@ def compose(line: Line, *, partial: bool = False) -> DictConfig:
     bad_groups = dict(_bad_groups(line))
     good = {group: name for group, name in line.groups.items() if group not in bad_groups}
     problems = [*line.problems, *bad_groups.values()]
-    if clashes := list(_clashes(line.command, good)):
+    if clashes := [*_clashes(line.command, good), *_foreign_rate(line, good)]:
         raise ConfigError("; ".join([*problems, *clashes]))
     presets = chosen(line.command, good)
     derived = {group: presets[group] for group in ("tokenizer",) if group in presets}
@@ -72,23 +72,48 @@ def _bad_groups(line: Line) -> Iterator[tuple[str, str]]:
 
 def _clashes(command: str, groups: Mapping[str, str]) -> Iterator[str]:
     """Keys that the recipe sets and that a preset chosen on the command line does not have."""
-    from omegaconf import DictConfig, OmegaConf
-
     from lmkit.keys import keys_of
-    from lmkit.presets import config_dir
 
     if groups.get("recipe", "null") == "null":
         return
-    known = keys_of(command, groups)
-    recipe = OmegaConf.load(config_dir() / "recipe" / f"{groups['recipe']}.yaml")
+    known, recipe = keys_of(command, groups), _recipe(groups["recipe"])
     for group, name in groups.items():
-        values = recipe.get(group) if isinstance(recipe, DictConfig) else None
-        lacking = [f"{group}.{key}" for key in values or {} if f"{group}.{key}" not in known]
+        lacking = [f"{group}.{key}" for key in recipe.get(group) or {} if f"{group}.{key}" not in known]
         if lacking:
             yield (
                 f"recipe={groups['recipe']} sets {', '.join(lacking)}, which {group}={name} does not have: "
                 f"leave out the recipe or {group}={name}"
             )
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """What a recipe sets, by group and key."""
+    from omegaconf import OmegaConf
+
+    from lmkit.presets import config_dir
+
+    values = OmegaConf.to_container(OmegaConf.load(config_dir() / "recipe" / f"{name}.yaml"))
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _foreign_rate(line: Line, groups: Mapping[str, str]) -> Iterator[str]:
+    """A learning rate that the recipe sets for another kind of optimizer than the one that is chosen on the line.
+
+    What Adam and its kin take is alike; what SGD takes is a thousand times as much.
+    """
+    from lmkit.config import SCHEMAS
+    from lmkit.config.optimization import AdamConfig
+    from lmkit.presets import recipe_choices, schema_name
+
+    recipe, own = groups.get("recipe", "null"), groups.get("optimizer")
+    if recipe == "null" or own is None or "optimizer.lr" in line.values:
+        return
+    if "lr" not in (_recipe(recipe).get("optimizer") or {}):
+        return
+    theirs = recipe_choices(recipe).get("optimizer", own)
+    kinds = [SCHEMAS["optimizer"][schema_name("optimizer", name) or ""] for name in (own, theirs)]
+    if kinds[0] is not kinds[1] and not all(issubclass(kind, AdamConfig) for kind in kinds):
+        yield f"recipe={recipe} sets optimizer.lr for optimizer={theirs}: set that of optimizer={own}, too"
 
 
 @functools.cache

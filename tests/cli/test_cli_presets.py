@@ -141,6 +141,16 @@ def test_an_optimizer_for_finetuning_keeps_its_own_rate(lmkit: Any) -> None:
     assert lmkit.config("finetune", "optimizer=sgd").optimizer.lr == 1.0
 
 
+def test_the_learning_rate_of_a_recipe_is_not_taken_over_by_another_kind_of_optimizer(lmkit: Any) -> None:
+    for recipe, theirs, own in (("ptb_cpu_10min", "adamw", "sgd"), ("pytorch_lstm_200", "sgd", "adamw")):
+        words = ["pretrain", f"recipe={recipe}", f"optimizer={own}"]
+        expected = f"recipe={recipe} sets optimizer.lr for optimizer={theirs}: set that of optimizer={own}, too"
+        assert lmkit.refused(*words) == expected
+        assert lmkit.config(*words, "optimizer.lr=0.1").optimizer.lr == 0.1
+    for alike in ("adamw", "adam", "nadam"):
+        assert lmkit.config("pretrain", "recipe=ptb_cpu_10min", f"optimizer={alike}").optimizer.lr == 5e-3
+
+
 def test_a_recipe_and_a_preset_that_lacks_its_keys_do_not_go_together(lmkit: Any) -> None:
     message = lmkit.refused("pretrain", "recipe=ptb_cpu_10min", "model=kn5")
     assert "recipe=ptb_cpu_10min sets model." in message
