@@ -192,10 +192,16 @@ def _key(word: str) -> str:
 
 
 def _chosen(command: str, words: Sequence[str]) -> dict[str, str]:
-    """The presets that are named on the line so far."""
+    """The presets that are named on the line so far, of several for a multirun the last. No prompt is read."""
     from lmkit.arguments import parse
+    from lmkit.presets import names_in, preset_name
 
-    return parse(command, words).groups
+    option = "--prompt-file"
+    unread = [w for w, before in zip(words, ["", *words], strict=False) if option not in (w.partition("=")[0], before)]
+    named = {
+        group: preset_name(group, name.rpartition(",")[2]) for group, name in parse(command, unread).groups.items()
+    }
+    return {group: name for group, name in named.items() if name in names_in(group)}
 
 
 def _values(command: str, keys: dict[str, object], key: str) -> list[str]:

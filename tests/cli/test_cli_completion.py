@@ -62,6 +62,8 @@ def test_every_group_preset_and_key_is_offered(command: str) -> None:
         ("lmkit pretrain --resu", ["--resume"]),
         ("lmkit pretrain -m model=tiny,sm", ["model=tiny,small"]),
         ("lmkit pretrain model=tiny,sm", []),
+        ("lmkit pretrain -m model=tiny,lstm model.ce", ["model.cell="]),
+        ("lmkit pretrain model=typo model.num_kv", ["model.num_kv_heads="]),
         ("lmkit generate --pr", ["--prompt", "--prompt-file"]),
         ("lmkit generate --prompt ", []),
         ("lmkit generate --prompt 'the comp", []),
@@ -71,6 +73,12 @@ def test_every_group_preset_and_key_is_offered(command: str) -> None:
 )
 def test_what_is_offered_depends_on_the_line_so_far(line: str, expected: list[str]) -> None:
     assert complete(line) == expected
+
+
+@pytest.mark.parametrize("option", ["--prompt-file prompt.txt", "--prompt-file=prompt.txt"])
+def test_a_prompt_is_not_read_while_its_line_is_typed(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    assert complete(f"lmkit generate {option} max") == ["max_new_tokens="]
 
 
 def test_the_words_may_also_come_one_by_one() -> None:
