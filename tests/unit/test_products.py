@@ -6,8 +6,6 @@ import ctypes
 import os
 import subprocess
 import sys
-
-
 from typing import Any
 
 import pytest
