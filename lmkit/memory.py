@@ -37,9 +37,7 @@ from lmkit.config.optimization import (
 from lmkit.data.batches import Batch
 from lmkit.device import Device
 from lmkit.heads import SoftmaxHead, rows_per_chunk
-from lmkit.models.adaptive import AdaptiveHead, Tail
 from lmkit.models.base import LanguageModel
-from lmkit.models.mixture import MixtureHead
 from lmkit.train import Trainer
 
 WORKING_SHARE = 2.5
@@ -134,24 +132,13 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 
 
 def _head_bytes(trainer: Trainer) -> int:
-    """The gradient of the output layer on its way, a chunk of logits, and the matrix in oneDNN's order, both ways.
-
-    A mixture has the logits of all its softmaxes, and their logarithms beside them; of an adaptive softmax the matrices
-    come one after the other.
-    """
-    head = trainer.model.head if isinstance(trainer.model, LanguageModel) else None
-    if isinstance(head, MixtureHead):
-        return _table_bytes(head.weight, head.num_softmaxes, num_chunks=2)
-    if isinstance(head, AdaptiveHead):
-        tables = [head.weight, *(cast(Tail, tail).weight for tail in head.tails)]
-        return max(_table_bytes(table) for table in tables)
-    return _table_bytes(head.weight) if isinstance(head, SoftmaxHead) else 0
-
-
-def _table_bytes(table: Tensor, num_softmaxes: int = 1, *, num_chunks: int = 1) -> int:
-    num_tables, num_logits = 3 if products.by_onednn(table, products.MIN_ROWS) else 1, num_softmaxes * len(table)
-    chunk = rows_per_chunk(num_logits, table.device) * num_logits
-    return (num_tables * table.numel() + num_chunks * chunk) * table.element_size()
+    """The gradient of the output layer on its way, a chunk of logits, and the matrix in oneDNN's order, both ways."""
+    model = trainer.model
+    if not isinstance(model, LanguageModel) or not isinstance(model.head, SoftmaxHead):
+        return 0
+    table = model.head.weight
+    num_tables = 3 if products.by_onednn(table, products.MIN_ROWS) else 1
+    return (num_tables * table.numel() + rows_per_chunk(len(table), table.device) * len(table)) * table.element_size()
 
 
 def _long_batch(trainer: Trainer) -> Batch:

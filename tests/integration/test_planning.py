@@ -30,7 +30,6 @@ from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import Batch, Windows
 from lmkit.device import resolve_device
-from lmkit.heads import rows_per_chunk
 from lmkit.horizon import Horizon
 from lmkit.memory import Memory, _kept, estimate_memory, largest_fitting, optimizer_bytes
 from lmkit.models.base import State
@@ -83,13 +82,6 @@ SHAPES: dict[str, tuple[ModelConfig, int, int, int]] = {
     "large vocabulary": (TransformerConfig(d_model=256, num_layers=4, num_heads=4, dropout=0.1), 32_000, 16, 256),
     "lstm": (RecurrentConfig(d_embed=300, d_hidden=800, num_layers=3), 10_000, 48, 70),
     "gru": (RecurrentConfig(d_embed=300, d_hidden=800, num_layers=2, cell=Cell.gru), 10_000, 64, 70),
-    "mixture": (RecurrentConfig(d_embed=256, d_hidden=256, num_softmaxes=3), 40_000, 16, 32),
-    "adaptive": (
-        RecurrentConfig(d_embed=512, d_hidden=256, tie_embeddings=False, cutoffs=[40_000, 60_000]),
-        80_000,
-        16,
-        32,
-    ),
 }
 
 
@@ -342,17 +334,3 @@ def test_the_matrix_of_the_head_in_the_order_of_onednn_is_counted_both_ways(monk
         monkeypatch.setattr(products, "prefers_onednn", lambda: by_onednn)  # noqa: B023
         fixed[by_onednn] = estimate_memory(make_trainer()).working_fixed
     assert fixed[True] - fixed[False] == 2 * VOCAB * TINY.d_model * 4
-
-
-@pytest.mark.parametrize("by_onednn", [False, True])
-def test_what_a_mixture_and_an_adaptive_softmax_work_with_is_counted(
-    monkeypatch: pytest.MonkeyPatch, by_onednn: bool
-) -> None:
-    monkeypatch.setattr(products, "prefers_onednn", lambda: by_onednn)
-    copies, width = 3 if by_onednn else 1, 16
-    mixture = RecurrentConfig(d_embed=width, d_hidden=width, num_layers=1, num_softmaxes=3)
-    chunk = rows_per_chunk(3 * VOCAB, torch.device("cpu")) * 3 * VOCAB
-    assert estimate_memory(make_trainer(mixture)).working_fixed == 4 * (copies * VOCAB * width + 2 * chunk)
-    adaptive = RecurrentConfig(d_embed=width, d_hidden=width, num_layers=1, tie_embeddings=False, cutoffs=[300])
-    chunk = rows_per_chunk(301, torch.device("cpu")) * 301
-    assert estimate_memory(make_trainer(adaptive)).working_fixed == 4 * (copies * 301 * width + chunk)
