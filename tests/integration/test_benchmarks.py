@@ -336,9 +336,9 @@ def bench_scaling(peers: ModuleType) -> Iterator[ModuleType]:
     sys.modules.pop("bench_scaling")
 
 
-def call_scaling(bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", *words])
-    bench_scaling.main()
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    script.main()
 
 
 def test_rows_of_several_processes_and_what_is_computed_lie_side_by_side(
@@ -357,7 +357,7 @@ def test_rows_of_several_processes_and_what_is_computed_lie_side_by_side(
     monkeypatch.setattr(bench_scaling, "train", train)
     monkeypatch.setattr(bench_scaling, "time_collectives", lambda *_: {"agree_ms": 0.5, "sum_gradients_ms": 1.0})
     words = ("--processes", "1", "2", "--rounds", "2", "--json", str(tmp_path / "rows.json"))
-    call_scaling(bench_scaling, monkeypatch, *words)
+    call(bench_scaling, monkeypatch, *words)
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     one, two = (row for row in rows if not row["computed"])
     assert (one["name"], one["tokens_per_s"], one["peak_bytes"]) == ("lmkit, 1 process", 120.0, 1000)
@@ -395,13 +395,13 @@ def test_runs_that_trained_other_numbers_of_tokens_are_refused(
 
     monkeypatch.setattr(bench_scaling, "train", train)
     with pytest.raises(SystemExit, match=r"1: \[\(50, 640\)\], 2: \[\(50, 1280\)\]"):
-        call_scaling(bench_scaling, monkeypatch, "--processes", "1", "2", "--rounds", "1")
+        call(bench_scaling, monkeypatch, "--processes", "1", "2", "--rounds", "1")
 
 
 def test_what_is_computed_alone_is_written_as_rows(
     bench_scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    call_scaling(bench_scaling, monkeypatch, "--computed-only", "--json", str(tmp_path / "rows.json"))
+    call(bench_scaling, monkeypatch, "--computed-only", "--json", str(tmp_path / "rows.json"))
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert rows[0]["name"] == "computed: GPT-2 124M, 64 GPUs, 10 Gb/s"
     assert all(row["computed"] and {"tokens_per_s", "peak_bytes", "efficiency"} <= row.keys() for row in rows)
@@ -439,11 +439,6 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop("results")
 
 
-def call_results(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["results.py", *words])
-    results.main()
-
-
 def test_runs_of_one_name_and_long_lists_of_words_have_results_of_their_own(
     results: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,11 +456,11 @@ def test_runs_of_one_name_and_long_lists_of_words_have_results_of_their_own(
     folders = [tmp_path / f"{'a long name ' * 8}{letter}" / "0" for letter in "abc"]
     words = [f"--run={folder.parent.name[-1]}={folder}" for folder in folders]
     words += ["--ways", "static,ensemble", "--out", str(tmp_path / "out")]
-    call_results(results, monkeypatch, *words)
+    call(results, monkeypatch, *words)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and ".00" in line]
     assert len(numbers) == 2 * 5
     assert len({cell for line in table for cell in line.split("|")[2:4]}) == 10
-    call_results(results, monkeypatch, *words)  # all of it is there
+    call(results, monkeypatch, *words)  # all of it is there
     assert len(numbers) == 2 * 5
 
 
@@ -485,5 +480,5 @@ def test_words_that_would_leave_rows_out_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        call_results(results, monkeypatch, *words)
+        call(results, monkeypatch, *words)
     assert said in capsys.readouterr().err
