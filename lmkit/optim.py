@@ -266,6 +266,11 @@ def load_optimizer_tensors(optimizer: Optimizer, parameters: dict[str, Tensor], 
         p = parameters[name]
         on_host = is_on_host(optimizer, slot)
         optimizer.state[p][slot] = value.clone() if on_host else pieced(value.to(p.device, copy=True), like=p)
+    if isinstance(optimizer, torch.optim.RMSprop):  # which makes it with the rest of a state only
+        for group in optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                if slots := optimizer.state.get(p):
+                    slots.setdefault("momentum_buffer", torch.zeros_like(p))
 
 
 def is_on_host(optimizer: Optimizer, slot: str) -> bool:

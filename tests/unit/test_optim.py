@@ -79,6 +79,17 @@ def test_state_put_back_continues_bit_for_bit(config: OptimizerConfig) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", [SgdConfig, RmspropConfig])
+def test_momentum_can_begin_when_a_run_goes_on(kind: type[SgdConfig | RmspropConfig]) -> None:
+    model, x = model_and_data()
+    optimizer = build_optimizer(kind(lr=0.01), model, fused=True)
+    steps(model, optimizer, x, 3)
+    resumed = build_optimizer(kind(lr=0.01, momentum=0.9), model, fused=True)
+    load_optimizer_tensors(resumed, named(model), optimizer_tensors(optimizer, named(model)))
+    first = steps(model, resumed, x, 1)
+    assert steps(model, resumed, x, 20) < first
+
+
 QUICK_START = """
 import json, sys, torch
 from torch import nn
