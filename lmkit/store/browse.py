@@ -100,8 +100,8 @@ class RunSummary:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a run, as far as can be seen from outside."""
-    return (path / RUN_INFO).is_file() or (path / CHECKPOINTS).is_dir()
+    """Whether a directory is a run, as far as can be seen from outside; what cannot be looked into is none."""
+    return os.path.isfile(path / RUN_INFO) or os.path.isdir(path / CHECKPOINTS)
 
 
 def find_runs(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
@@ -129,9 +129,9 @@ def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
     for found in (path, Path(root) / path):
         if is_run(found):
             return found
-    if (path / mf.MANIFEST).is_file():
+    if os.path.isfile(path / mf.MANIFEST):
         raise CheckpointError(f"{word} is a checkpoint", "name its run")
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{word} is not a run directory", f"lmkit runs ls {word} lists the runs in it")
     known = []
     with contextlib.suppress(CheckpointError):
@@ -186,7 +186,7 @@ def newest_finished_run(root: str | Path) -> Path:
         # where locks cannot be asked, what it has logged and saved since tells
         if _is_of_the_end(path, result) and status_of(path) in (Status.finished, Status.unknown):
             return path
-    unfinished = sum((path / RUN_INFO).is_file() for path in paths)
+    unfinished = sum(os.path.isfile(path / RUN_INFO) for path in paths)
     raise CheckpointError(
         f"no finished run in {root}{f' ({unfinished} unfinished)' if unfinished else ''}",
         "train one with lmkit pretrain, or name a run with run=DIR",

@@ -11,7 +11,7 @@ from typing import Any
 
 from lmkit.errors import CheckpointError
 from lmkit.store import storage
-from lmkit.store.manifest import parse_json, read_small_file
+from lmkit.store.manifest import parse_json, read_small_file, unreadable
 
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -77,9 +77,13 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None if the file is missing. Raises CheckpointError naming the file if it is damaged."""
-    if not path.exists():
+    """A JSON object, None if the file is missing. Raises CheckpointError naming the file if it cannot be read."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise unreadable(path, error) from None
     value = decode(parse_json(read_small_file(path), path))
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lmkit.store.browse import (
 )
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
+from lmkit.store.found import read_info
 from lmkit.store.lock import NoLocksError
 from lmkit.store.runs import Run
 
@@ -187,6 +190,27 @@ def test_runs_are_found_in_folders_of_runs_and_not_inside_runs(tmp_path: Path) -
         list(find_runs(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_looked_into_hides_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    for name in ("a", "others", "z"):
+        with open_run(tmp_path / name) as run:
+            finish(run)
+    stat = os.stat
+
+    def refused(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and Path(path).parent == tmp_path / "others":
+            raise OSError(code, os.strerror(code), str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert [path.name for path in find_runs(tmp_path)] == ["a", "z"]
+    assert newest_finished_run(tmp_path).name == "z"
+    with pytest.raises(CheckpointError, match=r"cannot read .*run\.json"):
+        read_info(tmp_path / "others")  # and not as if there were none
+
+
 def test_a_name_means_a_path_first_and_then_a_run_in_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("runs/one", "runs/two", "two"):
@@ -200,6 +224,8 @@ def test_a_name_means_a_path_first_and_then_a_run_in_the_root(tmp_path: Path, mo
         named_run("runs")
     with pytest.raises(CheckpointError, match="no run ''"):
         named_run("")
+    with pytest.raises(CheckpointError, match="there is no run 'x"):
+        named_run(300 * "x")  # more than a name can have
 
 
 def test_a_summary_counts_what_a_run_has_reached(tmp_path: Path) -> None:
