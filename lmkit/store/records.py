@@ -32,6 +32,7 @@ class LineFile:
         try:
             if self._descriptor is None:
                 self._descriptor = storage.open_to_append(self._path)
+                self._torn = _ends_torn(self._descriptor)
             data = b"\n" + line if self._torn else line
             self._torn = os.write(self._descriptor, data) < len(data)  # known only then: another thread may write, too
             if self._torn:
@@ -46,6 +47,14 @@ class LineFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _ends_torn(descriptor: int) -> bool:
+    """Whether a file ends within a line, as the log of a process does that found the disk full and then ended."""
+    if os.lseek(descriptor, 0, os.SEEK_END) == 0:
+        return False
+    os.lseek(descriptor, -1, os.SEEK_END)
+    return os.read(descriptor, 1) != b"\n"
 
 
 def encode(value: Any) -> Any:

@@ -222,8 +222,11 @@ def read_regular(path: Path) -> bytes:
 
 
 def open_to_append(path: Path) -> int:
-    """Open a regular file, made if it is missing, to append to it; its descriptor. Errors as in ``open_regular``."""
-    return _regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """Open a regular file, made if it is missing, to read it and append to it; its descriptor.
+
+    Errors as in ``open_regular``.
+    """
+    return _regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
 
 def _regular(path: Path, flags: int) -> int:

@@ -347,6 +347,17 @@ def test_a_full_disk_for_the_log_is_one_warning_and_later_lines_are_whole(
     assert "disk is full" in warnings[0]
 
 
+def test_a_line_that_a_full_disk_has_torn_does_not_swallow_the_first_one_of_the_next_session(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        begin(run)
+    with (run.path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"event": "error", "mess')
+    with create(tmp_path, run.path, resume=True) as run:
+        begin(run)
+    assert [row["event"] for row in records.read_rows(run.path / "journal.jsonl")] == ["start", "resume"]
+    assert (run.path / "journal.jsonl").read_bytes().count(b"\n") == 3
+
+
 def test_the_result_is_read_back_with_its_status(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         assert read_result(run.path) is None
