@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -102,8 +103,10 @@ class CheckpointWriter:
         self._held: Staged | None = None
         self._is_waiting = False
         """Whether what is held was not released yet."""
-        self._whole: dict[str, float | None] = {}
-        """Name -> validation loss of the checkpoints that were hashed by this writer."""
+        self._whole: set[str] = set()
+        """Names of the checkpoints that were hashed by this writer."""
+        self._losses: dict[str, float | None] = {}
+        """Name -> validation loss."""
         self._damaged: set[str] = set()
         self._tokenizer_digest = tokenizer.digest
         self._stage = Stage(self._read_tokenizer(tokenizer))
@@ -253,7 +256,8 @@ class CheckpointWriter:
         cpu_s = time.thread_time() - cpu_before_s
         self.last_cost = Cost(staged.copy_s, cpu_s, time.monotonic() - started)
         self._damaged.discard(path.name)
-        self._whole[path.name] = valid_loss(path)
+        self._whole.add(path.name)
+        self._losses[path.name] = valid_loss(path)
         self.newest = path
         self._retire()
 
@@ -316,25 +320,27 @@ class CheckpointWriter:
     def _retire(self) -> None:
         """Delete the whole checkpoints that nothing keeps (see the class); damaged ones stay.
 
-        Where the list of pinned ones cannot be read, nothing is deleted.
+        Of those that were there before this writer, only the ones on which it depends are hashed. Where the list of
+        pinned ones cannot be read, nothing is deleted.
         """
-        whole = [path for path in list_checkpoints(self._run.path)[::-1] if self._is_whole(path)]
-        kept = {*whole[: self._keep], *best_first(whole, self._whole)[:1]}
+        newest_first = list_checkpoints(self._run.path)[::-1]
+        best = best_first(newest_first, {path.name: self._loss(path) for path in newest_first})
+        kept = {*islice(filter(self._is_whole, newest_first), self._keep), *islice(filter(self._is_whole, best), 1)}
         try:
             pinned = read_pins(self._run.path)
         except CheckpointError as error:
             self._warn(f"no checkpoint is retired: {error}")
             return
-        for path in whole:
+        for path in newest_first:
             step = mf.step_of(path.name) or 0
             on_grid = self._keep_every is not None and step % self._keep_every == 0
-            if path not in kept and step not in pinned and not on_grid:
+            if path not in kept and step not in pinned and not on_grid and self._is_whole(path):
                 try:
                     storage.discard(path)
                 except OSError as error:  # e.g. a reader has it open on Windows
                     self._warn(f"cannot retire {path}: {error}")
                     continue
-                del self._whole[path.name]
+                self._whole.discard(path.name)
                 self._run.journal("retire", {"checkpoint": path.name})
 
     def _is_whole(self, path: Path) -> bool:
@@ -343,12 +349,19 @@ class CheckpointWriter:
         if path.name not in self._whole:
             try:
                 verify_checkpoint(path)
-                self._whole[path.name] = valid_loss(path)
+                self._whole.add(path.name)
             except CheckpointError as error:
                 self._damaged.add(path.name)
                 self._warn(f"{path.name} does not count as a checkpoint: {error}")
                 return False
         return True
+
+    def _loss(self, path: Path) -> float | None:
+        """Its validation loss, read once; None also where it cannot be read."""
+        if path.name not in self._losses:
+            with contextlib.suppress(CheckpointError):
+                self._losses[path.name] = valid_loss(path)
+        return self._losses.get(path.name)
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:

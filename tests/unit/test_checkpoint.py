@@ -27,7 +27,7 @@ from lmkit.store.checkpoint import (
 )
 from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
 from lmkit.store.found import FoundRun
-from lmkit.store.manifest import read_manifest, verify_checkpoint
+from lmkit.store.manifest import Manifest, read_manifest, verify_checkpoint
 from lmkit.store.runs import Run
 
 DTYPES = [
@@ -67,8 +67,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
         yield made
 
 
-def save_all(run: Run, losses: dict[int, float | None], *, keep: int) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=keep, warn=pytest.fail) as writer:
+def save_all(run: Run, losses: dict[int, float | None], *, keep: int, every: int | None = None) -> None:
+    with CheckpointWriter(run, ByteTokenizer(), keep=keep, keep_every=every, warn=pytest.fail) as writer:
         for step, loss in losses.items():
             writer.submit(snapshot(step, loss))
 
@@ -213,6 +213,24 @@ def test_a_writer_that_resumes_keeps_the_best_of_the_sessions_before(run: Run) -
     save_all(run, {1: 3.0, 2: 4.0}, keep=1)
     save_all(run, {3: 5.0, 4: 5.0}, keep=1)
     assert steps(run) == [1, 4]
+
+
+def test_a_run_that_goes_on_does_not_hash_all_that_it_keeps_before_it_deletes_anything(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_all(run, {2: 5.0, 3: 3.0, 4: 4.0, 6: 4.5, 8: 4.2, 9: 6.0}, keep=1, every=2)
+    assert steps(run) == [2, 3, 4, 6, 8, 9]
+    hashed: list[str] = []
+    verify = checkpoint_writer.verify_checkpoint
+
+    def noted(path: Path, **options: bool) -> Manifest:
+        hashed.append(path.name[-1])
+        return verify(path, **options)
+
+    monkeypatch.setattr(checkpoint_writer, "verify_checkpoint", noted)
+    save_all(run, {10: 7.0, 11: 8.0}, keep=1, every=2)
+    assert steps(run) == [2, 3, 4, 6, 8, 10, 11]
+    assert sorted(hashed) == sorted("0139")  # both new ones, the best one, and the one that gives way
 
 
 def test_best_is_the_lowest_validation_loss_and_the_newest_of_equals(run: Run) -> None:
