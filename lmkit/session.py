@@ -324,9 +324,9 @@ class Session:
         restore_trainer(self.trainer, found[1].model, found[1].optimizer)
         self.run.cut_metrics(self.state.step)
         self.run.journal("rollback", {"step": self.state.step, "skipped": self.state.skipped_steps})
-        self._window.clear()
         saves.step = None
         self.timing.restart()
+        self._window.clear(time.monotonic())
 
     @contextlib.contextmanager
     def _saved_without_memory(self, saves: Saves, bar: Progress) -> Iterator[None]:

@@ -29,9 +29,9 @@ class Window:
         """Forget the reports that were not looked at."""
         del self.reports[self._num_read :]
 
-    def clear(self) -> None:
-        """Forget all reports."""
-        self.reports, self._num_read = [], 0
+    def clear(self, now: float) -> None:
+        """Forget all reports; the next step begins ``now``."""
+        self.reports, self._num_read, self.started = [], 0, now
 
     def close(self, now: float) -> dict[str, Any]:
         """The means of its steps and the numbers of the last one, for metrics.jsonl; the next window begins ``now``."""
@@ -46,6 +46,5 @@ class Window:
             "tokens_per_s": num_targets / max(now - self.started, 1e-9),
             "progress": last.progress,
         }
-        self.clear()
-        self.started = now
+        self.clear(now)
         return row

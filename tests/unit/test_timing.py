@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lmkit.config.training import TrainConfig
 from lmkit.timing import Timing
-from lmkit.train import TrainState
+from lmkit.train import StepReport, TrainState
+from lmkit.window import Window
 
 
 def timing_of(state: TrainState) -> Timing:
@@ -32,3 +34,11 @@ def test_time_counts_on_through_sessions_and_a_rollback_gives_none_of_it_back(mo
     monkeypatch.setattr(time, "monotonic", lambda: 110.0)
     timing.follow()
     assert timing.last_step_s == 1.0
+
+
+def test_the_speed_after_a_rollback_is_that_of_the_steps_behind_it() -> None:
+    report = StepReport(3, 100, 0.1, 0.5, torch.zeros(2), torch.zeros((), dtype=torch.bool))
+    window = Window([report], started=10.0)
+    window.clear(50.0)
+    window.reports.append(report)
+    assert window.close(60.0)["tokens_per_s"] == 10.0
