@@ -57,8 +57,9 @@ def sweep_table(root: Path) -> str:
     counted = [f"{number} {state.replace('not', 'not started')}" for state, number in counts.items() if number]
     lines += ["", f"{len(rows)} jobs: {', '.join(counted)}"]
     if sweep is not None and counts["failed"] + counts["not"]:
-        words = [word for word in sweep.command if not word.startswith("resume=")]
-        lines += ["retry what is not done:", f"  {shlex.join([*words, 'resume=true'])}"]
+        words = [word for word in sweep.command if not word.startswith(("resume=", "run.dir="))]
+        words += [f"run.dir={root}", "resume=true"]  # where it is now
+        lines += ["retry what is not done:", f"  {shlex.join(words)}"]
     return "\n".join(lines) + "\n"
 
 

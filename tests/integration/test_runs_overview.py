@@ -389,6 +389,14 @@ def test_a_sweep_shows_each_job_the_best_and_the_seeds_folded(lmkit: Lmkit, caps
     assert lines[-1].strip() == "lmkit pretrain -m optimizer.lr=1,2,3 seed=1,2 run.dir=runs resume=true"
 
 
+def test_the_command_that_retries_a_sweep_names_the_folder_that_it_is_in_now(lmkit: Lmkit, capsys: Output) -> None:
+    make_sweep()
+    Path("runs").rename("moved")
+    assert lmkit("sweep", "moved") == 0
+    retry = capsys.readouterr().out.splitlines()[-1].strip()
+    assert retry == "lmkit pretrain -m optimizer.lr=1,2,3 seed=1,2 run.dir=moved resume=true"
+
+
 def test_jobs_of_different_data_have_no_common_best(lmkit: Lmkit, capsys: Output) -> None:
     begin(Path("runs"), ["lmkit"], [Job(str(n), {"tokenizer": t}) for n, t in enumerate(["byte", "char"])])
     make_run("0", {2: 2.0})
