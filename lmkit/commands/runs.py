@@ -169,7 +169,7 @@ def remove(runs: list[Path], *, ask: bool) -> None:
             try:
                 storage.discard(path.absolute())
             except OSError as error:
-                raise storage.resource_error("remove", path, error) from error
+                raise storage.resource_error("remove", Path(error.filename or path), error) from error  # what is left
             write_text(f"removed {path}\n")
     finally:
         for lock in locks:

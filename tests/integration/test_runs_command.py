@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from lmkit import cli
 from lmkit.commands import runs_resume
 from lmkit.config.runs import LEAST_STEPS
 from lmkit.errors import CheckpointError
+from lmkit.store import storage
 from lmkit.store.checkpoint import Snapshot, list_checkpoints
 from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
 from lmkit.store.runs import Run
@@ -303,6 +305,23 @@ def test_rm_refuses_a_run_in_use_and_then_removes_nothing(lmkit: Lmkit, capsys: 
     assert a.exists()
     assert b.exists()
     assert lmkit("rm", "--yes", "a", "b") == 0
+
+
+def test_rm_names_what_it_could_not_remove_by_the_place_where_it_lies_now(
+    lmkit: Lmkit, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a")
+    remove_file = storage.remove_file
+
+    def refuse(path: Path) -> None:
+        if path.name == "metrics.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        remove_file(path)
+
+    monkeypatch.setattr(storage, "remove_file", refuse)
+    assert lmkit("rm", "--yes", "a") == 6
+    (left,) = Path("runs").iterdir()
+    assert f"cannot remove {left.absolute() / 'metrics.jsonl'}: Permission denied" in capsys.readouterr().err
 
 
 def test_rm_touches_nothing_that_is_not_a_run(lmkit: Lmkit, capsys: Output) -> None:
