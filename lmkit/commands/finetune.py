@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,10 +30,9 @@ from lmkit.hf.adapters import Origin, write_adapter
 from lmkit.loading import LoadedRun, find_checkpoint, load_hf, load_run
 from lmkit.lora import adapter_tensors, layers_to_adapt
 from lmkit.store import storage
+from lmkit.store.browse import read_newest_config, readable
 from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
 from lmkit.store.found import absolute, read_info
-from lmkit.store.listing import list_checkpoints, read_json_entry
-from lmkit.store.manifest import CONFIG
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
 from lmkit.tasks.instruct import build_instruct
@@ -214,18 +213,23 @@ def _started_alike(cfg: FinetuneConfig, world: World, console: Console) -> Finet
 
 
 def _start_of(cfg: FinetuneConfig) -> ExistingRunConfig:
-    """The checkpoint to start from: a run that goes on without run= keeps its own, whatever was finished since."""
+    """The checkpoint to start from: a run that goes on without run= keeps its own, whatever was finished since.
+
+    Raises CheckpointError if that is gone.
+    """
     if not cfg.resume or cfg.run.dir is None or cfg.run.path is not None:
         return cfg.run
     run_dir = absolute(cfg.run.dir)
-    with contextlib.suppress(CheckpointError):
-        for path in reversed(list_checkpoints(run_dir)):
-            with contextlib.suppress(CheckpointError):
-                base = read_json_entry(path, CONFIG).get("base")
-                return replace(cfg.run, path=base) if isinstance(base, str) else cfg.run
-        base = (read_info(run_dir) or {}).get("base")  # it was killed before its first checkpoint
-        return replace(cfg.run, path=base) if isinstance(base, str) else cfg.run
-    return cfg.run
+    _, config = read_newest_config(run_dir)
+    base = (config or readable(read_info, run_dir)).get("base")  # run.json: it was killed before its first checkpoint
+    if not isinstance(base, str):
+        return cfg.run
+    if not os.path.isdir(base):
+        raise CheckpointError(
+            f"{base}, from which {run_dir} began, is not there any more",
+            "bring it back, or name it where it is now: run=DIR",
+        )
+    return replace(cfg.run, path=base)
 
 
 def _numbers(task_config: RegressTaskConfig, cfg: FinetuneConfig, console: Console) -> SetUp:

@@ -179,7 +179,7 @@ class Run:
                 old["base_sha256"], new["base_sha256"] = info["base_sha256"], base_sha256
             if new_data:
                 old.pop("data", None)
-            self.refuse_changes(old, new, show)
+            self.refuse_changes(old, new, show, base=info.get("base"))
             self.journal("resume", {"command": list(command)})
         self.digests = digests
 
@@ -195,11 +195,15 @@ class Run:
             self._replace(RUN_INFO, {**info, **changed})
 
     def refuse_changes(
-        self, old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[list[Change]], None]
+        self,
+        old: Mapping[str, Any],
+        new: Mapping[str, Any],
+        show: Callable[[list[Change]], None],
+        base: str | None = None,
     ) -> None:
         """Raise ConfigError with both values of what differs, which are first given to ``show``.
 
-        What ``old`` does not name was not recorded yet and counts as the same.
+        What ``old`` does not name was not recorded yet and counts as the same. ``base``: what the run began with.
         """
         changes = [
             (key, old.get(key, new.get(key)), new.get(key))
@@ -210,8 +214,11 @@ class Run:
             show(changes)
             told = ", ".join(f"{name}: {before} -> {now}" for name, before, now in changes)
             remedy = "start a new run, or finetune from this one"
-            if [name for name, _, _ in changes] == ["data"]:
+            names = [name for name, _, _ in changes]
+            if names == ["data"]:
                 remedy += ", or go on with the new data: run.allow_data_change=true"
+            if names == ["base_sha256"] and base is not None:
+                remedy += f", or go on from what this one began with: {base}"
             raise ConfigError(f"{self.path} cannot be resumed because this changed: {told}", remedy)
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:

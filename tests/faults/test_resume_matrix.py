@@ -219,6 +219,7 @@ def test_row_34_a_finetuned_run_that_is_killed_before_its_first_checkpoint_keeps
     refused = lmkit(*words, "resume=true", f"run={other}")
     assert refused.code == 2, refused.err
     assert "cannot be resumed because this changed: base_sha256: " in refused.error
+    assert refused.error.endswith(f", or go on from what this one began with: {base}")
     done = lmkit(*words, "resume=true")
     assert done.code == 0, done.err
     assert f"run: {trained}, checkpoint {base.name}\n" in done.err

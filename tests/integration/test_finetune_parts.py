@@ -240,6 +240,19 @@ def test_a_run_cannot_be_resumed_from_another_base(bases: dict[str, Path], numbe
         finetune.run(other)
 
 
+def test_a_run_that_goes_on_says_if_its_base_is_gone_and_takes_it_from_where_it_is_now(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(bases["transformer"], tmp_path / "base"))
+    cfg = tuning(base, numbers, tmp_path / "run", train={"max_steps": 2})
+    finetune.run(cfg)
+    moved = base.rename(tmp_path / "moved")
+    longer = replace(cfg, resume=True, train=replace(cfg.train, max_steps=4))
+    with pytest.raises(CheckpointError, match=r"/base/checkpoints/step-\d+, from which .*/run began, is not there"):
+        finetune.run(replace(longer, run=replace(cfg.run, path=None)))
+    assert finetune.run(replace(longer, run=replace(cfg.run, path=str(moved))))["step"] == 4
+
+
 def test_an_adapter_trains_beside_a_base_that_keeps_every_bit_and_is_reported(
     bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
