@@ -21,12 +21,13 @@ from lmkit.store.manifest import read_manifest
 from lmkit.store.runs import Change, Run
 
 IMMUTABLE = (
-    "command", "model", "tokenizer", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order",
-    "train.shuffle", "train.seq_len_jitter", "adapter", "tune", "objective", "base_sha256",
+    "command", "model", "seed", "optimizer.kind", "train.batch_size", "train.seq_len", "train.order", "train.shuffle",
+    "train.seq_len_jitter", "adapter", "tune", "objective", "base_sha256",
     "task.kind", "task.class_weights", "task.dropout", "task.metric", "task.network", "task.pooling",
     "task.beta", "task.label_smoothing", "task.sft_weight",
 )  # fmt: skip
-"""Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change."""
+"""Keys that decide what a run computes: a run cannot be resumed with another value. The rest may change; that data and
+tokenizer stay the same their digests tell, wherever they lie now."""
 UNREAD_OF_ROWS = ("train.seq_len", *(f"train.{key}" for key in STREAM_KEYS))
 """Those of them that tasks on rows do not read; they are refused now, and older runs may have been given some."""
 LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience")

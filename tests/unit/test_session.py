@@ -257,6 +257,11 @@ def test_the_policies_may_change_on_resume_and_the_shape_of_a_batch_may_not() ->
         check_resumable(old, {"train": {"batch_size": 8}})
 
 
+def test_a_tokenizer_may_lie_elsewhere_on_resume_since_its_digest_tells_whether_it_is_the_same() -> None:
+    old, new = ({"tokenizer": {"kind": "hf", "path": f"{home}/tokenizer.json"}} for home in ("/old", "/new"))
+    assert check_resumable(old, new) == ["tokenizer.path: /old/tokenizer.json -> /new/tokenizer.json"]
+
+
 def test_keys_that_rows_do_not_read_may_change_on_resume_since_older_runs_were_given_them() -> None:
     def changes(kind: str) -> list[str]:
         old = {"task": {"kind": kind}, "train": {"seq_len": 64, "order": "windows"}}
