@@ -90,7 +90,9 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
     told = [key for key in changed if key.partition(".")[0] in old]  # other sections are newer than the run
     unread = UNREAD_OF_ROWS if (old.get("task") or {}).get("kind") in ("classify", "regress") else ()
     told = [key for key in told if key not in unread]
-    fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in IMMUTABLE)]
+    # the average that schedule-free training keeps is told from its other weights by it
+    fixed = (*IMMUTABLE, "optimizer.beta1") if before.get("optimizer.kind") == "schedule_free" else IMMUTABLE
+    fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in fixed)]
     if fatal:
         pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
         if console is not None:

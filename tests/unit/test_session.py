@@ -273,6 +273,16 @@ def test_keys_that_rows_do_not_read_may_change_on_resume_since_older_runs_were_g
         changes("instruct")
 
 
+def test_beta1_may_change_on_resume_but_for_schedule_free_training_whose_average_it_decodes() -> None:
+    def changes(kind: str) -> list[str]:
+        old, new = ({"optimizer": {"kind": kind, "beta1": beta1}} for beta1 in (0.95, 0.9))
+        return check_resumable(old, new)
+
+    assert changes("adamw") == ["optimizer.beta1: 0.95 -> 0.9"]
+    with pytest.raises(ConfigError, match=r"optimizer\.beta1: 0\.95 -> 0\.9"):
+        changes("schedule_free")
+
+
 def test_what_must_not_change_on_resume_is_shown_in_two_columns() -> None:
     shown = io.StringIO()
     old = {"model": {"d_model": 256, "num_layers": 6}, "train": {"seq_len": 128, "workers": 0}}
