@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.commands.new_data import DATA_ORDER, order_of
+from lmkit.commands.runs_show import NOT_COMPARED
 from lmkit.commands.runs_text import columns, format_value
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.plain import from_plain
@@ -81,7 +82,7 @@ def say_environment(run: Run, checkpoint: Path, console: Console) -> None:
 
 
 def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console | None = None) -> list[str]:
-    """Differences between a stored and a new configuration that are allowed, as text.
+    """Differences between a stored and a new configuration that are allowed and concern the training, as text.
 
     Raises ConfigError naming every key that must not change; the console is shown their values in two columns.
     """
@@ -98,7 +99,8 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
         if console is not None:
             show_changes(console, [(key, before.get(key), after.get(key)) for key in fatal])
         raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+    said = [key for key in changed if key.partition(".")[0] not in (*NOT_COMPARED, DATA_ORDER)]
+    return [f"{key}: {format_value(before.get(key))} -> {format_value(after.get(key))}" for key in said]
 
 
 def show_changes(console: Console, changes: Sequence[Change]) -> None:

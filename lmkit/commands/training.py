@@ -175,6 +175,8 @@ def execute(job: Job) -> dict[str, Any]:
     if result is not None and found is not None and ended and not longer:
         job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
         return result
+    if changes:
+        job.console.say(f"going on with other values than before: {', '.join(changes)}")
     if found is not None:
         follow(job, order, found[1], before, former)
     if job.model_config.trains_by_counting:

@@ -96,11 +96,13 @@ def test_row_67_a_key_that_only_says_how_is_accepted_and_journalled(
     assert done.code == 0, done.err
     assert latest_checkpoint(trained) == trained / "checkpoints" / "step-000000000016"
     events = [json.loads(line) for line in (trained / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    noted = " ".join(next(event["keys"] for event in events if event["event"] == "changed"))
-    for change in [*changes, "train.max_steps=16"]:
-        key, _, value = change.partition("=")
-        assert f"{key}: " in noted
-        assert f"-> {value}" in noted
+    noted = next(event["keys"] for event in events if event["event"] == "changed")
+    asked = dict(word.split("=") for word in [*changes, "train.max_steps=16"])
+    assert [change.partition(": ")[0] for change in noted] == sorted(asked)  # and nothing of how it was started
+    assert [change.rpartition(" -> ")[2] for change in noted] == [asked[key] for key in sorted(asked)]
+    assert f"going on with other values than before: {', '.join(noted)}\n" in done.err
+    done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=18", *changes)
+    assert "going on with other values than before: train.max_steps: 16 -> 18\n" in done.err
 
 
 def test_row_67_another_micro_batch_of_the_same_batch_goes_on_from_the_same_state(
