@@ -19,7 +19,6 @@ from lmkit.commands.output import output_path, write_file, write_json, write_tex
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig
 from lmkit.console import Console
-from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError
 from lmkit.evaluation import checks
@@ -38,6 +37,7 @@ from lmkit.evaluation.wordprobs import (
     word_probs_text,
 )
 from lmkit.loading import load_run
+from lmkit.tokenizers.base import UNK
 
 MAX_BASELINE_TOKENS = 5_000_000
 """Larger training texts are not counted for kn5 on the spot."""
@@ -102,8 +102,10 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         name: exp(nats * scale) if np.isfinite(nats) else None
         for name, nats in zip(outcome.members, outcome.member_nats, strict=True)
     }
+    result["num_unknown"] = _num_unknown(evaluator, passage)
     rank = None
-    if isinstance(evaluator.dataset, BenchmarkConfig) and result["ppl"] is not None and cfg.adapter is None:
+    may_rank = result["ppl"] is not None and cfg.adapter is None and not result["num_unknown"]
+    if isinstance(evaluator.dataset, BenchmarkConfig) and may_rank:
         name = evaluator.dataset.name.value
         kind = published_kind(result["kind"], loaded.config, name)
         rank = standing(name, protocol.name, kind, cfg.split, result["ppl"])
@@ -125,6 +127,14 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         "precision": evaluator.device.precision.name,
         "trained_on_this_dataset": evaluator.dataset == loaded.dataset,
     }
+
+
+def _num_unknown(evaluator: Evaluator, passage: Passage) -> int:
+    """Tokens <unk> of a split that stand for words which the vocabulary lacks: in word-level sets, <unk> is a word."""
+    source, number = passage.source, passage.source.split.num_unk
+    if number and evaluator.word_level and source.tokenizer.ends_lines:
+        number -= sum(line.split().count(UNK) for line in source.read().split("\n"))
+    return number
 
 
 def _units(evaluator: Evaluator, passage: Passage, outcome: Outcome, nats_N: NDArray[np.float32]) -> Units:
@@ -165,9 +175,10 @@ def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: 
 
 def _unk(evaluator: Evaluator, result: Mapping[str, Any]) -> str:
     """What <unk> stands for: words of the text itself, in word-level sets, or those that the vocabulary lacks."""
-    dataset, number = evaluator.dataset, result["num_unk"]
-    if isinstance(dataset, BenchmarkConfig) and BENCHMARKS[dataset.name].word_level:
-        return "scored and counted"
+    number = result["num_unk"]
+    if evaluator.word_level:
+        lacking = result["num_unknown"]
+        return f"scored and counted, {lacking:,} of them for words of the text" if lacking else "scored and counted"
     return f"{number:,} scored and counted" if number else "none in the text"
 
 
@@ -190,7 +201,8 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
 
 
 NOT_COMPARED = ("model_sha256", "memory", "precision", "members", "tokenizer", "tokenizer_sha256", "context", "stride")
-"""What belongs to a model and not to the way of counting; context and stride count where both have windows."""
+"""What belongs to a model and not to the way of counting; context and stride count where both have windows, and the
+tokenizer where tokens are what is counted."""
 
 
 def protocol_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -199,6 +211,8 @@ def protocol_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     names = [name for name in (*ours, *theirs) if name not in NOT_COMPARED]
     if ours.get("context") and theirs.get("context"):
         names += ["context", "stride"]
+    if str(ours.get("per")).startswith("token"):
+        names.append("tokenizer_sha256")
     return [
         f"{name}: {_short(ours.get(name))} here, {_short(theirs.get(name))} there"
         for name in dict.fromkeys(names)
@@ -286,7 +300,7 @@ def _compared_with_run(evaluator: Evaluator, passage: Passage, outcome: Outcome,
         return _paired(evaluator, passage, outcome, name, evaluator.run_nats(name, passage))
     raise ConfigError(
         f"compare={name} has other tokens than {evaluator.loaded.path}, which single words cannot be paired with",
-        "compare their results in JSON by bits_per_byte: compare=RESULT.json",
+        "compare their results in JSON: compare=RESULT.json",
     )
 
 

@@ -7,6 +7,7 @@ evaluation and MC dropout change how the run itself is scored; caches, n-grams a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -63,10 +64,10 @@ class Evaluator:
     def __init__(self, cfg: EvalPplConfig, loaded: LoadedRun, device: Device, console: Console) -> None:
         self.cfg, self.loaded, self.device, self.console = cfg, loaded, device, console
         self.dataset: DatasetConfig = loaded.dataset if cfg.dataset is None else cfg.dataset
-        word_level = isinstance(self.dataset, BenchmarkConfig) and BENCHMARKS[self.dataset.name].word_level
+        self.word_level = isinstance(self.dataset, BenchmarkConfig) and BENCHMARKS[self.dataset.name].word_level
         by_sentence = cfg.protocol is None and loaded.model_config.objective == "gan"
         protocol = SentenceProtocolConfig() if by_sentence else cfg.protocol
-        self.protocol: Protocol = build_protocol(protocol, word_level=word_level)
+        self.protocol: Protocol = build_protocol(protocol, word_level=self.word_level)
         self.reach = self._reach(loaded, cfg.context, cfg.stride)
         self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
         self._passages: dict[str, Passage] = {}
@@ -87,7 +88,7 @@ class Evaluator:
                 split_name,
                 splits[split_name],
                 self.loaded.tokenizer,
-                lambda: "".join(piece.text for piece in open_corpus(self.dataset).pieces(split_name)),
+                functools.cache(lambda: "".join(piece.text for piece in open_corpus(self.dataset).pieces(split_name))),
             )
             self._passages[split_name] = Passage(source, self.protocol.material(source), split_name)
         return self._passages[split_name]

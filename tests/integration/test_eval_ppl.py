@@ -597,21 +597,53 @@ def test_results_of_different_tokenizers_are_compared_unless_one_has_words_that_
         assert "; <unk> none in the text;" in found["protocol_line"]
 
 
-def test_only_a_run_that_learnt_nothing_else_stands_among_the_static_results_of_a_corpus(
-    runs: Folder, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_per_token_of_different_tokenizers_are_not_compared(runs: Folder, tmp_path: Path) -> None:
+    fields = {"protocol": TransformerXlProtocolConfig(test_stripes=2)}
+    path = tmp_path / "result.json"
+    evaluate(runs, "byte_lstm", output=str(path), **fields)
+    found = evaluate(runs, "lstm", compare=[str(path)], **fields)["comparisons"][0]
+    assert any(text.startswith("tokenizer_sha256: ") for text in found["not_comparable"])
+    assert "other_ppl" not in found
+    assert evaluate(runs, "byte_kn", compare=[str(path)], **fields)["comparisons"][0]["not_comparable"] == []
+
+
+@pytest.fixture
+def ptb(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchmarkConfig:
+    """The corpus as if it were the Penn Treebank, with an <unk> in each split."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
     parts = {"train": "".join(texts[:20]), "valid": "".join(texts[20:25]), "test": "".join(texts[25:])}
+    parts = {split: f"{text}<unk>\n" for split, text in parts.items()}
     for split, text in parts.items():
         (tmp_path / f"ptb.{split}.txt").write_text(text, encoding="utf-8")
     expected = {split: Expected(text.count("\n")) for split, text in parts.items()}
     known = replace(BENCHMARKS[BenchmarkName.ptb], expected=expected)
     monkeypatch.setitem(BENCHMARKS, BenchmarkName.ptb, known)
-    ptb = BenchmarkConfig(path=str(tmp_path))
+    return BenchmarkConfig(path=str(tmp_path))
+
+
+def test_only_a_run_that_learnt_nothing_else_stands_among_the_static_results_of_a_corpus(
+    runs: Folder, ptb: BenchmarkConfig
+) -> None:
     train_run(runs / "ptb", ptb, LSTM, WordTokenizerConfig())
     (place, *_), other = (evaluate(runs, run, checks=False, dataset=ptb)["standing"] for run in ("ptb", "lstm"))
     assert place.startswith("published static results, ptb test, protocol mikolov: place ")
     assert other == []
+
+
+def test_a_run_that_lacks_words_of_a_corpus_has_no_place_and_is_compared_with_no_other(
+    runs: Folder, ptb: BenchmarkConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "result.json"
+    for name, vocab_size in (("ptb_all", None), ("ptb_few", 8)):
+        train_run(runs / name, ptb, LSTM, WordTokenizerConfig(vocab_size=vocab_size))
+    whole = evaluate(runs, "ptb_all", output=str(path))
+    assert (whole["num_unk"], whole["num_unknown"], whole["protocol"]["unk"]) == (1, 0, "scored and counted")
+    few = evaluate(runs, "ptb_few", compare=[str(path)])
+    assert few["num_unknown"] == few["num_unk"] - 1 > 0
+    assert few["standing"] == []
+    (difference,) = few["comparisons"][0]["not_comparable"]
+    assert difference.startswith("unk: scored and counted, ")
+    assert f"scored and counted, {few['num_unknown']:,} of them for words of the text" in few["protocol_line"]
 
 
 def test_windows_of_another_size_are_another_protocol(runs: Folder, tmp_path: Path) -> None:
