@@ -36,7 +36,7 @@ from lmkit.evaluation.wordprobs import (
     read_word_probs,
     word_probs_text,
 )
-from lmkit.loading import load_run
+from lmkit.loading import LoadedRun, load_run
 from lmkit.tokenizers.base import UNK
 
 MAX_BASELINE_TOKENS = 5_000_000
@@ -56,6 +56,7 @@ def run(cfg: EvalPplConfig) -> dict[str, Any]:
         return eval_vae.run(cfg, loaded, device, console)
     eval_vae.refuse(cfg, loaded)
     evaluator = Evaluator(cfg, loaded, device, console)
+    opponents = {name: _opponent(evaluator, name) for name in cfg.compare}  # errors come before the work
     passage = evaluator.passage(cfg.split)
     checks.check_vocabulary(loaded.model, passage.material.tokens, f"{passage.source.name} {cfg.split}")
     start = time.monotonic()
@@ -68,7 +69,7 @@ def run(cfg: EvalPplConfig) -> dict[str, Any]:
         result["checks"] = _checks(evaluator, passage, outcome)
     if cfg.baselines:
         result["baselines"] = _baselines(evaluator, passage, outcome)
-    result["comparisons"] = [_compared(evaluator, passage, outcome, name, result) for name in cfg.compare]
+    result["comparisons"] = [_compared(evaluator, passage, outcome, *named, result) for named in opponents.items()]
     write_text("\n".join(table(result)) + "\n")
     if word_probs is not None:
         write_file(word_probs, word_probs_text(outcome.scores.nats_N).encode(), "word_probs")
@@ -279,40 +280,46 @@ def _compressors(passage: Passage) -> dict[str, float]:
     return compressed_bits_per_byte(passage.source.read().encode())
 
 
-def _compared(
-    evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str, result: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One model or file against this one, or why they cannot be compared."""
+Opponent = LoadedRun | dict[str, Any] | NDArray[np.float64]
+"""What is compared with: a run, a result of eval-ppl (its protocol and ppl), or nats from a file."""
+
+
+def _opponent(evaluator: Evaluator, name: str) -> Opponent:
+    """What ``compare`` names. Raises ConfigError, CheckpointError or DataError for what is none."""
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        return _compared_with_run(evaluator, passage, outcome, name)
     if not path.exists():
         raise ConfigError(f"compare={name} does not exist", "name a run, a file of probabilities or a result in JSON")
-    if path.suffix == ".json":
-        return _compared_with_result(path, result)
-    theirs_N = aligned(read_word_probs(path), outcome.scores.scored_N, path)
-    return _paired(evaluator, passage, outcome, name, theirs_N.astype(np.float32))
-
-
-def _compared_with_run(evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str) -> dict[str, Any]:
+    if not path.is_dir():
+        return _read_result(path) if path.suffix == ".json" else read_word_probs(path)
     other = evaluator.other(name)
     if other.tokenizer.digest == evaluator.loaded.tokenizer.digest:
-        return _paired(evaluator, passage, outcome, name, evaluator.run_nats(name, passage))
+        return other
     raise ConfigError(
         f"compare={name} has other tokens than {evaluator.loaded.path}, which single words cannot be paired with",
         "compare their results in JSON: compare=RESULT.json",
     )
 
 
-def _compared_with_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+def _read_result(path: Path) -> dict[str, Any]:
     try:
-        other = json.loads(path.read_text(encoding="utf-8"))
-        theirs, ppl = dict(other["protocol"]), float(other["ppl"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"protocol": dict(found["protocol"]), "ppl": float(found["ppl"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"compare={path} is not a result of eval-ppl ({error})", "write one with output=FILE") from None
-    differences = protocol_differences(result["protocol"], theirs)
-    comparable = {"ppl": result["ppl"], "other_ppl": ppl} if not differences else {}
-    return {"name": str(path), "not_comparable": differences, **comparable}
+
+
+def _compared(
+    evaluator: Evaluator, passage: Passage, outcome: Outcome, name: str, opponent: Opponent, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One opponent against this run, or why they cannot be compared."""
+    if isinstance(opponent, dict):
+        differences = protocol_differences(result["protocol"], opponent["protocol"])
+        comparable = {"ppl": result["ppl"], "other_ppl": opponent["ppl"]} if not differences else {}
+        return {"name": name, "not_comparable": differences, **comparable}
+    if isinstance(opponent, LoadedRun):
+        return _paired(evaluator, passage, outcome, name, evaluator.run_nats(name, passage))
+    theirs_N = aligned(opponent, outcome.scores.scored_N, Path(name))
+    return _paired(evaluator, passage, outcome, name, theirs_N.astype(np.float32))
 
 
 def _paired(

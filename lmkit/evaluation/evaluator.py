@@ -69,9 +69,12 @@ class Evaluator:
         protocol = SentenceProtocolConfig() if by_sentence else cfg.protocol
         self.protocol: Protocol = build_protocol(protocol, word_level=self.word_level)
         self.reach = self._reach(loaded, cfg.context, cfg.stride)
+        self._others: dict[str, LoadedRun] = {}
+        for name in (*cfg.ensemble, *cfg.mix):
+            if name not in COUNTED:
+                self.with_same_tokens(name)  # what cannot be mixed is refused before anything is prepared or scored
         self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
         self._passages: dict[str, Passage] = {}
-        self._others: dict[str, LoadedRun] = {}
         self._steps: Steps | None = None
         self._own_scored: dict[tuple[str, float], Own] = {}
         self._others_scored: dict[tuple[str, str], Nats] = {}
@@ -260,12 +263,17 @@ class Evaluator:
 
     def run_nats(self, name: str, passage: Passage) -> Nats:
         """Static nats of another run on the same tokens, by the same protocol. Raises ConfigError for other tokens."""
+        other = self.with_same_tokens(name)
+        return self._once(name, passage, lambda: self._score_other(other, passage).nats_N)
+
+    def with_same_tokens(self, name: str) -> LoadedRun:
+        """Another run. Raises ConfigError if it has other tokens."""
         other = self.other(name)
         if other.tokenizer.digest != self.loaded.tokenizer.digest:
             raise ConfigError(
                 f"run {other.path} has another tokenizer than {self.loaded.path}", "mix runs with the same tokenizer"
             )
-        return self._once(name, passage, lambda: self._score_other(other, passage).nats_N)
+        return other
 
     def other(self, name: str) -> LoadedRun:
         """Another run by its path, loaded once."""

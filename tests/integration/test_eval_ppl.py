@@ -519,6 +519,23 @@ def test_a_file_of_another_text_and_a_name_of_nothing_are_errors(runs: Folder, t
         evaluate(runs, "lstm", compare=[str(tmp_path / "no.json")])
 
 
+def test_what_cannot_be_compared_or_mixed_with_is_refused_before_anything_is_scored(
+    runs: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("it was scored")
+
+    monkeypatch.setattr("lmkit.evaluation.evaluator.score", scored)
+    (tmp_path / "no.json").write_text("[1]", encoding="utf-8")
+    (tmp_path / "no.txt").write_text("two\n", encoding="utf-8")
+    for name in ("nothing.txt", "no.json", "no.txt"):
+        with pytest.raises((ConfigError, DataError)):
+            evaluate(runs, "lstm", compare=[str(tmp_path / name)])
+    for key in ("compare", "ensemble", "mix"):
+        with pytest.raises(ConfigError, match=r"other tokens|another tokenizer"):
+            evaluate(runs, "lstm", **{key: [str(runs / "bytes")]})
+
+
 def test_a_run_with_other_tokens_is_not_paired(runs: Folder) -> None:
     with pytest.raises(ConfigError, match="has other tokens than"):
         evaluate(runs, "lstm", compare=[str(runs / "bytes")])
