@@ -26,6 +26,7 @@ from lmkit.models.base import Head, LanguageModel, Scores
 from lmkit.models.ngram import KneserNey
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
+BF16 = Device(torch.device("cpu"), Precision.bf16, False, False, "cpu, bf16")
 VOCAB, EOS, WIDTH = 19, 1, 8
 
 
@@ -33,14 +34,21 @@ def text(num_tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, num_tokens).astype(np.uint8)
 
 
-def run(model: LanguageModel, windows: Windows | None = None, *, num_tokens: int = 600, seq_len: int = 1024) -> Any:
+def run(
+    model: LanguageModel,
+    windows: Windows | None = None,
+    *,
+    num_tokens: int = 600,
+    seq_len: int = 1024,
+    device: Device = CPU,
+) -> Any:
     """prove with the usual settings; windows of the context, or one over the whole text."""
     whole = Segments.whole(num_tokens, EOS)
     if model.context is not None:
         seq_len = model.context
         windows = windows or sliding(whole, model.context, model.context // 2)
     return prove(
-        model, text(num_tokens), windows or unbroken(whole), seq_len=seq_len, batch_size=16, device=CPU, seed=1
+        model, text(num_tokens), windows or unbroken(whole), seq_len=seq_len, batch_size=16, device=device, seed=1
     )
 
 
@@ -333,6 +341,25 @@ def test_a_model_that_loses_its_state_between_pieces_is_refused(seq_len: int) ->
 def test_a_refusal_says_that_the_number_cannot_be_trusted() -> None:
     with pytest.raises(CheckpointError, match="its perplexity cannot be trusted"):
         run(Cheat(with_the_next))
+
+
+# In half precision
+
+
+@pytest.mark.parametrize("family", HONEST)
+def test_in_bf16_nothing_leaks_either_and_scores_are_those_of_the_logits(family: str) -> None:
+    found = run(HONEST[family](), device=BF16)
+    assert found.leak == 0.0
+    assert found.softmax_difference < 1e-4
+
+
+def test_a_little_of_the_future_and_scores_a_little_too_good_are_refused_in_bf16_too() -> None:
+    with pytest.raises(CheckpointError, match="sees the future"):
+        run(Cheat(lambda x_BTD: x_BTD + 0.005 * F.pad(x_BTD[:, 1:], (0, 0, 0, 1))), device=BF16)
+    model = Cheat(shifted)
+    model.head = Wrong(lambda nats, targets: nats - 0.1)
+    with pytest.raises(CheckpointError, match="the softmax does not sum to one"):
+        run(model, device=BF16)
 
 
 # What it costs
