@@ -49,12 +49,15 @@ class Facts:
 
     @property
     def words_key(self) -> str | None:
-        """Equal for two runs only if their perplexities per word are of the same words, whatever the tokenizer."""
-        words, size = self.result.get("num_words"), self.result.get("num_bytes")
-        dataset = section(self.config, "dataset")
+        """Equal for two runs only if their perplexities per word are of the same words, whatever the tokenizer, and as
+        many of them read as <unk>: the more are, the lower it is."""
+        words, size, unknown = (self.result.get(f"num_{name}") for name in ("words", "bytes", "unk"))
+        dataset, tokenizer = section(self.config, "dataset"), section(self.config, "tokenizer")
         if words is None or size is None or not dataset:
             return None
-        return json.dumps([dataset, words, size], sort_keys=True)
+        if dataset.get("kind") == "benchmark" and not str(dataset.get("name")).endswith("_raw"):  # has <unk> as a word
+            unknown = tokenizer.get("vocab_size") if tokenizer.get("kind") == "word" else None
+        return json.dumps([dataset, words, size, unknown], sort_keys=True)
 
     @property
     def span(self) -> str:
@@ -189,7 +192,10 @@ def _notes(runs: Sequence[Facts], tokens: Sequence[str], words: Sequence[str]) -
             f"({_members(runs, tokens)})"
         )
     if len(set(words)) > 1:
-        lines.append(f"NOT comparable per word under different letters: another text ({_members(runs, words)})")
+        lines.append(
+            "NOT comparable per word under different letters: another text, or more of it read as <unk> "
+            f"({_members(runs, words)})"
+        )
     for group in dict.fromkeys(tokens):
         spans = {run.span for run, g in zip(runs, tokens, strict=True) if g == group}
         if len(spans) > 1:

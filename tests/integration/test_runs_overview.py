@@ -50,6 +50,7 @@ def make_run(
     seed: int = 1,
     config: dict[str, Any] | None = None,
     words: int | None = 100,
+    unknown: int = 0,
     finished: bool = True,
     command: str = "pretrain",
 ) -> Path:
@@ -78,7 +79,7 @@ def make_run(
         if finished:
             run.journal("finished", {"step": last})
             numbers = {} if words is None else {"num_words": words, "num_tokens": 2 * words, "num_bytes": 10 * words}
-            end = {"step": last, "elapsed_s": 90.0, "bits_per_byte": 1.25}
+            end = {"step": last, "elapsed_s": 90.0, "bits_per_byte": 1.25, "num_unk": unknown}
             run.write_result({"dataset": "text", "num_parameters": 20, **end, **numbers})
     return path
 
@@ -118,7 +119,7 @@ def test_other_data_are_never_compared_however_low_the_loss(lmkit: Lmkit, capsys
     assert row_of(out, "valid loss, best") == ["3.0000", "2.0000", "2.9000 *"]
     assert row_of(out, "same words") == ["A", "B", "A"]
     assert "NOT comparable per token under different letters" in out
-    assert "NOT comparable per word under different letters: another text (A: runs/a, runs/c; B: runs/b)" in out
+    assert "under different letters: another text, or more of it read as <unk> (A: runs/a, runs/c; B: runs/b)" in out
 
 
 def test_another_tokenizer_is_compared_per_word_only(lmkit: Lmkit, capsys: Output) -> None:
@@ -130,6 +131,24 @@ def test_another_tokenizer_is_compared_per_word_only(lmkit: Lmkit, capsys: Outpu
     assert row_of(out, "same words") == ["A", "A"]
     assert row_of(out, "ppl per word, best") == ["403.43", "54.60 *"]
     assert "per word under different letters" not in out
+
+
+def test_a_run_that_reads_more_words_as_unknown_is_not_compared_with_one_that_reads_them(
+    lmkit: Lmkit, capsys: Output
+) -> None:
+    few = {"tokenizer": {"kind": "word", "vocab_size": 50}}
+    make_run("spelled", {2: 3.0})
+    make_run("few", {2: 2.0}, data="e", config=few, unknown=40)
+    assert lmkit("compare", "spelled", "few") == 0
+    out = capsys.readouterr().out
+    assert row_of(out, "same words") == ["A", "B"]
+    assert "*" not in out
+    ptb = {"dataset": {"kind": "benchmark", "name": "ptb"}}
+    make_run("bytes", {2: 3.0}, config=ptb)
+    make_run("all", {2: 2.5}, data="e", config={**ptb, "tokenizer": {"kind": "word", "vocab_size": None}}, unknown=7)
+    make_run("some", {2: 2.0}, data="f", config={**ptb, **few}, unknown=40)
+    assert lmkit("compare", "bytes", "all", "some") == 0
+    assert row_of(capsys.readouterr().out, "same words") == ["A", "A", "B"]
 
 
 def test_validation_with_a_carried_memory_is_told_from_that_of_windows(lmkit: Lmkit, capsys: Output) -> None:
