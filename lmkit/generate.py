@@ -51,8 +51,7 @@ class Sample:
 def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new_tokens: int) -> Prompt:
     """Encode a prompt; the model reads it behind an eos, so that it begins a text (and an empty one is possible).
 
-    If eos and prompt are more than ``context`` tokens, only the last tokens are read: so many that the new tokens fit
-    beside them, but at least half the context.
+    If eos and prompt are more than ``context`` tokens, only ``last_to_read`` of the prompt are read.
     """
     if tokenizer.ends_lines:
         text = text.rstrip(" \t")
@@ -63,9 +62,13 @@ def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new
         unknown = [u for u in dict.fromkeys(units) if u != "<unk>" and tokenizer.unk_id in tokenizer.encode(u)]
     if context is None or 1 + len(tokens) <= context:
         return Prompt(text, [tokenizer.eos_id, *tokens], tokens, 0, unknown)
-    room = max(context + 1 - max(max_new_tokens, 1), context // 2, 1)
-    kept = tokens[-room:]
+    kept = last_to_read(tokens, context, max_new_tokens)
     return Prompt(text, kept, kept, len(tokens) - len(kept), unknown)
+
+
+def last_to_read(tokens: list[int], context: int, max_new_tokens: int) -> list[int]:
+    """The last of too many tokens: as many as leave room for the new ones, but at least half the context."""
+    return tokens[-max(context + 1 - max(max_new_tokens, 1), context // 2, 1) :]
 
 
 @torch.inference_mode()
@@ -226,4 +229,4 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-__all__ = ["Prompt", "Sample", "generate", "read_prompt"]
+__all__ = ["Prompt", "Sample", "generate", "last_to_read", "read_prompt"]

@@ -15,7 +15,7 @@ from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Turn
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.generate import Prompt, Sample, generate
+from lmkit.generate import Prompt, Sample, generate, last_to_read
 from lmkit.loading import LoadedRun
 from lmkit.tasks.chat import template_of_run
 
@@ -82,14 +82,16 @@ class Chat:
             self.console.warn(f"the conversation is longer than the context of {context}: its first turn is forgotten")
             del self.turns[0]
             ids = self._ids(text)
-        dropped = 0 if context is None else max(0, len(ids) - context)
-        if dropped:
+        kept = ids
+        if context is not None and len(ids) > context:
+            kept = last_to_read(ids, context, self.cfg.max_new_tokens)
+        if dropped := len(ids) - len(kept):
             self.console.warn(f"the prompt does not fit into the context of {context}: {dropped} tokens are not read")
         units = text.split() if tokenizer.ends_lines else list(text)
         unknown = [u for u in dict.fromkeys(units) if tokenizer.unk_id in tokenizer.encode(u).tolist()]
         if tokenizer.unk_id is not None and unknown:
             self.console.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
-        return Prompt(text, ids[dropped:], [], dropped, unknown)
+        return Prompt(text, kept, [], dropped, unknown)
 
     def _ids(self, text: str) -> list[int]:
         return self.template.encode_prompt(Conversation(tuple(self.turns)), text, self.loaded.tokenizer)

@@ -342,8 +342,23 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_first_turns(
     words = [word for i in range(6) for word in ("--prompt", f"question {i}")]
     assert cli.main(["generate", f"run={talker}", "--chat", "-n", "5", *words]) == 0
     assert "its first turn is forgotten" in capsys.readouterr().err
-    assert cli.main(["generate", f"run={talker}", "--chat", "-n", "5", "--prompt", "x" * 200]) == 0
-    assert "tokens are not read" in capsys.readouterr().err
+
+
+def test_of_a_turn_that_is_too_long_as_much_is_read_as_leaves_room_to_answer(
+    talker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    original = chat.generate
+
+    def generate(model: Any, tokenizer: Any, prompt: Any, **kwargs: Any) -> Any:
+        read.append(len(prompt.ids))
+        return original(model, tokenizer, prompt, **kwargs)
+
+    monkeypatch.setattr(chat, "generate", generate)
+    for num_new in ("5", "99"):
+        assert cli.main(["generate", f"run={talker}", "--chat", "-n", num_new, "--prompt", "x" * 200]) == 0
+    assert read == [60, 32]  # beside the 4 that the fifth new token is drawn from; at least half of 64
+    assert "of 64: 142 tokens are not read" in capsys.readouterr().err
 
 
 # Refused
