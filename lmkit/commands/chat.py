@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,13 +97,23 @@ class Chat:
         return self.template.encode_prompt(Conversation(tuple(self.turns)), text, self.loaded.tokenizer)
 
 
-def answer_prompts(chat: Chat, prompts: list[str]) -> list[dict[str, Any]]:
-    """Answer each prompt as the next turn of one conversation; only the answers go to standard output."""
-    if len(prompts) > 1 and chat.cfg.num_samples > 1:
+def check_words(cfg: GenerateConfig, prompts: Sequence[str]) -> None:
+    """Raises ConfigError for words of --chat and --interactive that do not fit together, whatever the run."""
+    if cfg.interactive and prompts:
+        raise ConfigError("--interactive reads the prompts itself", "leave out --prompt, or use --chat")
+    if not (prompts or cfg.interactive or sys.stdin.isatty()):
+        raise ConfigError("--chat needs --prompt TEXT", "write --interactive to read lines from standard input")
+    if cfg.num_samples > 1 and not prompts:
+        raise ConfigError(f"num_samples={cfg.num_samples} has no use with --interactive", "leave it out")
+    if cfg.num_samples > 1 and len(prompts) > 1:
         raise ConfigError(
-            f"num_samples={chat.cfg.num_samples}: with {len(prompts)} prompts it is open which answer goes on",
+            f"num_samples={cfg.num_samples}: with {len(prompts)} prompts it is open which answer goes on",
             "ask for one sample, or give one prompt",
         )
+
+
+def answer_prompts(chat: Chat, prompts: list[str]) -> list[dict[str, Any]]:
+    """Answer each prompt as the next turn of one conversation; only the answers go to standard output."""
     results: list[dict[str, Any]] = []
     streams = chat.cfg.stream and chat.cfg.num_samples == 1
     for prompt in prompts:
@@ -117,8 +127,6 @@ def answer_prompts(chat: Chat, prompts: list[str]) -> list[dict[str, Any]]:
 
 def converse(chat: Chat) -> list[dict[str, Any]]:
     """Read lines from standard input and answer each, until /exit or the end of the input; returns the answers."""
-    if chat.cfg.num_samples > 1:
-        raise ConfigError(f"num_samples={chat.cfg.num_samples} has no use with --interactive", "leave it out")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     chat.console.say(HELP)
@@ -178,4 +186,4 @@ def _load_line_editing() -> None:
         import readline  # noqa: F401  # input() uses it once it is loaded
 
 
-__all__ = ["Chat", "answer_prompts", "converse"]
+__all__ = ["Chat", "answer_prompts", "check_words", "converse"]

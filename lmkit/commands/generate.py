@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 from lmkit.commands import generate_vae
-from lmkit.commands.chat import Chat, answer_prompts, converse
+from lmkit.commands.chat import Chat, answer_prompts, check_words, converse
 from lmkit.commands.output import write_text
 from lmkit.config.generation import GenerateConfig
 from lmkit.console import Console, format_number
 from lmkit.device import resolve_device
-from lmkit.errors import ConfigError
 from lmkit.generate import Prompt, generate, read_prompt
 from lmkit.loading import load_run
 
@@ -23,14 +21,18 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     A single sample is printed as it is generated, unless ``stream`` is false. Several are printed one after the other,
     each ended by a newline, with a line on standard error before each that says which it is.
     """
+    chats = cfg.chat or cfg.interactive
+    if chats:
+        check_words(cfg, prompts)
     console = Console()
     device = resolve_device(cfg.device)
     loaded = load_run(cfg.run, device=device, console=console, adapter=cfg.adapter, latent=True)
     if loaded.model_config.objective == "vae":
         return generate_vae.run(cfg, loaded, prompts, device, console)
     generate_vae.refuse(cfg, loaded)
-    if cfg.chat or cfg.interactive:
-        return _chat(Chat.begin(cfg, loaded, device, console), prompts)
+    if chats:
+        chat = Chat.begin(cfg, loaded, device, console)
+        return answer_prompts(chat, prompts) if prompts else converse(chat)
     several = len(prompts) * cfg.num_samples > 1
     streams = cfg.stream and not several
     results: list[dict[str, Any]] = []
@@ -65,16 +67,6 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     num_tokens = sum(result["num_tokens"] for result in results)
     console.say(f"{num_tokens:,} tokens, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
     return results
-
-
-def _chat(chat: Chat, prompts: list[str]) -> list[dict[str, Any]]:
-    if chat.cfg.interactive and prompts:
-        raise ConfigError("--interactive reads the prompts itself", "leave out --prompt, or use --chat")
-    if prompts:
-        return answer_prompts(chat, prompts)
-    if not chat.cfg.interactive and not sys.stdin.isatty():
-        raise ConfigError("--chat needs --prompt TEXT", "write --interactive to read lines from standard input")
-    return converse(chat)
 
 
 def _warn_about(prompt: Prompt, context: int | None, console: Console) -> None:

@@ -381,15 +381,14 @@ def test_a_run_that_was_not_tuned_for_conversations_holds_none(
         (["--prompt", "x", "--system", "y"], "system=y needs --chat"),
     ],
 )
-def test_words_of_a_chat_that_do_not_fit_together_are_refused(
+def test_words_of_a_chat_that_do_not_fit_together_are_refused_before_a_run_is_read(
     words: list[str],
     message: str,
-    talker: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert cli.main(["generate", f"run={talker}", *words]) == 2
+    assert cli.main(["generate", "run=missing", *words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
