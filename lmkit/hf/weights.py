@@ -118,6 +118,9 @@ def to_ours(
 
     zeros: endings of the biases that the Transformer has and these files do not.
     """
+    embedding = next(row.theirs[0] for row in family.rows(config) if row.ours == "embedding.weight")
+    if config.tie_embeddings and embedding not in theirs and "lm_head.weight" in theirs:
+        theirs = {**theirs, embedding: theirs["lm_head.weight"]}  # of two names of one tensor, some programs keep this
     left = dict(theirs)
     state: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -133,7 +136,6 @@ def to_ours(
                 missing.append(f"{name} is {list(part.shape)}, not {list(shape)}")
         if not missing:
             state[row.ours] = _there(row, torch.cat([part for part in parts if part is not None]), back=False)
-    embedding = next(row.theirs[0] for row in family.rows(config) if row.ours == "embedding.weight")
     if config.tie_embeddings:
         state["head.weight"] = state.get("embedding.weight", torch.empty(0))
         head = left.pop("lm_head.weight", None)

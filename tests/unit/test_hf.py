@@ -366,6 +366,16 @@ def test_tensors_that_nobody_reads_are_refused_by_name(tmp_path: Path) -> None:
         import_hf(tmp_path / "m")
 
 
+@pytest.mark.parametrize(("config", "name"), [(LLAMA, "model.embed_tokens.weight"), (GPT2, "transformer.wte.weight")])
+def test_of_tied_weights_a_file_may_hold_the_head_alone(tmp_path: Path, config: TransformerConfig, name: str) -> None:
+    source = exported(tmp_path / "m", config)
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop(name)
+    save_file({**tensors, "lm_head.weight": head}, path)
+    assert same_logits(source.model, import_hf(tmp_path / "m"))
+
+
 def test_a_head_beside_tied_embeddings_must_be_the_same(tmp_path: Path) -> None:
     exported(tmp_path / "m", LLAMA)
     path = tmp_path / "m" / "model.safetensors"
