@@ -30,8 +30,10 @@ PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
 MAX_JSON_BYTES = 1 << 24
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "alpha_pattern": ({}, None), "bias": ("none",), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
-    "modules_to_save": ([], None), "rank_pattern": ({}, None), "trainable_token_indices": ([], None),
+    "alpha_pattern": ({}, None), "bias": ("none",), "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base, too
+    "lora_bias": (False, None), "modules_to_save": ([], None), "rank_pattern": ({}, None),
+    "trainable_token_indices": ([], None),
 }  # fmt: skip
 """Keys of peft's configuration whose other values change what is computed, and the values that do not."""
 

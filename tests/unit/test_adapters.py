@@ -215,6 +215,7 @@ def weights_with(**values: Tensor | None) -> Change:
         (config_with(use_dora=True), "lora_magnitude_vector is missing"),
         (config_with(peft_type="IA3"), "peft_type='IA3' is not LORA"),
         (config_with(rank_pattern={"qkv": 2}), 'rank_pattern={"qkv": 2} is not supported'),
+        (config_with(init_lora_weights="pissa_niter_16"), 'init_lora_weights="pissa_niter_16" is not supported'),
         (config_with(modules_to_save=["head"]), "modules_to_save=.* is not supported"),
         (weights_with(lora_A=None), "attention.qkv.lora_A.weight is missing"),
         (weights_with(lora_C=torch.zeros(3)), "attention.qkv.lora_C.weight is unknown"),
