@@ -67,6 +67,7 @@ class Regress(RowsTask):
         scale = self.target
         targets_N = self.valid.targets_N.astype(np.float64) * scale.std + scale.mean
         scores = summary(y_N.numpy() * scale.std + scale.mean, targets_N)
+        baseline = summary(np.full_like(targets_N, scale.mean), targets_N)["rmse"]
         r2 = f"{scores['r2']:.4f}" if "r2" in scores else "-"
         return Validation(
             loss=scores["mse" if self.config.metric is RegressMetric.mse else "mae"],
@@ -79,7 +80,7 @@ class Regress(RowsTask):
                 "target_mean": scale.mean,
                 "target_std": scale.std,
             },
-            rows=[*score_rows(scores), ("RMSE of always saying the mean", format_number(scale.std))],
+            rows=[*score_rows(scores), ("RMSE of always saying the mean of train", format_number(baseline))],
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmkit.config.machine import Precision
 from lmkit.config.tasks import ClassifyMetric, ClassifyTaskConfig, NetworkConfig, RegressTaskConfig
 from lmkit.config.training import TrainConfig
-from lmkit.data.examples import Examples
+from lmkit.data.examples import Examples, Scale
 from lmkit.data.rows import Record
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError
@@ -30,6 +30,7 @@ from lmkit.tasks.classify import (
     score_rows,
     summary,
 )
+from lmkit.tasks.regress import Regress
 from lmkit.tasks.regress import summary as regress_summary
 from lmkit.tokenizers import ByteTokenizer
 
@@ -172,6 +173,25 @@ def test_regression_scores_are_those_of_their_formulas() -> None:
     assert found["mae"] == pytest.approx(1.0)
     assert found["r2"] == pytest.approx(1 - 5 / (2.3333333**2 + 0.6666667**2 + 1.6666667**2))
     assert "r2" not in regress_summary(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
+
+
+class Mean(nn.Module):
+    """Says the mean of the target in the training rows, whatever it reads."""
+
+    def forward(self, tokens_BT: Tensor, lengths_B: Tensor, numeric_BK: Tensor) -> Tensor:
+        return torch.zeros(len(lengths_B))
+
+
+def test_what_the_mean_is_worth_is_judged_on_the_rows_that_the_model_is_judged_on() -> None:
+    tokens = [np.array([0], dtype=np.int64)] * 2
+    train, valid = (
+        Examples(tokens, np.zeros((2, 1), np.float32), np.array(targets, np.float32)) for targets in ([-1, 1], [3, 5])
+    )
+    config = RegressTaskConfig(data="x", numeric=["a"])
+    scales = Scale(10.0, 2.0), {"a": Scale(0.0, 1.0)}
+    task = Regress(Mean(), config, ByteTokenizer(), train, valid, TrainConfig(batch_size=2), *scales, seed=1)
+    shown = dict(task.validate(device=CPU, micro_batch_size=2, progress=lambda _: None).rows)
+    assert shown["RMSE"] == shown["RMSE of always saying the mean of train"] == "8.2462"  # of errors 6 and 10
 
 
 def test_configurations_that_make_no_sense_are_refused_with_all_their_problems() -> None:
