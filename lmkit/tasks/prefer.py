@@ -203,6 +203,7 @@ class Prefer(Task):
             "reward_chosen": beta * math.fsum(chosen for chosen, _ in gains) / count,
             "reward_rejected": beta * math.fsum(rejected for _, rejected in gains) / count,
         }
+        at_start = "" if self.config.sft_weight else " (ln 2 = 0.6931 at the start)"
         text = f"valid loss {loss:.4f}  reward accuracy {100 * accuracy:.1f} %  margin {numbers['reward_margin']:.4f}"
         if ties:
             text += f"  ties {100 * ties:.1f} %"
@@ -212,7 +213,7 @@ class Prefer(Task):
             text=text,
             result={"split": "valid", "num_pairs": count, "preference_loss": loss, **numbers},
             rows=[
-                ("valid loss (ln 2 = 0.6931 at the start)", f"{loss:.4f}"),
+                (f"valid loss{at_start}", f"{loss:.4f}"),
                 ("valid pairs with the chosen answer ahead", f"{100 * accuracy:.2f} %, ties {100 * ties:.2f} %"),
                 ("valid reward margin", format_number(numbers["reward_margin"])),
             ],

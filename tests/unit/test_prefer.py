@@ -62,6 +62,13 @@ def test_training_begins_at_ln_2_and_ties_are_not_counted_as_right(
     assert found.result["reward_ties"] == 1.0
 
 
+def test_where_the_chosen_answer_is_learnt_too_the_loss_does_not_begin_at_ln_2(device: Device) -> None:
+    plain, both = (build(TRANSFORMER.build(ByteTokenizer.vocab_size, seed=1), device, sft_weight=w) for w in (0.0, 1.0))
+    found = [t.validate(device=device, micro_batch_size=3, progress=lambda _: None) for t in (plain, both)]
+    assert found[1].loss > found[0].loss + 1
+    assert [one.rows[0][0] for one in found] == ["valid loss (ln 2 = 0.6931 at the start)", "valid loss"]
+
+
 @torch.no_grad()
 def moved(model: LanguageModel) -> None:
     generator = torch.Generator().manual_seed(3)
