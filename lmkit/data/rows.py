@@ -40,7 +40,7 @@ class Record:
 
 
 def as_text(value: Any, where: str) -> str:
-    """A plain value as text: true, false and numbers as JSON writes them. Raises DataError for anything else."""
+    """A plain value as text, CRLF as "\\n", true, false and numbers as JSON has them. DataError for anything else."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -54,7 +54,7 @@ def as_text(value: Any, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where} holds half a character (a lone surrogate)", "repair the row") from error
-    return value
+    return value.replace("\r\n", "\n")
 
 
 def read_rows(source: str, split: str | None = None, *, columns: Sequence[str]) -> list[dict[str, str]]:

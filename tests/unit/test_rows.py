@@ -38,6 +38,12 @@ def test_quotes_mean_nothing_between_tabs(tmp_path: Path) -> None:
     assert read_rows(path, columns=["b", "a"]) == [{"b": 'shut"', "a": '"open'}]
 
 
+def test_lines_inside_a_text_end_alike_in_every_format(tmp_path: Path) -> None:
+    files = {"r.csv": 'a\r\n"x\r\ny"\r\n', "r.jsonl": '{"a": "x\\r\\ny"}\r\n', "r.json": '[{"a": "x\\r\\ny"}]'}
+    for name, text in files.items():
+        assert read_rows(write(tmp_path / name, text), columns=["a"]) == [{"a": "x\ny"}], name
+
+
 def test_true_and_false_are_texts(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", json.dumps({"label": True}))
     assert read_rows(path, columns=["label"]) == [{"label": "true"}]
