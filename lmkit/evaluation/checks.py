@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,23 +59,32 @@ def prove(
 ) -> Checked:
     """Look for leaks, score a sample in two ways and sum softmaxes. Raises CheckpointError for what does not hold."""
     start = time.monotonic()
-    # products of fp32 are made in TF32, of some shapes
-    exact = 0.02 if device.torch_device.type == "cuda" else 2e-3
-    rounded = exact if device.precision is Precision.fp32 else 0.2  # of hidden vectors that come from other shapes
+    exact = 0.02 if device.torch_device.type == "cuda" else 2e-3  # products of fp32 are made in TF32, of some shapes
     sample = sample_windows(windows, model.context is None)
     length = min(MAX_WINDOW, max(MIN_SAMPLE, 2 * sample_size(windows) // 5))
     leak = look_for_leak(model, tokens, windows, length=length, device=device, seed=seed)
     _require(leak <= exact, f"the model sees the future: changing later tokens moved what is before by {leak:.3g}")
+    half = device.precision is not Precision.fp32
+    batch, apart = _scored_twice(model, tokens, sample, seq_len, batch_size, device)
+    _require_alike(batch, 0.2 if half else exact)  # vectors of half precision depend on the shape that they come from
+    _require(apart <= exact, f"the softmax does not sum to one: scores differ by {apart:.3g} nats from the logits")
+    if half:
+        fp32 = replace(device, precision=Precision.fp32)
+        _require_alike(_scored_twice(model, tokens, sample, seq_len, batch_size, fp32)[0], exact)
+    return Checked(batch, apart, leak, time.monotonic() - start)
+
+
+def _scored_twice(
+    model: LanguageModel, tokens: Tokens, sample: Windows, seq_len: int, batch_size: int, device: Device
+) -> tuple[float, float]:
+    """Largest difference, in nats, of a sample scored together and one by one; and of its scores and logits."""
     together = score(model, tokens, sample, seq_len=seq_len, batch_size=max(batch_size, 2), device=device)
     softmax = _SoftmaxCheck(model)
     piece = max(1, min(seq_len, sample.longest) // 2) if model.context is None else seq_len
     alone = score(model, tokens, sample, seq_len=piece, batch_size=1, device=device, scorer=softmax.scorer)
     scored_N = together.scored_N
     batch = float(np.abs(together.nats_N[scored_N] - alone.nats_N[scored_N]).max())
-    _require(batch <= rounded, f"a sample scored one by one differs by {batch:.3g} nats from the same in batches")
-    apart = softmax.difference(device)
-    _require(apart <= exact, f"the softmax does not sum to one: scores differ by {apart:.3g} nats from the logits")
-    return Checked(batch, apart, leak, time.monotonic() - start)
+    return batch, softmax.difference(device)
 
 
 def sample_windows(windows: Windows, unbounded: bool) -> Windows:
@@ -295,6 +304,13 @@ def _hashes(piece: Tokens, starts: Indices, lengths: Indices, random_V: NDArray[
     terms = random_V[tokens] * (2 * place + 1).astype(np.uint64) ** np.uint64(3)
     sums: NDArray[np.uint64] = np.add.reduceat(terms, first)
     return sums
+
+
+def _require_alike(difference: float, tolerance: float) -> None:
+    _require(
+        difference <= tolerance,
+        f"a sample scored one by one differs by {difference:.3g} nats from the same in batches",
+    )
 
 
 def _require(holds: bool, problem: str) -> None:

@@ -362,6 +362,11 @@ def test_a_little_of_the_future_and_scores_a_little_too_good_are_refused_in_bf16
         run(model, device=BF16)
 
 
+def test_a_little_of_the_other_rows_is_refused_in_bf16_too_whose_rounding_would_hide_it() -> None:
+    with pytest.raises(CheckpointError, match="scored one by one differs by"):
+        run(Cheat(lambda x_BTD: x_BTD + 0.01 * x_BTD.mean(0, keepdim=True)), device=BF16)
+
+
 # What it costs
 
 
