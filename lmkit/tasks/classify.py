@@ -25,7 +25,7 @@ from lmkit.errors import ConfigError, DataError
 from lmkit.models.base import LanguageModel, State
 from lmkit.models.classifier import Classifier
 from lmkit.tasks.base import Validation
-from lmkit.tasks.rows import Fitted, RowsTask, all_outputs, longest_text, reading_notes, table_value
+from lmkit.tasks.rows import Fitted, RowsTask, all_outputs, longest_text, split_notes, table_value
 from lmkit.tokenizers import Tokenizer
 
 Counts = NDArray[np.int64]
@@ -120,7 +120,7 @@ def build_task(
         reader.examples(records, label_ids(records, config.label, labels, strict=True))
         for records in (train_records, valid_records)
     )
-    for note in reading_notes(reader, len(train) + len(valid)):
+    for note in split_notes(reader, train, valid, of_texts=True):
         console.warn(note)
     model = build_model(config, backbone, len(labels), seed=seed)
     return Classify(model, config, tokenizer, train, valid, train_config, labels, seed=seed)

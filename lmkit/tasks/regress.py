@@ -24,7 +24,7 @@ from lmkit.errors import DataError
 from lmkit.models.base import LanguageModel
 from lmkit.models.classifier import NumberRegressor, TextRegressor
 from lmkit.tasks.base import Validation
-from lmkit.tasks.rows import Fitted, RowsTask, all_outputs, longest_text, reading_notes, table_value
+from lmkit.tasks.rows import Fitted, RowsTask, all_outputs, longest_text, split_notes, table_value
 from lmkit.tokenizers import Tokenizer
 
 
@@ -104,7 +104,7 @@ def build_task(
         reader.examples(records, target.standardise(values).astype(np.float32))
         for records, values in zip((train_records, valid_records), targets, strict=True)
     )
-    for note in reading_notes(reader, len(train) + len(valid)):
+    for note in split_notes(reader, train, valid, of_texts=config.text is not None):
         console.warn(note)
     model = build_model(config, backbone, seed=seed)
     return Regress(model, config, tokenizer, train, valid, train_config, target, numeric, seed=seed)

@@ -126,6 +126,15 @@ def reading_notes(reader: RowReader, num_rows: int) -> Iterator[str]:
         yield f"{told} stand for what the tokenizer does not know, read as <unk>"
 
 
+def split_notes(reader: RowReader, train: Examples, valid: Examples, *, of_texts: bool) -> Iterator[str]:
+    """What to tell of both parts; and how many of the texts to judge on are learnt from, too."""
+    yield from reading_notes(reader, len(train) + len(valid))
+    learnt = {tokens.tobytes() for tokens in train.tokens}
+    num_learnt = sum(tokens.tobytes() in learnt for tokens in valid.tokens)
+    if of_texts and num_learnt:
+        yield f"{num_learnt} of {len(valid)} texts of valid stand in train, too"
+
+
 def table_value(value: Any) -> Any:
     """A float of a table as it is written to a file: seven significant digits, as float32 has."""
     return float(f"{value:.7g}")
@@ -133,4 +142,13 @@ def table_value(value: Any) -> Any:
 
 Fitted = Mapping[str, Any]
 
-__all__ = ["PREDICT_BATCH", "Fitted", "RowsTask", "all_outputs", "longest_text", "reading_notes", "table_value"]
+__all__ = [
+    "PREDICT_BATCH",
+    "Fitted",
+    "RowsTask",
+    "all_outputs",
+    "longest_text",
+    "reading_notes",
+    "split_notes",
+    "table_value",
+]

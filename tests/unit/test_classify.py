@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmkit.config.machine import Precision
 from lmkit.config.tasks import ClassifyMetric, ClassifyTaskConfig, NetworkConfig, RegressTaskConfig
 from lmkit.config.training import TrainConfig
-from lmkit.data.examples import Examples, Scale
+from lmkit.data.examples import Examples, RowReader, Scale
 from lmkit.data.rows import Record
 from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError
@@ -32,6 +32,7 @@ from lmkit.tasks.classify import (
 )
 from lmkit.tasks.regress import Regress
 from lmkit.tasks.regress import summary as regress_summary
+from lmkit.tasks.rows import split_notes
 from lmkit.tokenizers import ByteTokenizer
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
@@ -164,6 +165,15 @@ def test_a_single_label_and_a_column_that_is_no_label_are_refused() -> None:
         find_labels(rows("a", "a"), "label")
     with pytest.raises(DataError, match=r"40 different labels in 40 rows; .*task=regress"):
         find_labels(rows(*map(str, range(40))), "label")
+
+
+def test_texts_to_judge_on_that_are_learnt_from_too_are_told() -> None:
+    reader = RowReader(ClassifyTaskConfig(data="x"), ByteTokenizer(), 9, {})
+    train, valid = (
+        reader.examples([Record("x", {"text": text}) for text in texts]) for texts in (["a", "b", "a"], ["c", "a"])
+    )
+    assert list(split_notes(reader, train, valid, of_texts=True)) == ["1 of 2 texts of valid stand in train, too"]
+    assert list(split_notes(reader, train, valid, of_texts=False)) == []
 
 
 def test_regression_scores_are_those_of_their_formulas() -> None:
