@@ -239,7 +239,7 @@ class EvalPplConfig:
     weights: str = "valid"
     """Mixture weights: ``valid`` finds the best on valid, ``equal``, or numbers, the run's own first."""
     compare: list[str] = field(default_factory=list)
-    """Runs, or files of per-word probabilities of the same text, to compare with by a paired bootstrap."""
+    """Runs or files of per-word probabilities to compare with by a paired bootstrap; results in JSON by their ppl."""
     word_probs: str | None = None
     """Write the probability of each token to this file, one a line."""
     baselines: bool = True
