@@ -56,14 +56,19 @@ def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new
     if tokenizer.ends_lines:
         text = text.rstrip(" \t")
     tokens = [int(i) for i in tokenizer.encode(text)]
-    unknown = []
-    if tokenizer.unk_id is not None and tokenizer.unk_id in tokens:
-        units = text.split() if tokenizer.ends_lines else list(text)
-        unknown = [u for u in dict.fromkeys(units) if u != "<unk>" and tokenizer.unk_id in tokenizer.encode(u)]
+    unknown = unknown_in(tokenizer, text)
     if context is None or 1 + len(tokens) <= context:
         return Prompt(text, [tokenizer.eos_id, *tokens], tokens, 0, unknown)
     kept = last_to_read(tokens, context, max_new_tokens)
     return Prompt(text, kept, kept, len(tokens) - len(kept), unknown)
+
+
+def unknown_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Words of a text (or characters, where these are the tokens) that the tokenizer does not know, each once."""
+    if tokenizer.unk_id is None or tokenizer.unk_id not in tokenizer.encode(text):
+        return []
+    units = list(text) if tokenizer.kind == "char" else text.split()
+    return [u for u in dict.fromkeys(units) if u != "<unk>" and tokenizer.unk_id in tokenizer.encode(u)]
 
 
 def last_to_read(tokens: list[int], context: int, max_new_tokens: int) -> list[int]:
@@ -229,4 +234,4 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-__all__ = ["Prompt", "Sample", "generate", "last_to_read", "read_prompt"]
+__all__ = ["Prompt", "Sample", "generate", "last_to_read", "read_prompt", "unknown_in"]

@@ -25,6 +25,7 @@ from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt
 from lmkit.models.base import Head, LanguageModel, Scores, State
 from lmkit.tasks.chat import greedy_answers
 from lmkit.tokenizers import ByteTokenizer, CharTokenizer, HfTokenizer, Tokenizer, WordTokenizer
+from lmkit.tokenizers.convert import hf_json
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
 BYTES = ByteTokenizer()
@@ -286,6 +287,8 @@ def test_unknown_words_and_characters_are_named_once() -> None:
     assert read_prompt(WORDS, "the zebra <unk> zebra\nsaid x", context=None, max_new_tokens=1).unknown == ["zebra", "x"]
     assert read_prompt(CharTokenizer("abc"), "aéb", context=None, max_new_tokens=1).unknown == ["é"]
     assert read_prompt(BYTES, "我", context=None, max_new_tokens=1).unknown == []
+    words = HfTokenizer(hf_json(WORDS))
+    assert read_prompt(words, "the zebra said", context=None, max_new_tokens=1).unknown == ["zebra"]
 
 
 def test_the_repetition_penalty_sees_prompt_and_new_tokens_but_not_the_eos_in_front() -> None:
