@@ -94,8 +94,11 @@ class HfTokenizer(BytesTokenizer):
         """The place in the first of the lines that does not come back, as it was and as it came back.
 
         Blanks, canonically equal characters (NFC) and lines with unknown words, which are counted, are left out of
-        account.
+        account; ends of line, which count as words, are not.
         """
+        line_end = self.encode("\n").tolist()
+        if self.unk_id not in line_end and line_end in ([], self.encode(" ").tolist()):
+            return "\n", self.decode(line_end)
         for line in lines:
             ids = self.encode(line)
             if self.unk_id is None or self.unk_id not in ids:

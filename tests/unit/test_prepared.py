@@ -281,9 +281,10 @@ def lower_case(unk: str | None, letters: str) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize(
     ("unk", "letters", "text", "told"),
     [
-        (None, "abcé ", "b a Cab\n", "'baCab' (blanks left out) comes back as 'bacab'"),
-        (None, "abcé ", "abcdabc\n", "'abcdabc' (blanks left out) comes back as 'abcabc'"),
-        (None, "abcé ", "abc  abc e\u0301\n", None),
+        (None, "abcé \n", "b a Cab\n", "'baCab' (blanks left out) comes back as 'bacab'"),
+        (None, "abcé \n", "abcdabc\n", "'abcdabc' (blanks left out) comes back as 'abcabc'"),
+        (None, "abcé \n", "abc  abc e\u0301\n", None),
+        (None, "abcé ", "abc\n", r"'\n' (blanks left out) comes back as ''"),
         ("?", "abcé ", "abcdabc\n", None),
     ],
 )
