@@ -98,9 +98,9 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
     result["interval"] = None if interval is None else asdict(interval)
     result["kind"] = kind_of(cfg)
     result["chosen"] = as_json(outcome.choice, outcome.members)
-    scale = head.nats / result["nats"] / head.count if result["nats"] else 0.0
+    weight = head.nats / result["nats"] if 0 < result["nats"] < np.inf else 1.0
     result["members_alone"] = {
-        name: exp(nats * scale) if np.isfinite(nats) else None
+        name: exp(nats * weight / head.count) if np.isfinite(nats) else None
         for name, nats in zip(outcome.members, outcome.member_nats, strict=True)
     }
     result["num_unknown"] = _num_unknown(evaluator, passage)

@@ -750,6 +750,7 @@ def test_a_word_that_only_a_cache_of_weight_1_speaks_for_is_infinitely_surprisin
         runs, "lstm", cache=UnigramCacheConfig(), weights="0,1", output=str(path), compare=[str(runs / "gru")]
     )
     assert found["ppl"] == found["token_ppl"] == math.inf
+    assert found["members_alone"]["run"] == pytest.approx(evaluate(runs, "lstm")["ppl"])
     assert "NaN" not in path.read_text(encoding="utf-8")
 
 
