@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lmkit import products
-from lmkit.models.stepping import OneRow, product
+from lmkit.models.stepping import OneRow, Product, one_row_by_parts, product
 from lmkit.pages import Shelf
 
 
@@ -42,4 +44,17 @@ def test_the_library_and_the_cut_of_a_matrix(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert products.is_intel() is intel
     assert products.prefers_onednn() is onednn
-    assert isinstance(product(torch.ones(4, 3), None, 1, Shelf()), OneRow) is onednn
+    sums_rows = isinstance(product(torch.ones(4, 3), None, 1, Shelf()), OneRow)
+    assert sums_rows is (onednn and instructions == "AVX512")
+
+
+@pytest.mark.parametrize("way", [OneRow, one_row_by_parts])
+@pytest.mark.parametrize("num_out", [6, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_times_a_matrix_is_the_plain_product_whichever_way_it_is_cut(
+    way: Callable[[Tensor, Tensor | None, Shelf], Product], num_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.manual_seed(1)
+    x_1I, weight_OI, bias_O = torch.randn(1, 5), torch.randn(num_out, 5), torch.randn(num_out) if bias else None
+    torch.testing.assert_close(way(weight_OI, bias_O, Shelf())(x_1I), F.linear(x_1I, weight_OI, bias_O))
