@@ -52,7 +52,8 @@ class ChatTaskConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 < self.valid_fraction <= 0.5, "task.valid_fraction", self.valid_fraction, "must be in (0, 0.5]")
+            held_out = self.valid_fraction
+            check(0 < held_out <= 0.5, "task.valid_fraction", held_out, "must be above 0 and at most 0.5")
             check(
                 self.template is None or self.template in TEMPLATES or _is_turn(self.template),
                 "task.template",
@@ -111,6 +112,7 @@ class PreferTaskConfig(ChatTaskConfig):
 
     def _check(self, check: Problems) -> None:
         check(0 < self.beta < float("inf"), "task.beta", self.beta, "must be > 0 and finite")
-        check(0 <= self.label_smoothing < 0.5, "task.label_smoothing", self.label_smoothing, "must be in [0, 0.5)")
+        share = self.label_smoothing
+        check(0 <= share < 0.5, "task.label_smoothing", share, "must be at least 0 and below 0.5")
         check(0 <= self.sft_weight < float("inf"), "task.sft_weight", self.sft_weight, "must be >= 0 and finite")
         check(self.chosen != self.rejected, "task.rejected", self.rejected, "must be another column than task.chosen")

@@ -225,7 +225,7 @@ class EvalPplConfig:
     temperature: str = "1"
     """Divide the logits by this number (> 0); ``valid``: by the one from 0.6 to 1.7 that is best on valid."""
     mc_samples: int = 0
-    """Average the probabilities of this many passes with dropout (MC dropout; Gal & Ghahramani 2016); 0: none."""
+    """Average the probabilities of this many passes with dropout (>= 0; Gal & Ghahramani 2016: MC dropout); 0: none."""
     latent_samples: int = 50
     """Samples of the latent vector behind the bound of a sentence VAE (>= 1): more make it tighter and cost as much."""
     dynamic: DynamicConfig | None = None

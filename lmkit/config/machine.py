@@ -45,7 +45,7 @@ class DeviceConfig:
     type: DeviceType = DeviceType.auto
     """Device: auto (cuda, then mps, then cpu), cpu, cuda or mps."""
     index: int | None = None
-    """Number of the CUDA device; null: the current one."""
+    """Number of the CUDA device (>= 0); null: the current one."""
     precision: Precision = Precision.auto
     """auto: bf16 on CUDA cards that have it in hardware, fp32 elsewhere (bf16 trains faster on CPUs with AMX)."""
     compile: Switch = Switch.auto

@@ -73,7 +73,7 @@ class HeadConfig(ModelConfig):
     num_softmaxes: int = 1
     """Softmaxes whose mixture the output layer is (>= 1; Yang et al. 2018)."""
     cutoffs: list[int] = field(default_factory=list)
-    """Adaptive softmax: frequency rank at which each cluster of rarer tokens begins; softmax=adaptive sets it."""
+    """Adaptive softmax: frequency ranks at which clusters of rarer tokens begin, rising; softmax=adaptive sets them."""
     div_value: float = 4.0
     """Adaptive softmax: each cluster is this many times narrower than the one before it (>= 1)."""
 
@@ -95,19 +95,19 @@ class TransformerConfig(HeadConfig):
     """Decoder-only Transformer. The defaults are Llama-shaped; ``gpt2`` and ``vanilla`` are other settings of it."""
 
     d_model: int = 256
-    """Width of the residual stream."""
+    """Width of the residual stream (>= 1)."""
     num_layers: int = 6
-    """Number of blocks."""
+    """Number of blocks (>= 1)."""
     num_heads: int = 8
-    """Query heads; must divide d_model unless head_channels is given."""
+    """Query heads (>= 1); must divide d_model unless head_channels is given."""
     num_kv_heads: int | None = None
     """Key/value heads for grouped-query attention; must divide num_heads; null: num_heads."""
     head_channels: int | None = None
-    """Channels of a head; null: d_model / num_heads."""
+    """Channels of a head (>= 1); null: d_model / num_heads."""
     d_ff: int | None = None
-    """Width of the feed-forward block; null: 8/3 d_model rounded up to 32 if gated, else 4 d_model."""
+    """Width of the feed-forward block (>= 1); null: 8/3 d_model rounded up to 32 if gated, else 4 d_model."""
     context: int = 512
-    """Longest sequence (tokens) the model attends over."""
+    """Longest sequence that the model attends over, in tokens (>= 1)."""
     positions: Positions = Positions.rotary
     """Position information: rotary, learned or sinusoidal."""
     rope_theta: float = 10000.0
@@ -137,7 +137,7 @@ class TransformerConfig(HeadConfig):
     attention_dropout: float = 0.0
     """Dropout on the attention weights (0 <= p < 1)."""
     memory_tokens: int = 0
-    """Tokens before each that it sees whatever the segment, through a carried memory; 0: none, windows begin anew."""
+    """Tokens before each that it sees whatever the segment, through a carried memory (>= 0); 0: windows begin anew."""
     dropout_embed: float = 0.0
     """Word-type dropout: rows of the embedding table dropped for a whole batch (0 <= p < 1)."""
     dropout_locked: bool = False
@@ -173,7 +173,7 @@ class TransformerConfig(HeadConfig):
             check(kv >= 1 and heads % max(kv, 1) == 0, "model.num_kv_heads", kv, f"must divide model.num_heads={heads}")
             check(self.d_ff is None or self.d_ff >= 1, "model.d_ff", self.d_ff, "must be >= 1 or null")
             check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be > 0")
-            check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must be between 0 and 1")
+            check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must be above 0 and below 1")
             check(self.memory_tokens >= 0, "model.memory_tokens", self.memory_tokens, "must be >= 0")
             if self.memory_tokens > 0:
                 rotary = self.positions is Positions.rotary
@@ -228,11 +228,11 @@ class RecurrentConfig(HeadConfig):
     cell: Cell = Cell.lstm
     """Cell: lstm or gru."""
     d_embed: int = 256
-    """Width of the embedding and of the last layer's output (they are tied)."""
+    """Width of the embedding and of the last layer's output (>= 1)."""
     d_hidden: int = 256
-    """Width of the hidden layers below the last."""
+    """Width of the hidden layers below the last (>= 1)."""
     num_layers: int = 2
-    """Number of layers."""
+    """Number of layers (>= 1)."""
     mogrifier_rounds: int = 0
     """Rounds in which input and state of an LSTM gate each other before each step (>= 0; Melis et al. 2020); slow."""
     mogrifier_rank: int | None = None
@@ -309,11 +309,11 @@ class VaeLstmConfig(ModelConfig):
     """Sentence VAE with an LSTM encoder and an LSTM decoder, tied weights (Bowman et al. 2016)."""
 
     d_embed: int = 256
-    """Width of the embedding and of the decoder (they are tied)."""
+    """Width of the embedding and of the decoder, which are tied (>= 1)."""
     d_encoder: int = 256
-    """Width of the encoder."""
+    """Width of the encoder (>= 1)."""
     d_latent: int = 32
-    """Latent units; 0: none, that is an LSTM language model of sentences of the same size."""
+    """Latent units (>= 0); 0: none, that is an LSTM language model of sentences of the same size."""
     dropout_word: float = 0.0
     """Words that the decoder does not see as its input (0 <= p < 1; Bowman et al. 2016)."""
     dropout_input: float = 0.3
@@ -350,7 +350,7 @@ class RelganConfig(ModelConfig):
     """LSTM generator and convolutional discriminator (after Nie et al. 2019); a language model of sentences."""
 
     d_embed: int = 256
-    """Width of the generator: its embedding and its only layer (tied)."""
+    """Width of the generator: its embedding and its only layer, which are tied (>= 1)."""
     dropout_input: float = 0.3
     """Locked dropout on the generator's input while it learns by maximum likelihood (0 <= p < 1)."""
     dropout_output: float = 0.4

@@ -43,18 +43,19 @@ class VaeObjectiveConfig(ObjectiveConfig):
     target_nats: float = 0.0
     """KL per sentence up to which none costs anything, however the units share it (>= 0; 0: free_nats alone count)."""
     plain_share: float = 0.0
-    """Share of the run, at its start, in which the decoder learns as a language model without latent units (0 to < 1).
-    """
+    """Share of the run, at its start, in which the decoder learns alone, as a language model (0 to below 1)."""
     num_samples: int = 10
     """Samples of the importance-weighted bound in validation (>= 1; Burda et al. 2016)."""
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 <= self.beta < float("inf"), "objective.beta", self.beta, "must be >= 0")
-            check(0 < self.anneal_share <= 1, "objective.anneal_share", self.anneal_share, "must be above 0, at most 1")
+            check(0 <= self.beta < float("inf"), "objective.beta", self.beta, "must be >= 0 and finite")
+            share = self.anneal_share
+            check(0 < share <= 1, "objective.anneal_share", share, "must be above 0 and at most 1")
             check(self.cycles >= 1, "objective.cycles", self.cycles, "must be >= 1")
             for name in ("free_nats", "target_nats"):
-                check(0 <= getattr(self, name) < float("inf"), f"objective.{name}", getattr(self, name), "must be >= 0")
+                value = getattr(self, name)
+                check(0 <= value < float("inf"), f"objective.{name}", value, "must be >= 0 and finite")
             check(
                 0 <= self.plain_share < 1, "objective.plain_share", self.plain_share, "must be at least 0 and below 1"
             )
@@ -96,12 +97,12 @@ class GanObjectiveConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 <= self.pretrain_share <= 1, "objective.pretrain_share", self.pretrain_share, "must be from 0 to 1")
+            share = self.pretrain_share
+            check(0 <= share <= 1, "objective.pretrain_share", share, "must be between 0 and 1")
             check(self.length >= 1, "objective.length", self.length, "must be >= 1")
             for name in ("generator_lr", "discriminator_lr"):
-                check(
-                    0 < getattr(self, name) < float("inf"), f"objective.{name}", getattr(self, name), "must be above 0"
-                )
+                value = getattr(self, name)
+                check(0 < value < float("inf"), f"objective.{name}", value, "must be > 0 and finite")
             check(1 <= self.sharpness < float("inf"), "objective.sharpness", self.sharpness, "must be >= 1 and finite")
             check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
 

@@ -31,7 +31,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         with Problems() as check:
             check(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "must be > 0 and finite")
-            check(0 <= self.weight_decay < float("inf"), "optimizer.weight_decay", self.weight_decay, "must be >= 0")
+            decay = self.weight_decay
+            check(0 <= decay < float("inf"), "optimizer.weight_decay", decay, "must be >= 0 and finite")
             check(
                 self.clip_norm is None or self.clip_norm > 0,
                 "optimizer.clip_norm",
@@ -275,7 +276,7 @@ class StepDecayConfig(ScheduleConfig):
 
     def _check(self, check: Problems) -> None:
         check(0 <= self.hold_ratio < 1, "schedule.hold_ratio", self.hold_ratio, "must be at least 0 and below 1")
-        check(0 < self.factor < 1, "schedule.factor", self.factor, "must be between 0 and 1")
+        check(0 < self.factor < 1, "schedule.factor", self.factor, "must be above 0 and below 1")
         check(self.num_falls >= 1, "schedule.num_falls", self.num_falls, "must be >= 1")
 
 
@@ -296,6 +297,6 @@ class PlateauConfig(ScheduleConfig):
     """The rate never falls below this share of the peak (0 to 1)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 < self.factor < 1, "schedule.factor", self.factor, "must be between 0 and 1")
+        check(0 < self.factor < 1, "schedule.factor", self.factor, "must be above 0 and below 1")
         check(self.patience >= 0, "schedule.patience", self.patience, "must be >= 0")
         check(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "must be between 0 and 1")

@@ -80,7 +80,8 @@ class RowsTaskConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 < self.valid_fraction <= 0.5, "task.valid_fraction", self.valid_fraction, "must be in (0, 0.5]")
+            held_out = self.valid_fraction
+            check(0 < held_out <= 0.5, "task.valid_fraction", held_out, "must be above 0 and at most 0.5")
             check(self.pair is None or self.text is not None, "task.pair", self.pair, "needs task.text")
             check(self.max_tokens is None or self.max_tokens >= 4, "task.max_tokens", self.max_tokens, "must be >= 4")
             check(0 <= self.dropout < 1, "task.dropout", self.dropout, "must be at least 0 and below 1")

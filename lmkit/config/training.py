@@ -127,7 +127,7 @@ class TrainConfig:
                 self.ema_decay is None or 0 < self.ema_decay < 1,
                 "train.ema_decay",
                 self.ema_decay,
-                "must be between 0 and 1 or null",
+                "must be above 0 and below 1, or null",
             )
             ema = self.average is Average.ema
             check(
@@ -154,7 +154,7 @@ class TrainConfig:
                 self.spike_nats is None or 0 < self.spike_nats < float("inf"),
                 "train.spike_nats",
                 self.spike_nats,
-                "must be > 0 or null",
+                "must be > 0 and finite, or null",
             )
             check(self.max_skips >= 0, "train.max_skips", self.max_skips, "must be >= 0")
             check(self.workers >= 0, "train.workers", self.workers, "must be >= 0")

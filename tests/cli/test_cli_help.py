@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from lmkit import __version__, cli, errors, presets
-from lmkit.keys import keys_of
+from lmkit.keys import every_key, field_docs, keys_of, owners_of, type_text
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -29,6 +30,15 @@ def test_help_lists_every_group_preset_and_key_with_its_type(lmkit: Any, command
     assert "keys below." not in lmkit.out
     assert "\n\n\n" not in lmkit.out
     assert not lmkit.configs
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_number_names_its_range(command: str) -> None:
+    for key, hint in every_key(command).items():
+        if type_text(hint).partition(" ")[0] in ("int", "float"):
+            for owner in owners_of(command, key):
+                said = field_docs(owner)[key.rpartition(".")[2]]
+                assert re.search(r"[<>]|\([\d.]+ to |\(above \d|must divide", said), f"{owner.__name__}, {key}: {said}"
 
 
 def test_help_shows_the_keys_and_values_of_the_choice_made(lmkit: Any) -> None:

@@ -350,3 +350,22 @@ def test_all_values_out_of_range_are_reported_at_once(lmkit: Any) -> None:
     )
     for part in ("seed=-1", "train.batch_size=0", "model.d_model=7", "dataset.cleaning.min_chars=-1"):
         assert message.count(part + " must") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["schedule=plateau", "schedule.factor=1"], "schedule.factor=1.0 must be above 0 and below 1"),
+        (["schedule=step_decay", "schedule.factor=0"], "schedule.factor=0.0 must be above 0 and below 1"),
+        (["train.ema_decay=1"], "train.ema_decay=1.0 must be above 0 and below 1, or null"),
+        (["train.spike_nats=inf"], "train.spike_nats=inf must be > 0 and finite, or null"),
+        (["model.norm_eps=1"], "model.norm_eps=1.0 must be above 0 and below 1"),
+        (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf must be >= 0 and finite"),
+        (["model=vae_lstm", "objective=vae", "objective.beta=inf"], "objective.beta=inf must be >= 0 and finite"),
+        (["model=vae_lstm", "objective=vae", "objective.free_nats=inf"], "free_nats=inf must be >= 0 and finite"),
+        (["model=relgan", "objective=gan", "objective.generator_lr=inf"], "generator_lr=inf must be > 0 and finite"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_value_that_is_refused_is_not_in_the_range_that_is_named(lmkit: Any, words: list[str], part: str) -> None:
+    assert part in lmkit.refused("pretrain", *words)
