@@ -10,13 +10,13 @@ import functools
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 from lmkit.arguments import ALIASES
 from lmkit.config import ROOTS, SCHEMAS
+from lmkit.config.text import flatten, format_value
 from lmkit.errors import ConfigError
-from lmkit.help import WIDTH
+from lmkit.help import NOT_GIVEN, WIDTH
 from lmkit.keys import every_key, field_docs, owners_of, presets_with, type_text
 from lmkit.presets import (
     config_dir,
@@ -29,7 +29,6 @@ from lmkit.presets import (
     schema_name,
 )
 
-NO_DEFAULT = "(must be given)"
 _MISSING = object()
 
 
@@ -109,8 +108,8 @@ def _preset_text(group: str, name: str, commands: Sequence[str]) -> str:
     lines = [f"{group}={name}", f"  {description(group, name)}", "", f"commands: {', '.join(commands)}", ""]
     if schema_name(group, name) is None:
         chosen = recipe_choices(name) if group == "recipe" else {}
-        pairs = [*chosen.items(), *_flat(_yaml(f"{group}/{name}"))]
-        return "\n".join([*lines, *(f"  {key}={value}" for key, value in pairs)])
+        pairs = [*chosen.items(), *flatten(_yaml(f"{group}/{name}"))]
+        return "\n".join([*lines, *(f"  {key}={_shown(value)}" for key, value in pairs)])
     keys = [k for k in every_key(commands[0]) if f"{group}={name}" in presets_with(commands[0], k)]
     return "\n".join([*lines, *(f"  {key}={_preset_value(key, f'{group}={name}')}" for key in keys)])
 
@@ -208,27 +207,8 @@ def _recipes_with(key: str) -> Iterator[str]:
             yield f"recipe={name} ({_shown(value)})"
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _shown(value)
-
-
 def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if value is _MISSING or value == "???":
-        return NO_DEFAULT
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_shown, value))}]"
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return NOT_GIVEN if value is _MISSING or value == "???" else format_value(value)
 
 
 def explain_words(words: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 WIDTH = 110
+NOT_GIVEN = "(must be given)"
+"""Stands for a value that has no default."""
 
 EXAMPLES = """\
   lmkit prepare dataset=ptb dataset.path=DIR
@@ -105,6 +107,7 @@ def _key_lines(config: Any, prefix: str, types: Mapping[str, Any], presets: Mapp
 
     from omegaconf import DictConfig, OmegaConf
 
+    from lmkit.config.text import format_value
     from lmkit.keys import field_docs, type_text
     from lmkit.presets import description
 
@@ -116,7 +119,7 @@ def _key_lines(config: Any, prefix: str, types: Mapping[str, Any], presets: Mapp
         if f"{prefix}{name}" not in types:
             nested.append(name)
             continue
-        value = "(must be given)" if node._is_missing() else _shown(node)
+        value = NOT_GIVEN if node._is_missing() else format_value(node._value())
         yield f"  {prefix}{name}={value}   [{type_text(types[f'{prefix}{name}'])}]"
         yield from (f"      {line}" for line in textwrap.wrap(docs[name].replace("``", ""), WIDTH - 6))
     for name in nested:
@@ -131,14 +134,3 @@ def _key_lines(config: Any, prefix: str, types: Mapping[str, Any], presets: Mapp
         yield from textwrap.wrap(f"  {title}", WIDTH, subsequent_indent="      ")
         if is_open:
             yield from _key_lines(config[name], f"{prefix}{name}.", types, presets)
-
-
-def _shown(node: Any) -> str:
-    value = node._value()
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(str(v) for v in value) + "]"
-    return str(getattr(value, "name", value))

@@ -28,6 +28,7 @@ from lmkit.config.loggers import (
     WandbLoggerConfig,
 )
 from lmkit.config.plain import kind_of
+from lmkit.config.text import flatten
 from lmkit.errors import CheckpointError, DivergedError, ResourceError, StoppedError
 from lmkit.store.found import read_metrics
 from lmkit.store.records import encode, read_object
@@ -228,7 +229,7 @@ def attach_logger(
     if logger is None:
         return
     attached = AttachedLogger(logger, kind_of(config), run.path, warn)
-    attached.start(f"{run.path.name}-{run.run_id[:6]}", _flat(stored_config))
+    attached.start(f"{run.path.name}-{run.run_id[:6]}", {key: encode(value) for key, value in flatten(stored_config)})
     run.attach(attached)
 
 
@@ -323,13 +324,6 @@ def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             continue
         if math.isfinite(value):
             yield f"valid/{key.removeprefix('valid_')}" if key.startswith("valid_") else f"train/{key}", float(value)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": encode(value)}
-    return flat
 
 
 @contextlib.contextmanager

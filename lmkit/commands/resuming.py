@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmkit.commands.new_data import DATA_ORDER, order_of
 from lmkit.commands.runs_show import NOT_COMPARED
-from lmkit.commands.runs_text import columns, format_value
+from lmkit.commands.runs_text import columns
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.plain import from_plain
+from lmkit.config.text import flatten, format_value
 from lmkit.config.training import STREAM_KEYS
 from lmkit.console import Console
 from lmkit.errors import CheckpointError, ConfigError
@@ -86,8 +87,9 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
 
     Raises ConfigError naming every key that must not change; the console is shown their values in two columns.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flatten(old)), dict(flatten(new))
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    said = {key: f"{key}: {format_value(before.get(key))} -> {format_value(after.get(key))}" for key in changed}
     told = [key for key in changed if key.partition(".")[0] in old]  # other sections are newer than the run
     unread = UNREAD_OF_ROWS if (old.get("task") or {}).get("kind") in ("classify", "regress") else ()
     told = [key for key in told if key not in unread]
@@ -95,23 +97,14 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
     fixed = (*IMMUTABLE, "optimizer.beta1") if before.get("optimizer.kind") == "schedule_free" else IMMUTABLE
     fatal = [key for key in told if any(key == k or key.startswith(f"{k}.") for k in fixed)]
     if fatal:
-        pairs = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in fatal)
+        pairs = ", ".join(said[key] for key in fatal)
         if console is not None:
             show_changes(console, [(key, before.get(key), after.get(key)) for key in fatal])
         raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
-    said = [key for key in changed if key.partition(".")[0] not in (*NOT_COMPARED, DATA_ORDER)]
-    return [f"{key}: {format_value(before.get(key))} -> {format_value(after.get(key))}" for key in said]
+    return [text for key, text in said.items() if key.partition(".")[0] not in (*NOT_COMPARED, DATA_ORDER)]
 
 
 def show_changes(console: Console, changes: Sequence[Change]) -> None:
     """What the run has and what there is now, side by side."""
     rows = [[key, format_value(before), format_value(now)] for key, before, now in changes]
     console.say("\n".join(columns([["key", "the run", "now"], *rows], indent=2)))
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -12,15 +12,14 @@ from lmkit.commands.runs_compare import Facts, read_facts
 from lmkit.commands.runs_page import Chart, RunPage, render
 from lmkit.commands.runs_text import (
     NOTHING,
-    flatten,
     format_bytes,
     format_model,
     format_step,
     format_time,
-    format_value,
     parse_time,
 )
 from lmkit.config.runs import DEFAULT_REPORT
+from lmkit.config.text import flatten, format_value
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
 from lmkit.store.browse import PER_TOKEN, read_journal, read_newest_config, readable, section

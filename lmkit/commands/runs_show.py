@@ -10,16 +10,15 @@ from typing import Any
 from lmkit.commands.runs_text import (
     NOTHING,
     columns,
-    flatten,
     format_bytes,
     format_model,
     format_ppl,
     format_step,
     format_time,
-    format_value,
     named_values,
     parse_time,
 )
+from lmkit.config.text import flatten, format_value
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
 from lmkit.store.audit import audit_checkpoint

@@ -1,11 +1,10 @@
-"""How ``lmkit runs`` puts things: columns, sizes, times and configuration values as plain text."""
+"""How ``lmkit runs`` puts things: columns, sizes and times as plain text."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from lmkit.console import format_count, format_number
 from lmkit.store.browse import RunSummary
@@ -86,23 +85,3 @@ def format_ppl(summary: RunSummary) -> str:
     if summary.word_ppl is not None:
         return f"{format_number(summary.word_ppl)} per word"
     return NOTHING if summary.token_ppl is None else f"{format_number(summary.token_ppl)} per token"
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a nested configuration."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def format_value(value: Any) -> str:
-    """A configuration value as it would be written on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ",".join(map(format_value, value)) + "]"
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

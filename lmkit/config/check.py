@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from enum import Enum
 from types import TracebackType
 from typing import Any
 
+from lmkit.config.text import format_value
 from lmkit.errors import ConfigError
 
 
@@ -24,8 +24,7 @@ class Problems:
     def __call__(self, ok: bool, key: str, value: object, rule: str) -> None:
         """Note that ``key`` with ``value`` breaks ``rule`` unless ``ok``. NaN fails every comparison, as it should."""
         if not ok:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            self.found.append(f"{key}={shown} {rule}")
+            self.found.append(f"{key}={format_value(value)} {rule}")
 
     def unused(self, section: str, config: Any, names: Sequence[str], rule: str) -> None:
         """Note each of these keys of a section that is not at its default, since it would do nothing."""
@@ -33,8 +32,7 @@ class Problems:
         for name in names:
             value, field = getattr(config, name), known[name]
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            shown = value.name if isinstance(value, Enum) else value
-            self(value == default, f"{section}.{name}", shown, rule)
+            self(value == default, f"{section}.{name}", value, rule)
 
     def __enter__(self) -> Problems:
         return self

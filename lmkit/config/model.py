@@ -177,7 +177,7 @@ class TransformerConfig(HeadConfig):
             check(self.memory_tokens >= 0, "model.memory_tokens", self.memory_tokens, "must be >= 0")
             if self.memory_tokens > 0:
                 rotary = self.positions is Positions.rotary
-                check(rotary, "model.positions", self.positions.name, "must be rotary with model.memory_tokens > 0")
+                check(rotary, "model.positions", self.positions, "must be rotary with model.memory_tokens > 0")
             for name in ("dropout", "attention_dropout", "dropout_embed", "drop_path"):
                 check(
                     0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
@@ -256,7 +256,7 @@ class RecurrentConfig(HeadConfig):
                 check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
             check(self.mogrifier_rounds >= 0, "model.mogrifier_rounds", self.mogrifier_rounds, "must be >= 0")
             plain = self.cell is Cell.lstm or self.mogrifier_rounds == 0
-            check(plain, "model.cell", self.cell.name, "must be lstm with model.mogrifier_rounds > 0")
+            check(plain, "model.cell", self.cell, "must be lstm with model.mogrifier_rounds > 0")
             rank = self.mogrifier_rank
             check(rank is None or rank >= 1, "model.mogrifier_rank", rank, "must be >= 1 or null")
             for name in ("dropout_embed", "dropout_input", "dropout_hidden", "dropout_output", "dropout_recurrent"):

@@ -103,7 +103,7 @@ class ClassifyTaskConfig(RowsTaskConfig):
     """What best checkpoint and train.patience go by: accuracy or macro_f1; the valid loss is 1 - metric."""
 
     def _check(self, check: Problems) -> None:
-        check(self.text is not None, "task.text", "null", "must be the column of the text")
+        check(self.text is not None, "task.text", self.text, "must be the column of the text")
         good = self.class_weights in ("none", "balanced") or self.weight_list is not None
         check(good, "task.class_weights", self.class_weights, "must be none, balanced, or numbers > 0 as in 1,2.5")
 
@@ -166,7 +166,7 @@ class RegressTaskConfig(RowsTaskConfig):
 
     def _check(self, check: Problems) -> None:
         inputs = bool(self.numeric) or self.text is not None
-        check(inputs, "task.numeric", "[]", "needs columns, or task.text")
+        check(inputs, "task.numeric", self.numeric, "needs columns, or task.text")
         check(len(set(self.numeric)) == len(self.numeric), "task.numeric", self.numeric, "names a column twice")
         named = [*self.numeric, *(name for name in (self.text, self.pair) if name is not None)]
         check(self.target not in named, "task.target", self.target, "is also a column to predict from")

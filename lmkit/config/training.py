@@ -133,7 +133,7 @@ class TrainConfig:
             check(
                 self.average is None or ema == (self.ema_decay is not None),
                 "train.average",
-                self.average.name if self.average else None,
+                self.average,
                 "needs train.ema_decay" if ema else "excludes train.ema_decay",
             )
             check(0 <= self.swa_start < 1, "train.swa_start", self.swa_start, "must be at least 0 and below 1")

@@ -12,6 +12,7 @@ from lmkit.arguments import Line
 from lmkit.cli import COMMANDS
 from lmkit.completion import candidates
 from lmkit.composing import compose
+from lmkit.config.text import format_value
 from lmkit.explain import explain
 from lmkit.keys import every_key, keys_of, type_text
 from lmkit.presets import default_of, groups_of, names_in
@@ -39,10 +40,7 @@ def test_the_default_is_what_the_command_composes() -> None:
     for key in keys_of("pretrain", {}):
         if key.partition(".")[0] in groups_of("pretrain"):
             continue
-        value = OmegaConf.select(config, key)
-        shown = "null" if value is None else getattr(value, "name", value)
-        shown = str(shown).lower() if isinstance(shown, bool) else shown
-        assert f"default: {shown}" in explain(key, "pretrain").splitlines(), key
+        assert f"default: {format_value(OmegaConf.select(config, key))}" in explain(key, "pretrain").splitlines(), key
 
 
 def test_the_value_of_a_preset_is_what_choosing_it_composes() -> None:
@@ -55,10 +53,7 @@ def test_the_value_of_a_preset_is_what_choosing_it_composes() -> None:
             for key in (key for key in keys_of("pretrain", {group: name}) if key.startswith(f"{group}.")):
                 (line,) = [line for line in lines if line.startswith(f"  {key}=")]
                 value, shown = OmegaConf.select(config, key), line.partition("=")[2]
-                if isinstance(value, float):
-                    assert float(shown) == value, key
-                elif value is not None and not isinstance(value, bool):
-                    assert shown == str(getattr(value, "name", value)), key
+                assert shown == format_value(value), key
 
 
 def test_presets_with_values_of_their_own_and_recipes_are_listed(lmkit: Any) -> None:

@@ -49,6 +49,14 @@ def test_help_shows_the_keys_and_values_of_the_choice_made(lmkit: Any) -> None:
     assert "model.num_heads" not in lmkit.out
 
 
+def test_help_shows_values_as_they_are_written_on_the_command_line(lmkit: Any) -> None:
+    assert lmkit("pretrain", "softmax=adaptive", "softmax.cutoffs=[5,9]", "train.ema_decay=1e-1", "--help") == 0
+    assert "  softmax.cutoffs=[5,9]   [list of int]" in lmkit.out
+    assert "  softmax.div_value=4   [float]" in lmkit.out
+    assert "  train.ema_decay=0.1   [float or null]" in lmkit.out
+    assert "  train.patience=null   [int or null]" in lmkit.out
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_names_commands_options_and_exit_codes(lmkit: Any, words: list[str]) -> None:
     assert lmkit(*words) == 0

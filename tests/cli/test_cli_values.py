@@ -355,11 +355,11 @@ def test_all_values_out_of_range_are_reported_at_once(lmkit: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["schedule=plateau", "schedule.factor=1"], "schedule.factor=1.0 must be above 0 and below 1"),
-        (["schedule=step_decay", "schedule.factor=0"], "schedule.factor=0.0 must be above 0 and below 1"),
-        (["train.ema_decay=1"], "train.ema_decay=1.0 must be above 0 and below 1, or null"),
+        (["schedule=plateau", "schedule.factor=1"], "schedule.factor=1 must be above 0 and below 1"),
+        (["schedule=step_decay", "schedule.factor=0"], "schedule.factor=0 must be above 0 and below 1"),
+        (["train.ema_decay=1"], "train.ema_decay=1 must be above 0 and below 1, or null"),
         (["train.spike_nats=inf"], "train.spike_nats=inf must be > 0 and finite, or null"),
-        (["model.norm_eps=1"], "model.norm_eps=1.0 must be above 0 and below 1"),
+        (["model.norm_eps=1"], "model.norm_eps=1 must be above 0 and below 1"),
         (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf must be >= 0 and finite"),
         (["model=vae_lstm", "objective=vae", "objective.beta=inf"], "objective.beta=inf must be >= 0 and finite"),
         (["model=vae_lstm", "objective=vae", "objective.free_nats=inf"], "free_nats=inf must be >= 0 and finite"),

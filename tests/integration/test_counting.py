@@ -49,7 +49,7 @@ def test_a_logger_that_gets_nothing_of_a_counted_model_is_told(
     "words",
     [
         ["train.shuffle=blocks", "train.seq_len_jitter=true", "train.order=windows"],
-        ["softmax.ar_alpha=2.0", "softmax.tar_beta=1.0", "softmax.label_smoothing=0.1", "train.average=swa"],
+        ["softmax.ar_alpha=2", "softmax.tar_beta=1", "softmax.label_smoothing=0.1", "train.average=swa"],
         ["softmax=sampled", "train.ema_decay=0.9"],
         ["init.embeddings=cooccurrence", "init.output_bias=zero"],
     ],

@@ -101,7 +101,7 @@ def test_what_is_for_a_loss_over_words_or_for_a_stream_of_tokens_is_refused_wher
     run = [f"run={bases['lstm']}", f"run.dir={tmp_path / 'run'}", f"task.data={data}", "device=cpu"]
     assert cli.main(["finetune", "task=classify", *run, *words]) == 2
     found = capsys.readouterr().err.splitlines()[-1]
-    assert all(f"{word} has no use with task=classify" in found.replace("=1.0", "=1") for word in words)
+    assert all(f"{word} has no use with task=classify" in found for word in words)
     assert not (tmp_path / "run").exists()
 
 
@@ -142,8 +142,8 @@ def test_what_an_adaptive_softmax_is_made_of_is_refused_in_finetuning(
     words = [f"run={bases['lstm']}", f"task={task}", *["task.data=x.jsonl"] * (task == "instruct"), "softmax=adaptive"]
     assert cli.main(["finetune", *words, "softmax.cutoffs=5,9", "softmax.div_value=2", "device=cpu"]) == 2
     found = capsys.readouterr().err.splitlines()[-1]
-    assert "softmax.cutoffs=[5, 9] has no use in finetuning" in found
-    assert "softmax.div_value=2.0 has no use in finetuning" in found
+    assert "softmax.cutoffs=[5,9] has no use in finetuning" in found
+    assert "softmax.div_value=2 has no use in finetuning" in found
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:

@@ -120,7 +120,7 @@ def test_training_learns_more_than_the_word_frequencies(config: MakeConfig) -> N
         (["softmax=adaptive"], "model.tie_embeddings=true must be false with softmax=adaptive"),
         (
             ["softmax=adaptive", "model.tie_embeddings=false", "model.div_value=2"],
-            "model.div_value=2.0 is what softmax=adaptive sets: use softmax.div_value",
+            "model.div_value=2 is what softmax=adaptive sets: use softmax.div_value",
         ),
         (["softmax=adaptive", "objective=vae", "model=vae_lstm"], "softmax=adaptive cannot train model=vae_lstm"),
         (["softmax=adaptive", "init=hf:no/folder"], "cannot train a model that began with another softmax"),

@@ -110,7 +110,7 @@ def test_the_configuration_chooses_the_average(config: TrainConfig, decay: float
     [
         ({"average": Average.ema}, "train.average=ema needs train.ema_decay"),
         ({"average": Average.swa, "ema_decay": 0.9}, "train.average=swa excludes train.ema_decay"),
-        ({"swa_start": 1.0, "asgd_patience": 0}, r"train.swa_start=1.0.*train.asgd_patience=0"),
+        ({"swa_start": 1.0, "asgd_patience": 0}, r"train.swa_start=1 .*train.asgd_patience=0"),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, object], words: str) -> None:

@@ -51,7 +51,7 @@ def test_an_older_run_does_not_resume_as_something_that_it_was_not() -> None:
     before = without(stored(RecurrentConfig()), model=["num_softmaxes"], train=["seq_len_jitter"])
     now = stored(RecurrentConfig(num_softmaxes=3))
     now["train"]["seq_len_jitter"] = True
-    with pytest.raises(ConfigError, match=r"model\.num_softmaxes: 1 -> 3, train\.seq_len_jitter: False -> True"):
+    with pytest.raises(ConfigError, match=r"model\.num_softmaxes: 1 -> 3, train\.seq_len_jitter: false -> true"):
         check_resumable(with_defaults(before), now)
 
 

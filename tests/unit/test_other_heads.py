@@ -201,7 +201,7 @@ def test_a_model_has_the_head_of_its_configuration_and_starts_near_the_unigram_m
             r"num_softmaxes=2 must be 1.*tie_embeddings=true must",
         ),
         (lambda: RecurrentConfig(cutoffs=[7, 7], num_softmaxes=0), r"num_softmaxes=0 must be >= 1.*rising"),
-        (lambda: AdaptiveSoftmaxConfig(cutoffs=[0, 3], div_value=0.5), r"softmax.cutoffs=\[0, 3\].*softmax.div_value"),
+        (lambda: AdaptiveSoftmaxConfig(cutoffs=[0, 3], div_value=0.5), r"softmax.cutoffs=\[0,3\].*softmax.div_value"),
         (lambda: AdaptiveSoftmaxConfig(label_smoothing=0.1), "needs softmax=exact"),
         (lambda: check_head(AdaptiveSoftmaxConfig(), MixtureHead), "softmax=adaptive cannot train"),
         (lambda: check_head(SampledSoftmaxConfig(), MixtureHead), "cannot train a mixture"),

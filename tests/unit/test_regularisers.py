@@ -215,7 +215,7 @@ def test_nadam_without_growing_momentum_is_adam_with_nesterov() -> None:
         (lambda: TransformerConfig(dropout_embed=1.0), "model.dropout_embed"),
         (lambda: TransformerConfig(drop_path=-0.1), "model.drop_path"),
         (lambda: SoftmaxConfig(label_smoothing=1.0), "softmax.label_smoothing"),
-        (lambda: SoftmaxConfig(ar_alpha=-1.0, tar_beta=float("nan")), r"softmax.ar_alpha=-1.0.*softmax.tar_beta=nan"),
+        (lambda: SoftmaxConfig(ar_alpha=-1.0, tar_beta=float("nan")), r"softmax.ar_alpha=-1 .*softmax.tar_beta=nan"),
         (lambda: SampledSoftmaxConfig(label_smoothing=0.1), "needs softmax=exact"),
         (lambda: NadamConfig(momentum_decay=-1.0, beta1=2.0), r"optimizer.beta1.*optimizer.momentum_decay"),
     ],

@@ -153,7 +153,7 @@ def test_a_time_limit_that_is_no_duration_is_refused(text: str) -> None:
 def test_everything_wrong_with_the_policies_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"max_skips=-1 .*workers=-2") as caught:
         TrainConfig(max_skips=-1, workers=-2, spike_nats=0.0)
-    assert "spike_nats=0.0" in str(caught.value)
+    assert "spike_nats=0 must" in str(caught.value)
 
 
 def test_the_last_step_is_the_smallest_limit() -> None:
