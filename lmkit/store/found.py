@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmkit.errors import CheckpointError
-from lmkit.store import storage
+from lmkit.store import records, storage
 from lmkit.store.manifest import MANIFEST
-from lmkit.store.records import decode, read_object
+from lmkit.store.records import read_object
 
 CHECKPOINTS = "checkpoints"
 RUN_INFO = "run.json"
@@ -31,11 +30,8 @@ def absolute(path: str | Path) -> Path:
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """One line of metrics.jsonl, or None if it is torn or foreign."""
-    try:
-        row = decode(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    row = records.parse_row(line)
+    return row if row is not None and type(row.get("step")) is int else None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
