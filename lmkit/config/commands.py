@@ -89,19 +89,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.seed >= 0, "seed", self.seed, "must be >= 0")
-            check(
-                not self.resume or self.run.dir is not None,
-                "resume",
-                self.resume,
-                "needs run.dir=DIR, the run to continue",
-            )
-            check(
-                self.resume or not self.run.allow_data_change,
-                "run.allow_data_change",
-                self.run.allow_data_change,
-                "needs resume=true",
-            )
+            _check_run(check, self)
             check(
                 self.objective.name == self.model.objective,
                 "objective",
@@ -161,19 +149,7 @@ class FinetuneConfig:
         if type(self.task) is TaskConfig:  # a default of a subclass would not let Hydra choose another one
             self.task = LmTaskConfig()
         with Problems() as check:
-            check(self.seed >= 0, "seed", self.seed, "must be >= 0")
-            check(
-                not self.resume or self.run.dir is not None,
-                "resume",
-                self.resume,
-                "needs run.dir=DIR, the run to continue",
-            )
-            check(
-                self.resume or not self.run.allow_data_change,
-                "run.allow_data_change",
-                self.run.allow_data_change,
-                "needs resume=true",
-            )
+            _check_run(check, self)
             check(
                 self.init.weights is None or self.run.path is None,
                 "init.weights",
@@ -198,6 +174,14 @@ class FinetuneConfig:
         check(self.adapter is None, "adapter", "NAME", rule)
         check(not self.resume, "resume", self.resume, rule)
         check.unused("tune", self.tune, [field.name for field in fields(TuneConfig)], rule)
+
+
+def _check_run(check: Problems, cfg: PretrainConfig | FinetuneConfig) -> None:
+    """Note what is wrong with the seed of a run, or with how it is to go on."""
+    check(cfg.seed >= 0, "seed", cfg.seed, "must be >= 0")
+    check(not cfg.resume or cfg.run.dir is not None, "resume", cfg.resume, "needs run.dir=DIR, the run to continue")
+    new_data = cfg.run.allow_data_change
+    check(cfg.resume or not new_data, "run.allow_data_change", new_data, "needs resume=true")
 
 
 @dataclass(kw_only=True)

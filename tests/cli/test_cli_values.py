@@ -369,3 +369,12 @@ def test_all_values_out_of_range_are_reported_at_once(lmkit: Any) -> None:
 )
 def test_a_value_that_is_refused_is_not_in_the_range_that_is_named(lmkit: Any, words: list[str], part: str) -> None:
     assert part in lmkit.refused("pretrain", *words)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_run_that_goes_on_has_to_be_named_and_only_such_a_one_has_other_data(lmkit: Any, command: str) -> None:
+    message = lmkit.refused(command, "resume=true", "seed=-1")
+    assert message == "seed=-1 must be >= 0; resume=true needs run.dir=DIR, the run to continue"
+    message = lmkit.refused(command, "run.dir=x", "run.allow_data_change=true")
+    assert message == "run.allow_data_change=true needs resume=true"
+    assert lmkit.config(command, "run.dir=x", "run.allow_data_change=true", "resume=true").resume
