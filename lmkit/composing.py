@@ -76,7 +76,7 @@ def _clashes(command: str, groups: Mapping[str, str]) -> Iterator[str]:
 
     if groups.get("recipe", "null") == "null":
         return
-    known, recipe = keys_of(command, groups), _recipe(groups["recipe"])
+    known, recipe = keys_of(command, groups), values_in(f"recipe/{groups['recipe']}")
     for group, name in groups.items():
         lacking = [f"{group}.{key}" for key in recipe.get(group) or {} if f"{group}.{key}" not in known]
         if lacking:
@@ -86,14 +86,14 @@ def _clashes(command: str, groups: Mapping[str, str]) -> Iterator[str]:
             )
 
 
-def _recipe(name: str) -> dict[str, Any]:
-    """What a recipe sets, by group and key."""
+def values_in(name: str) -> dict[str, Any]:
+    """What a file of the presets sets, as ``recipe/ptb_vae`` or ``pretrain``: key or group -> value or values."""
     from omegaconf import OmegaConf
 
     from lmkit.presets import config_dir
 
-    values = OmegaConf.to_container(OmegaConf.load(config_dir() / "recipe" / f"{name}.yaml"))
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    values = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml"))
+    return {str(k): v for k, v in values.items() if k != "defaults"} if isinstance(values, dict) else {}
 
 
 def _foreign_rate(line: Line, groups: Mapping[str, str]) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _foreign_rate(line: Line, groups: Mapping[str, str]) -> Iterator[str]:
     recipe, own = groups.get("recipe", "null"), groups.get("optimizer")
     if recipe == "null" or own is None or "optimizer.lr" in line.values:
         return
-    if "lr" not in (_recipe(recipe).get("optimizer") or {}):
+    if "lr" not in (values_in(f"recipe/{recipe}").get("optimizer") or {}):
         return
     theirs = recipe_choices(recipe).get("optimizer", own)
     kinds = [SCHEMAS["optimizer"][schema_name("optimizer", name) or ""] for name in (own, theirs)]
@@ -324,4 +324,4 @@ def _refused(config: DictConfig) -> list[str]:
     return found
 
 
-__all__ = ["compose", "register_schemas", "to_dataclass", "to_yaml"]
+__all__ = ["compose", "register_schemas", "to_dataclass", "to_yaml", "values_in"]

@@ -13,18 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmkit.arguments import ALIASES
+from lmkit.composing import values_in
 from lmkit.config import ROOTS, SCHEMAS
 from lmkit.config.text import flatten, format_value
 from lmkit.errors import ConfigError
 from lmkit.help import NOT_GIVEN, WIDTH
 from lmkit.keys import every_key, field_docs, owners_of, presets_with, type_text
 from lmkit.presets import (
-    config_dir,
     default_of,
     description,
     groups_of,
     names_in,
     nearest,
+    preset_name,
     recipe_choices,
     schema_name,
 )
@@ -44,7 +45,7 @@ def explain(word: str, command: str | None = None) -> str:
     name = ALIASES.get(name, name) if equals else name  # run=DIR is a key; run alone is a part, which has more
     having = [c for c in commands if name in groups_of(c)]
     if having and equals:
-        return _preset_text(name, value.replace("-", "_"), having)
+        return _preset_text(name, preset_name(name, value), having)
     if having:
         keyed = [c for c in commands if c not in having and name in every_key(c)]  # adapter, which is a folder there
         return "\n\n".join([_group_text(name, having), *([_key_text(name, keyed)] if keyed else [])])
@@ -108,7 +109,7 @@ def _preset_text(group: str, name: str, commands: Sequence[str]) -> str:
     lines = [f"{group}={name}", f"  {description(group, name)}", "", f"commands: {', '.join(commands)}", ""]
     if schema_name(group, name) is None:
         chosen = recipe_choices(name) if group == "recipe" else {}
-        pairs = [*chosen.items(), *flatten(_yaml(f"{group}/{name}"))]
+        pairs = [*chosen.items(), *flatten(_values_in(f"{group}/{name}"))]
         return "\n".join([*lines, *(f"  {key}={_shown(value)}" for key, value in pairs)])
     keys = [k for k in every_key(commands[0]) if f"{group}={name}" in presets_with(commands[0], k)]
     return "\n".join([*lines, *(f"  {key}={_preset_value(key, f'{group}={name}')}" for key in keys)])
@@ -151,12 +152,7 @@ def _doc(owner: type, key: str) -> str:
 # Values
 
 
-@functools.cache
-def _yaml(name: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    data = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml"))
-    return {str(k): v for k, v in data.items() if k != "defaults"} if isinstance(data, dict) else {}
+_values_in = functools.cache(values_in)
 
 
 def _inside(data: Any, path: Sequence[str]) -> Any:
@@ -171,14 +167,14 @@ def _preset_value(key: str, preset: str) -> str:
     """What a key is in a preset: as written there, else its class's default."""
     group, _, name = preset.partition("=")
     path = key.split(".")[1:]
-    value = _inside(_yaml(f"{group}/{name}"), path)
+    value = _inside(_values_in(f"{group}/{name}"), path)
     if value is _MISSING:
         value = _default(SCHEMAS[group][schema_name(group, name) or ""], path)
     return _shown(value)
 
 
 def _root_value(command: str, key: str) -> str:
-    value = _inside(_yaml(command), key.split("."))
+    value = _inside(_values_in(command), key.split("."))
     return _shown(_default(ROOTS[command], key.split(".")) if value is _MISSING else value)
 
 
@@ -202,7 +198,7 @@ def _default(cls: type, path: Sequence[str]) -> Any:
 
 def _recipes_with(key: str) -> Iterator[str]:
     for name in names_in("recipe"):
-        value = _inside(_yaml(f"recipe/{name}"), key.split("."))
+        value = _inside(_values_in(f"recipe/{name}"), key.split("."))
         if value is not _MISSING:
             yield f"recipe={name} ({_shown(value)})"
 

@@ -46,7 +46,7 @@ LAYERS = [
 
 DOORS = {
     "hydra": {"composing", "launch"},
-    "omegaconf": {"composing", "help", "explain"},
+    "omegaconf": {"composing", "help"},
     "rich": {"console"},
     "matplotlib": {"plots"},
     "datasets": {"data"},

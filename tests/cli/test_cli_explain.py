@@ -112,6 +112,7 @@ def test_a_part_with_a_short_form_is_more_than_that_form(lmkit: Any) -> None:
         (["train.budget", "generate"], ["'train.budget' is no key or group of generate"]),
         (["train.budget", "pretrian"], ["unknown command 'pretrian'", "pretrain"]),
         (["optimizer=adm"], ["optimizer=adm is unknown", "adam"]),
+        (["model=awd-lsx"], ["model=awd-lsx is unknown", "awd_lstm"]),
         (["a", "b", "c"], ["'c' is too much"]),
         ([""], ["'' is no key or group"]),
     ],
