@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import Lmkit, digests, forge, forge_config
+from stopping import signal_after
 
 from lmkit.commands import training
 from lmkit.commands.new_data import DataOrder, follow
@@ -29,7 +30,6 @@ from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints
 from lmkit.store.found import read_metrics
 from lmkit.store.manifest import step_of
 from lmkit.tasks.language import LanguageModelling
-from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 DEVICE = ["device=cpu", "device.threads=1"]
@@ -284,7 +284,7 @@ def test_row_70_a_run_with_new_data_goes_on_without_the_key_to_the_same_bytes(
         shutil.copytree(tmp_path / "first", tmp_path / name)
     assert lmkit(*words, f"run.dir={tmp_path}/whole", NEW_DATA).code == 0
     with monkeypatch.context() as patch:
-        stop_after(15, patch)
+        signal_after(patch, 15)
         assert lmkit(*words, f"run.dir={tmp_path}/stopped", NEW_DATA).code == 75
     with monkeypatch.context() as patch:  # before the first checkpoint of the new data
 
@@ -461,7 +461,7 @@ def test_row_74_a_finished_run_that_was_given_more_steps_and_stopped_among_them_
     words = [*small, "resume=true", "train.max_steps=20"]
     assert lmkit(*words, f"run.dir={trained}").code == 0
     with monkeypatch.context() as patch:
-        stop_after(15, patch)
+        signal_after(patch, 15)
         assert lmkit(*words, f"run.dir={twin}").code == 75
     done = lmkit(*words, f"run.dir={twin}")
     assert done.code == 0, done.err
@@ -522,19 +522,6 @@ def test_row_79_a_stop_in_the_middle_of_accumulation_saves_whole_steps_only(
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send SIGTERM when a step is done."""
-    follow = Timing.follow
-
-    def followed(self: Timing, *args: Any) -> Any:
-        result = follow(self, *args)
-        if self.state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(Timing, "follow", followed)
-
-
 @pytest.mark.parametrize(
     ("words", "steps"),
     [
@@ -552,7 +539,7 @@ def test_row_80_a_stop_at_the_end_of_an_epoch_changes_no_byte(
     for step in steps:
         run_dir = f"run.dir={tmp_path}/run{step}"
         with monkeypatch.context() as patch:
-            stop_after(step, patch)
+            signal_after(patch, step)
             done = lmkit(*words, run_dir)
         assert done.code == 75, done.err
         assert lmkit(*words, run_dir, "resume=true").code == 0

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 from children import Child
 from harness import Lmkit, Start
@@ -27,7 +28,6 @@ from lmkit.store import storage
 from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
 from lmkit.store.found import read_metrics
-from lmkit.store.manifest import read_manifest, verify_checkpoint
 from lmkit.train import Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -37,12 +37,8 @@ STEPS = 40
 
 def digests(run_dir: Path) -> dict[str, str]:
     """What the newest checkpoint holds, as file -> SHA-256; every checkpoint must be whole."""
-    for path in list_checkpoints(run_dir):
-        verify_checkpoint(path)
-    newest = latest_checkpoint(run_dir, pytest.fail)
-    assert newest is not None
-    files = {file.path: file.sha256 for file in read_manifest(newest).files if file.path.endswith(".safetensors")}
-    return files | {"step": newest.name}
+    harness.names(run_dir)
+    return harness.digests(run_dir)
 
 
 def journal(run_dir: Path, event: str) -> list[dict[str, Any]]:

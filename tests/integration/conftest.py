@@ -12,7 +12,7 @@ import torch
 from lmkit.config.commands import PretrainConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
-from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
+from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig
 from lmkit.config.training import EvalConfig, RunConfig, TrainConfig
 
@@ -36,7 +36,6 @@ WORDS = [
 ]
 
 TINY_TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)
-TINY_LSTM = RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=0.2, dropout_embed=0.1)
 
 MakeConfig = Callable[..., PretrainConfig]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from stopping import assert_same, signal_after, tensors_in
 
 from lmkit import cli
 from lmkit.commands import eval_ppl, finetune, pretrain
@@ -100,13 +99,6 @@ def tuning(
     )
 
 
-def tensors_of(run: Path, *, with_optimizer: bool = True) -> dict[str, Tensor]:
-    newest = latest_checkpoint(run)
-    assert newest is not None
-    snapshot = load_checkpoint(newest, with_optimizer=with_optimizer)
-    return {**snapshot.model, **snapshot.optimizer}
-
-
 def evaluated(run: Path, **keys: Any) -> dict[str, Any]:
     checkpoint = keys.pop("checkpoint", "best")
     existing = ExistingRunConfig(path=str(run), checkpoint=checkpoint)
@@ -143,21 +135,12 @@ def test_a_recurrent_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
 
 def _resumes(base: Path, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:
     whole = finetune.run(tuning(base, data, folder / "whole", **keys))
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timing, "follow", follow)
+        signal_after(patch, 5)
         with pytest.raises(StoppedError):
             finetune.run(tuning(base, data, folder / "pieces", **keys))
     pieces = finetune.run(replace(tuning(base, data, folder / "pieces", **keys), resume=True))
-    one, two = tensors_of(folder / "whole"), tensors_of(folder / "pieces")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert_same(tensors_in(folder / "whole"), tensors_in(folder / "pieces"))
     for result in (whole, pieces):
         for name in ("token_ppl", "word_ppl"):
             assert result["forgetting"]["after"][name] == whole["forgetting"]["after"][name]
@@ -259,8 +242,8 @@ def test_an_adapter_trains_beside_a_base_that_keeps_every_bit_and_is_reported(
     result = finetune.run(
         tuning(bases["transformer"], numbers, tmp_path / "run", adapter=LORA, train={"max_steps": 30})
     )
-    base = tensors_of(bases["transformer"], with_optimizer=False)
-    tuned = tensors_of(tmp_path / "run", with_optimizer=False)
+    base = tensors_in(bases["transformer"], with_optimizer=False)
+    tuned = tensors_in(tmp_path / "run", with_optimizer=False)
     assert all(torch.equal(tuned[name], tensor) for name, tensor in base.items())
     num_trained = sum(tensor.numel() for name, tensor in tuned.items() if name not in base)
     assert result["num_parameters"] == num_trained
@@ -280,7 +263,7 @@ def test_what_is_not_unfrozen_yet_does_not_move(bases: dict[str, Path], numbers:
         bases["transformer"], numbers, tmp_path / "run", tune=tune, train={"max_steps": 8}, optimizer=MuonConfig()
     )
     finetune.run(replace(cfg, save=SaveConfig(every_steps=1, keep=20)))
-    base = tensors_of(bases["transformer"], with_optimizer=False)
+    base = tensors_in(bases["transformer"], with_optimizer=False)
     moved_at: dict[str, int] = {}
     for step in range(1, 9):
         path = tmp_path / "run" / "checkpoints" / f"step-{step:012d}"

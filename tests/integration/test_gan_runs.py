@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stopping import assert_same, signal_after, tensors_in
 from torch import Tensor
 
 from lmkit import cli
@@ -30,11 +30,10 @@ from lmkit.errors import StoppedError
 from lmkit.loading import load_run
 from lmkit.models.gan import Relgan
 from lmkit.planning import plan
-from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from lmkit.store.checkpoint import list_checkpoints
 from lmkit.store.manifest import step_directory
 from lmkit.tasks import gan as gan_task
 from lmkit.tasks.gan import draw_sentences
-from lmkit.timing import Timing
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -79,11 +78,7 @@ def gan(config: MakeConfig, lines: Path) -> MakeConfig:
 
 def weights(cfg: PretrainConfig, step: int | None = None) -> dict[str, Tensor]:
     assert cfg.run.dir is not None
-    run = Path(cfg.run.dir)
-    path = latest_checkpoint(run) if step is None else run / "checkpoints" / f"step-{step:012d}"
-    assert path is not None
-    snapshot = load_checkpoint(path, with_optimizer=True)
-    return {**snapshot.model, **snapshot.optimizer}
+    return tensors_in(Path(cfg.run.dir), step)
 
 
 def test_a_run_stopped_in_either_part_and_resumed_ends_with_the_same_bits(
@@ -91,23 +86,14 @@ def test_a_run_stopped_in_either_part_and_resumed_ends_with_the_same_bits(
 ) -> None:
     whole = gan(run="whole", micro_batch_size=8)
     pretrain.run(whole)
-    original = Timing.follow
     for stop_at in (4, 9):
         cut = gan(run=f"cut{stop_at}", micro_batch_size=8)
-
-        def follow(self: Timing, stop_at: int = stop_at) -> None:
-            original(self)
-            if self.state.step == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Timing, "follow", follow)
+            signal_after(patch, stop_at)
             with pytest.raises(StoppedError):
                 pretrain.run(cut)
         pretrain.run(replace(cut, resume=True))
-        first, second = weights(whole), weights(cut)
-        assert first.keys() == second.keys()
-        assert [name for name in first if not torch.equal(first[name], second[name])] == []
+        assert_same(weights(whole), weights(cut))
 
 
 def test_a_plan_counts_and_times_the_adversarial_part(gan: MakeConfig) -> None:

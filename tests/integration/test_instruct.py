@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from stopping import assert_same, signal_after, tensors_in
 
 from lmkit import cli
 from lmkit.commands import chat, finetune, pretrain
@@ -31,7 +30,6 @@ from lmkit.console import Console
 from lmkit.errors import DataError, StoppedError
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
-from lmkit.timing import Timing
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 MODELS: dict[str, ModelConfig] = {
@@ -99,20 +97,6 @@ def tuning(task: ChatTaskConfig, base: Path, run: Path, *, lr: float = 3e-3, **t
     )
 
 
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    newest = latest_checkpoint(run)
-    assert newest is not None
-    snapshot = load_checkpoint(newest, with_optimizer=True)
-    return {**snapshot.model, **snapshot.optimizer}
-
-
-def assert_same(first: Path, second: Path) -> None:
-    one, two = tensors_of(first), tensors_of(second)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), f"{name} differs"
-
-
 def answers(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """What lmkit generate prints."""
     capsys.readouterr()
@@ -132,19 +116,12 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
         task = PreferTaskConfig(data=pairs, sft_weight=0.1, label_smoothing=0.1)
     base = bases.get(name, bases["transformer"])
     finetune.run(tuning(task, base, tmp_path / "whole"))
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timing, "follow", follow)
+        signal_after(patch, 5)
         with pytest.raises(StoppedError):
             finetune.run(tuning(task, base, tmp_path / "pieces", micro_batch_size=4))
     finetune.run(replace(tuning(task, base, tmp_path / "pieces"), resume=True))
-    assert_same(tmp_path / "whole", tmp_path / "pieces")
+    assert_same(tensors_in(tmp_path / "whole"), tensors_in(tmp_path / "pieces"))
 
 
 def test_validation_and_greedy_answers_do_not_change_what_is_learnt(
@@ -154,7 +131,7 @@ def test_validation_and_greedy_answers_do_not_change_what_is_learnt(
     finetune.run(tuning(task, bases["transformer"], tmp_path / "often"))
     rarely = tuning(replace(task, exact_match=0), bases["transformer"], tmp_path / "rarely")
     finetune.run(replace(rarely, eval=EvalConfig(every_steps=12)))
-    assert_same(tmp_path / "often", tmp_path / "rarely")
+    assert_same(tensors_in(tmp_path / "often"), tensors_in(tmp_path / "rarely"))
 
 
 def test_a_step_is_replayed_with_the_loss_of_the_run(bases: dict[str, Path], questions: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from stopping import signal_after
 
 from lmkit import cli, launch
 from lmkit.arguments import parse
@@ -22,7 +23,6 @@ from lmkit.store.browse import read_summary
 from lmkit.store.sweeps import Job as StoredJob
 from lmkit.store.sweeps import begin, note_failure, read
 from lmkit.sweep import Job, Outcome, here
-from lmkit.timing import Timing
 
 WORDS = ["pretrain", "-m", "dataset=text", "tokenizer=byte", "model=tiny", "device=cpu", "train.max_steps=2"]
 WORDS += ["train.batch_size=2", "train.seq_len=8", "model.d_model=16", "model.num_layers=1", "model.num_heads=2"]
@@ -119,16 +119,9 @@ def test_where_a_launcher_stays_in_this_process_a_job_that_is_stopped_is_the_las
 def test_ctrl_c_ends_a_sweep_by_a_launcher_that_stays_in_this_process_and_it_goes_on(
     lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    follow = Timing.follow
-
-    def interrupt(self: Timing) -> None:
-        follow(self)
-        if self.state.step == 1:
-            signal.raise_signal(signal.SIGINT)
-
     words = ["seed=1,2", "launcher=joblib", "launcher.n_jobs=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(Timing, "follow", interrupt)
+        signal_after(patch, 1, signal.SIGINT)
         assert lmkit(*words) == 75
     assert "2 of 2 jobs stopped: resume=true goes on with them" in capsys.readouterr().err
     assert not Path("jobs/1").exists()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import assert_same, signal_after, tensors_in
 from torch import Tensor
 
 from lmkit import horizon, judging, products, session
@@ -60,18 +61,7 @@ def path_of(config: PretrainConfig) -> Path:
 
 
 def tensors_of(config: PretrainConfig, step: int | None = None) -> dict[str, Tensor]:
-    """Everything in the newest checkpoint (or that of a step)."""
-    run = path_of(config)
-    path = latest_checkpoint(run) if step is None else run / "checkpoints" / f"step-{step:012d}"
-    assert path is not None
-    snapshot = load_checkpoint(path, with_optimizer=True)
-    return {**snapshot.model, **snapshot.optimizer}
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), f"{name} differs"
+    return tensors_in(path_of(config), step)
 
 
 def journal(config: PretrainConfig, event: str) -> list[dict[str, Any]]:
@@ -93,17 +83,6 @@ def poison(patch: pytest.MonkeyPatch, *steps: int, factor: float = math.nan, onl
         return loss, state
 
     patch.setattr(Trainer, "run_micro_batch", run_micro_batch)
-
-
-def signal_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == step:
-            signal.raise_signal(number)
-
-    patch.setattr(Timing, "follow", follow)
 
 
 @pytest.fixture(autouse=True)
@@ -708,15 +687,8 @@ def test_row_51_52_a_signal_that_saves_lets_the_run_go_on(
 
 def test_row_50_the_second_signal_ends_the_run_now(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config()
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == 5:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Timing, "follow", follow)
+    for _ in range(2):
+        signal_after(monkeypatch, 5, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(cfg)
     assert [p.name[-2:] for p in list_checkpoints(path_of(cfg))] == ["02", "04"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import assert_same, signal_after, tensors_in
 
 from lmkit.commands import pretrain, training
 from lmkit.config.commands import PretrainConfig
@@ -37,31 +37,10 @@ from lmkit.errors import ConfigError, StoppedError
 from lmkit.session import Session
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
-from lmkit.timing import Timing
 
 MakeConfig = Callable[..., PretrainConfig]
 TRANSFORMER = TransformerConfig(d_model=32, num_layers=2, num_heads=2, context=32, dropout=0.1)
 LSTM = RecurrentConfig(d_embed=24, d_hidden=32, num_layers=2, dropout_recurrent=0.2, dropout_embed=0.1)
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send SIGTERM to this process when the given step is done, as a scheduler would."""
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Timing, "follow", follow)
-
-
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    newest = latest_checkpoint(run)
-    assert newest is not None
-    snapshot = load_checkpoint(newest, with_optimizer=True)
-    assert snapshot.step == 12
-    return {**snapshot.model, **snapshot.optimizer}
 
 
 def check_stop_and_resume(
@@ -70,17 +49,14 @@ def check_stop_and_resume(
     """Run ``config`` whole, ``resumed`` with a stop after a step, and compare every tensor bit for bit."""
     pretrain.run(config)
     with monkeypatch.context() as patch:
-        stop_after(step, patch)
+        signal_after(patch, step)
         with pytest.raises(StoppedError, match="resume=true") as stopped:
             pretrain.run(resumed)
     assert stopped.value.exit_code == 75
     pretrain.run(replace(resumed, resume=True))
     assert config.run.dir is not None
     assert resumed.run.dir is not None
-    whole, pieces = final_tensors(Path(config.run.dir)), final_tensors(Path(resumed.run.dir))
-    assert whole.keys() == pieces.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, pieces[name]), f"{name} differs"
+    assert_same(tensors_in(Path(config.run.dir), 12), tensors_in(Path(resumed.run.dir), 12))
 
 
 @pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
@@ -162,7 +138,7 @@ def test_a_resumed_run_does_not_hold_what_it_was_read_from(config: MakeConfig, m
     """Weights and optimizer would take as much memory again: a run that fits would not once it is resumed."""
     cfg, read = config(), list[weakref.ref[torch.Tensor]]()
     with monkeypatch.context() as patch:
-        stop_after(5, patch)
+        signal_after(patch, 5)
         with pytest.raises(StoppedError):
             pretrain.run(cfg)
     load, execute = training.load_latest, Session.execute

@@ -7,7 +7,6 @@ import gzip
 import importlib.util
 import json
 import random
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import assert_same, signal_after, tensors_in
 
 from lmkit import cli
 from lmkit.commands import finetune
@@ -31,10 +31,8 @@ from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError, ResourceError, StoppedError
 from lmkit.store.browse import read_summary
-from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks.classify import Classify
-from lmkit.timing import Timing
 from lmkit.train import Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -144,24 +142,6 @@ def test_what_an_adaptive_softmax_is_made_of_is_refused_in_finetuning(
     found = capsys.readouterr().err.splitlines()[-1]
     assert "softmax.cutoffs=[5,9] has no use in finetuning" in found
     assert "softmax.div_value=2 has no use in finetuning" in found
-
-
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    path = latest_checkpoint(run)
-    assert path is not None
-    snapshot = load_checkpoint(path, with_optimizer=True)
-    return {**snapshot.model, **snapshot.optimizer}
-
-
-def signal_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    patch.setattr(Timing, "follow", follow)
 
 
 def house_maker() -> Any:
@@ -309,9 +289,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(
         with pytest.raises(StoppedError):
             finetune.run(pieces)
     finetune.run(replace(pieces, resume=True))
-    first, second = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "pieces")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert_same(tensors_in(tmp_path / "whole"), tensors_in(tmp_path / "pieces"))
     losses = [[row.get("loss") for row in read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
     assert losses[0] == losses[1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import assert_same, signal_after, tensors_in
 
 from lmkit import cli
 from lmkit.commands import eval_ppl, generate, pretrain, replay
@@ -28,9 +28,8 @@ from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.store.browse import read_summary
-from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
+from lmkit.store.checkpoint import load_checkpoint
 from lmkit.store.manifest import step_directory
-from lmkit.timing import Timing
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
 TOPICS = [["red", "green", "blue"], ["one", "two", "three"], ["cat", "dog", "bird"], ["salt", "oil", "rice"]]
@@ -76,13 +75,6 @@ def vae(config: MakeConfig, topics: Path) -> MakeConfig:
 def run_dir(cfg: PretrainConfig) -> str:
     assert cfg.run.dir is not None
     return cfg.run.dir
-
-
-def tensors(cfg: PretrainConfig) -> dict[str, torch.Tensor]:
-    path = latest_checkpoint(Path(run_dir(cfg)), pytest.fail)
-    assert path is not None
-    snapshot = load_checkpoint(path, with_optimizer=True)
-    return {**snapshot.model, **snapshot.optimizer}
 
 
 @pytest.fixture(scope="session")
@@ -165,21 +157,12 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(vae: MakeConfig, monk
     whole = vae(run="whole", micro_batch_size=8)
     pretrain.run(whole)
     cut = vae(run="cut", micro_batch_size=8)
-    original = Timing.follow
-
-    def follow(self: Timing) -> None:
-        original(self)
-        if self.state.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timing, "follow", follow)
+        signal_after(patch, 5)
         with pytest.raises(StoppedError):
             pretrain.run(cut)
     pretrain.run(replace(cut, resume=True))
-    first, second = tensors(whole), tensors(cut)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert_same(tensors_in(Path(run_dir(whole))), tensors_in(Path(run_dir(cut))))
 
 
 def test_the_sampled_softmax_ends_exact_and_a_budget_knows_where_the_time_of_a_step_changes(vae: MakeConfig) -> None:
@@ -237,7 +220,7 @@ def test_validation_does_not_disturb_training(vae: MakeConfig) -> None:
     often, seldom = vae(run="often"), vae(run="seldom")
     pretrain.run(often)
     pretrain.run(replace(seldom, eval=replace(seldom.eval, every_steps=12)))
-    first, second = tensors(often), tensors(seldom)
+    first, second = tensors_in(Path(run_dir(often))), tensors_in(Path(run_dir(seldom)))
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import signal_after
 
 from lmkit import cli, judging, session, timing
 from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain
@@ -30,7 +30,6 @@ from lmkit.horizon import EXIT_RESERVE_S
 from lmkit.store import checkpoint_writer
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.found import read_metrics, read_result
-from lmkit.timing import Timing
 from lmkit.train import StepReport, Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -216,15 +215,8 @@ def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(config: MakeConfig, t
 def test_a_run_that_goes_on_when_its_time_is_over_ends_without_another_step(
     config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    follow = Timing.follow
-
-    def stop(self: Timing) -> None:
-        follow(self)
-        if self.state.step == 31:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Timing, "follow", stop)
+        signal_after(patch, 31)
         with pytest.raises(StoppedError):
             pretrain.run(config(max_steps=None, budget="20s"))
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1], with_optimizer=False).state
