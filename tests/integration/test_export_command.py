@@ -115,7 +115,7 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(exporting, "compare_logits", refuse)
     before = sorted(tmp_path.iterdir())
     for kind in (ExportFormat.hf, ExportFormat.safetensors):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match="computes something else"):
             export.run(config(run, tmp_path / "out", kind))
     assert sorted(tmp_path.iterdir()) == before
 

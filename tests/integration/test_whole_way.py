@@ -30,6 +30,7 @@ from lmkit.horizon import EXIT_RESERVE_S
 from lmkit.store import checkpoint_writer
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint, valid_loss
 from lmkit.store.found import read_metrics, read_result
+from lmkit.store.manifest import step_of
 from lmkit.train import StepReport, Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -288,10 +289,11 @@ def test_memory_that_was_needed_before_the_first_step_is_given_back(
 
 def test_divergence_keeps_the_last_good_checkpoint(config: MakeConfig, tmp_path: Path) -> None:
     made = replace(config(max_steps=60), optimizer=SgdConfig(lr=1e12, clip_norm=None), save=SaveConfig(every_steps=1))
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError, match=r"step \d+ is not finite") as diverged:
         pretrain.run(made)
-    for path in list_checkpoints(tmp_path / "run"):
-        load_checkpoint(path, with_optimizer=True)
+    last = list_checkpoints(tmp_path / "run")[-1]
+    load_checkpoint(last, with_optimizer=True)  # which raises for weights that are not finite
+    assert f"step {step_of(last.name) + 1} " in str(diverged.value)
 
 
 def test_a_sequence_longer_than_the_context_is_refused_before_anything_is_made(

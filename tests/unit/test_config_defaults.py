@@ -41,7 +41,7 @@ def test_fields_that_were_not_known_yet_are_at_their_defaults() -> None:
     now = stored(RecurrentConfig())
     before = without(now, model=["num_softmaxes", "cutoffs"], train=["shuffle", "average"], softmax=["tar_beta"])
     del before["logger"]
-    with pytest.raises(ConfigError):  # unless they are filled in
+    with pytest.raises(ConfigError, match=r"model.num_softmaxes: null -> 1"):  # unless they are filled in
         check_resumable(before, now)
     assert with_defaults(before) == now
     assert check_resumable(with_defaults(before), now) == []

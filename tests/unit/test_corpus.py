@@ -158,7 +158,9 @@ def test_a_missing_newline_at_the_end_of_a_benchmark_file_is_restored(
     write_benchmark(tmp_path, "ptb.{split}.txt")
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    survey(open_corpus(BenchmarkConfig(path=str(tmp_path))))
+    source = open_corpus(BenchmarkConfig(path=str(tmp_path)))
+    survey(source)
+    assert {split: text_of(source, split) for split in source.splits} == canonical()
 
 
 def test_raw_sets_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

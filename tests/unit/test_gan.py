@@ -168,9 +168,9 @@ def test_bleu_is_one_for_a_copy_and_self_bleu_for_samples_that_are_all_the_same(
     assert bleu([text], [other, text]) == pytest.approx(dict.fromkeys((2, 3, 4, 5), 1.0))
     assert self_bleu([text, text, text])[5] == pytest.approx(1.0)
     assert self_bleu([text, other])[2] < 0.1
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="at least two samples"):
         self_bleu([text])
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="needs samples and references"):
         bleu([], [text])
 
 

@@ -305,7 +305,7 @@ def test_a_model_that_has_diverged_is_an_error() -> None:
     model = build(RecurrentConfig(d_embed=8, d_hidden=8), WORDS.vocab_size)
     with torch.no_grad():
         model.head.bias[2] = float("nan")  # type: ignore[index, union-attr]
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError, match="logits are not finite"):
         run(model, WORDS, "the", SamplingConfig(), max_new_tokens=3)
 
 

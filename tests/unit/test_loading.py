@@ -132,22 +132,22 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_sizes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        {"model": to_plain(RecurrentConfig(d_embed=8, d_hidden=9))},
-        {"model": to_plain(RecurrentConfig(d_embed=8, d_hidden=8, num_layers=3))},
-        {"model": {"kind": "nonsense"}},
-        {"model": None},
-        {"dataset": {"kind": "text", "surprise": 1}},
-        {"train": {}},
-        {"seed": "x"},
+        ({"model": to_plain(RecurrentConfig(d_embed=8, d_hidden=9))}, "the weights do not fit the configuration: "),
+        ({"model": to_plain(RecurrentConfig(d_embed=8, d_hidden=8, num_layers=3))}, "the weights do not fit"),
+        ({"model": {"kind": "nonsense"}}, "describe a run: model.kind='nonsense' is unknown"),
+        ({"model": None}, "describe a run: model must be an object"),
+        ({"dataset": {"kind": "text", "surprise": 1}}, "describe a run: dataset has unknown keys: surprise"),
+        ({"train": {}}, "describe a run: 'seq_len'"),
+        ({"seed": "x"}, "describe a run: invalid literal"),
     ],
 )
 def test_a_configuration_that_does_not_fit_the_weights_is_a_checkpoint_error(
-    tmp_path: Path, change: dict[str, Any]
+    tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     config = make_run(tmp_path, RecurrentConfig(d_embed=8, d_hidden=8), change=change)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=said) as caught:
         load_run(config, device=resolve_device(CPU), console=Console(io.StringIO()))
     assert "\n" not in str(caught.value)
 
@@ -189,10 +189,19 @@ def test_windows_default_to_the_length_of_training_and_half_of_it_and_may_be_lon
     assert "windows of 32 tokens, stride 1" in longer["protocol_line"]
 
 
-@pytest.mark.parametrize("keys", [{"context": 33}, {"context": 4, "stride": 5}, {"stride": 9}])
-def test_an_impossible_window_is_refused_before_data_is_prepared(tmp_path: Path, keys: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"context": 33}, "context=33 must be between 1 and the model's context of 32"),
+        ({"context": 4, "stride": 5}, "stride=5 must be between 1 and context=4"),
+        ({"stride": 9}, "stride=9 must be between 1 and context=8"),
+    ],
+)
+def test_an_impossible_window_is_refused_before_data_is_prepared(
+    tmp_path: Path, keys: dict[str, int], said: str
+) -> None:
     config = make_run(tmp_path, TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=32))
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=said):
         evaluate(config, **keys)
     assert not (tmp_path / "cache").exists()
 

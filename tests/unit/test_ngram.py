@@ -102,10 +102,14 @@ def test_a_long_monotonous_text_still_leaves_every_token_a_finite_score() -> Non
     assert 10 < float(scores.nats_N[8]) < 100
 
 
-@pytest.mark.parametrize("text", [[], [1, 2, VOCAB], [1, -1]], ids=["empty", "too large", "negative"])
-def test_a_text_that_cannot_be_counted_is_refused(text: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [([], "the training text is empty"), ([1, 2, VOCAB], f"{VOCAB} at position 2"), ([1, -1], "-1 at position 1")],
+    ids=["empty", "too large", "negative"],
+)
+def test_a_text_that_cannot_be_counted_is_refused(text: list[int], said: str) -> None:
     model = KneserNey(NgramConfig(order=2), VOCAB)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=said):
         model.fit(np.array(text, dtype=np.int64), eos_id=EOS)
 
 
