@@ -23,14 +23,14 @@ def lmkit(*words: str) -> None:
         sys.exit(1)
 
 
-def numbers_of(run: Path, words: list[str], split: str) -> dict[str, Any]:
-    """Train a run unless it is there, and its numbers on a split."""
+def numbers_of(run: Path, words: list[str]) -> dict[str, Any]:
+    """Train a run unless it is there, and its numbers on test."""
     if not (run / "result.json").exists():
         lmkit("pretrain", "recipe=ptb_vae", *words, f"run.dir={run}")
-    output = run / f"{split}.json"
+    output = run / "test.json"
     if not output.exists():
         device = [word for word in words if word.startswith("device")]
-        lmkit("eval-ppl", f"run={run}", f"split={split}", f"latent_samples={SAMPLES}", f"output={output}", *device)
+        lmkit("eval-ppl", f"run={run}", f"latent_samples={SAMPLES}", f"output={output}", *device)
     numbers: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return numbers
 
@@ -39,8 +39,8 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     folder, words = Path(sys.argv[1]), sys.argv[2:]
-    plain = numbers_of(folder / "lm", [*words, "model.d_latent=0"], "test")
-    vae = numbers_of(folder / "vae", words, "test")
+    plain = numbers_of(folder / "lm", [*words, "model.d_latent=0"])
+    vae = numbers_of(folder / "vae", words)
     print(f"\n{'PTB test, sentence protocol':<44}{'LSTM LM':>12}{'VAE':>12}")
     for name, key, form in (
         ("perplexity per word (VAE: at most)", "word_ppl_bound", ".2f"),

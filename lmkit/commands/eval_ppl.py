@@ -272,12 +272,9 @@ def _baselines(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict
         head = evaluator.protocol.headline(nats_N, outcome.windows, passage.material)
         found[name] = exp(head.nats / head.count)
     if passage.source.split.num_bytes <= MAX_COMPRESSED_BYTES:
-        found |= {f"{name}_bits_per_byte": bits for name, bits in _compressors(passage).items()}
+        bits = compressed_bits_per_byte(passage.source.read().encode())
+        found |= {f"{name}_bits_per_byte": value for name, value in bits.items()}
     return found
-
-
-def _compressors(passage: Passage) -> dict[str, float]:
-    return compressed_bits_per_byte(passage.source.read().encode())
 
 
 Opponent = LoadedRun | dict[str, Any] | NDArray[np.float64]

@@ -23,7 +23,6 @@ GIVEN = {
     "hf": ["tokenizer.path=tokenizer.json"],
     "classify": ["task.data=rows.csv"],
     "instruct": ["task.data=rows.jsonl"],
-    "chat": ["task.data=rows.jsonl"],
     "prefer": ["task.data=rows.jsonl"],
     "regress": ["task.data=rows.csv", "task.numeric=a,b"],
 }
