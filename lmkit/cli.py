@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "prepare": "read, clean and tokenize a corpus once, into the cache",
     "pretrain": "train a model from scratch; prepares what is missing",
-    "finetune": "continue from the weights of a run on other data",
+    "finetune": "teach a run more text or a task: instructions, preferences, labels, numbers",
     "eval-ppl": "perplexity of a run over every token of a split",
     "generate": "continue a prompt",
     "export": "write a run for other programs: transformers, llama.cpp, ONNX",

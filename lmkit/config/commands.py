@@ -100,7 +100,7 @@ class PretrainConfig:
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    """lmkit finetune: teach a run a task or more text, as a new run with the run's tokenizer."""
+    """lmkit finetune: teach a run more text or a task, as a new run with its tokenizer."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     """What is learnt."""
