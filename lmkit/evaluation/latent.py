@@ -146,8 +146,7 @@ def _sampled(
         targets = targets_BT.repeat_interleave(k, 0)
         with device.autocast():
             hidden, _ = model(inputs_BT.repeat_interleave(k, 0), model.start(latent))
-            scores = model.head.score(hidden.flatten(0, 1), targets.reshape(-1))
-        nats.append(scores.nats_N.view(targets.shape).double().sum(1).view(num_rows, k))
+            nats.append(model.head.row_nats(hidden, targets).view(num_rows, k))
         ratios.append(repeated.log_ratio(latent).double().view(num_rows, k))
     return torch.cat(nats, 1), torch.cat(ratios, 1)
 

@@ -60,6 +60,11 @@ class Head(nn.Module, ABC):
     def score(self, hidden_ND: Tensor, targets_N: Tensor) -> Scores:
         """Each target's negative log-likelihood and whether it is the argmax; no gradient."""
 
+    def row_nats(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """(B,) float64: nats of the targets of each row, as ``score`` has them."""
+        nats_N = self.score(hidden_BTD.flatten(0, 1), targets_BT.reshape(-1)).nats_N
+        return nats_N.view(targets_BT.shape).double().sum(1)
+
     @abstractmethod
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) float32 logits; for few positions, as in decoding. A softmax over them gives the distribution."""

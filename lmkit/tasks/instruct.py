@@ -69,8 +69,7 @@ class Instruct(Task):
     @torch.no_grad()
     def row_losses(self, forward: nn.Module, batch: ChatBatch, state: State | None) -> list[float]:
         hidden_BTD, _ = _read(forward, batch)
-        scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
-        nats: list[float] = scores.nats_N.view(batch.targets_BT.shape).double().sum(1).tolist()
+        nats: list[float] = self.model.head.row_nats(hidden_BTD, batch.targets_BT).tolist()
         return nats
 
     def advice(self, run: Path) -> str:

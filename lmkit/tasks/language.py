@@ -63,9 +63,8 @@ class NextToken(Task):
     @torch.no_grad()
     def row_losses(self, forward: nn.Module, batch: Batch, state: State | None) -> list[float]:
         hidden_BTD, _ = forward(batch.inputs_BT, state)
-        scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
-        row_nats: list[float] = scores.nats_N.view(batch.targets_BT.shape).double().sum(1).tolist()
-        return row_nats
+        nats: list[float] = self.model.head.row_nats(hidden_BTD, batch.targets_BT).tolist()
+        return nats
 
 
 class LanguageModelling(NextToken):

@@ -131,8 +131,7 @@ class SentenceVae(Task):
         posterior = self.model.encode(batch.targets_BT)
         latent_BZ = posterior.draw(torch.randn_like(posterior.mean_BZ))
         hidden_BTD, _ = forward(batch.inputs_BT, self.model.start(latent_BZ))
-        scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
-        nats_B = scores.nats_N.view(batch.targets_BT.shape).double().sum(1) + posterior.kl_BZ().double().sum(1)
+        nats_B = self.model.head.row_nats(hidden_BTD, batch.targets_BT) + posterior.kl_BZ().double().sum(1)
         rows: list[float] = nats_B.tolist()
         return rows
 
