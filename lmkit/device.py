@@ -112,13 +112,12 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
         return _resolve_cuda(config, world)
     if config.index is not None:
         raise ResourceError(f"device.index={config.index} needs device=cuda", "leave device.index out")
+    precision = Precision.fp32 if config.precision is Precision.auto else config.precision
     if kind is DeviceType.mps:
         if not torch.backends.mps.is_available():
             raise ResourceError("device.type=mps is not available here", "use device=auto or device=cpu")
-        precision = Precision.fp32 if config.precision is Precision.auto else config.precision
         name = "mps (Apple GPU)"
     else:
-        precision = Precision.fp32 if config.precision is Precision.auto else config.precision
         if precision is Precision.fp16:
             raise ResourceError("device.precision=fp16 needs a GPU", "use device.precision=fp32")
         name = f"cpu, {torch.get_num_threads()} threads"
