@@ -8,6 +8,7 @@ Press & Wolf 2017 (tied weights).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,25 @@ class RecurrentState(State):
         return named | {f"cell.{layer}": c for layer, c in enumerate(self.cell)}
 
 
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, is_table: Callable[[str], bool], *, is_lstm: bool) -> None:
+    """Normal(0, 0.1) for the matrices whose names are those of tables (embedding, head), Normal(0, 1/sqrt(fan-in)) for
+    others, orthogonal hidden-to-hidden matrices (Saxe et al. 2014), biases 0, but 1 for an LSTM's forget gates
+    (Jozefowicz et al. 2015, section 3)."""
+    for name, p in model.named_parameters():
+        generator = seeded_generator(seed, name)
+        if p.ndim == 1:
+            p.zero_()
+            if is_lstm and ".bias_ih" in name:
+                p[len(p) // 4 : len(p) // 2] = 1.0
+        elif ".weight_hh" in name:
+            for block in torch.split(p, p.shape[1]):
+                nn.init.orthogonal_(block, generator=generator)
+        else:
+            std = 0.1 if is_table(name) else 1 / math.sqrt(p.shape[1])
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
 class Recurrent(LanguageModel):
     """Embedding, recurrent layers, tied softmax. The state is always returned, so that training can carry it."""
 
@@ -52,25 +72,8 @@ class Recurrent(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, config.d_embed)
         self.layers = nn.ModuleList(build_layer(config, widths[i], widths[i + 1]) for i in range(config.num_layers))
         self.head = build_head(config, self.embedding, tied=config.tie_embeddings, bias=True)
-        self._initialise(seed)
-
-    @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """Normal(0, 0.1) for embedding and head, Normal(0, 1/sqrt(fan-in)) for input-to-hidden, orthogonal hidden-to-
-        hidden matrices (Saxe et al. 2014), biases 0, but 1 for forget gates (Jozefowicz et al. 2015, section 3)."""
-        for name, p in self.named_parameters():
-            generator = seeded_generator(seed, name)
-            if p.ndim == 1:
-                p.zero_()
-                if self.config.cell is Cell.lstm and ".bias_ih" in name:
-                    p[len(p) // 4 : len(p) // 2] = 1.0
-            elif ".weight_hh" in name:
-                for block in torch.split(p, p.shape[1]):
-                    nn.init.orthogonal_(block, generator=generator)
-            else:
-                fan_in = ".weight_ih" in name or ".rounds." in name
-                std = 1 / math.sqrt(p.shape[1]) if fan_in else 0.1
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+        is_lstm = config.cell is Cell.lstm
+        initialise(self, seed, lambda name: ".weight_ih" not in name and ".rounds." not in name, is_lstm=is_lstm)
 
     def forward(
         self, tokens_BT: Tensor, state: RecurrentState | None = None, *, use_state: bool = False
@@ -125,4 +128,4 @@ def has_recurrent_layers(model: nn.Module) -> bool:
     return any(isinstance(module, nn.RNNBase | MogrifierLSTM) for module in model.modules())
 
 
-__all__ = ["Recurrent", "RecurrentState", "has_recurrent_layers", "locked_dropout"]
+__all__ = ["Recurrent", "RecurrentState", "has_recurrent_layers", "initialise"]

@@ -8,7 +8,6 @@ with generative skip models" (the latent vector also goes straight to the output
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from lmkit.config.model import VaeLstmConfig
 from lmkit.heads import SoftmaxHead
-from lmkit.models.base import IGNORE, LanguageModel, State, seeded_generator
+from lmkit.models.base import IGNORE, LanguageModel, State
 from lmkit.models.cells import LSTM
-from lmkit.models.recurrent import locked_dropout
+from lmkit.models.dropout import locked_dropout
+from lmkit.models.recurrent import initialise
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,7 @@ class VaeLstm(LanguageModel):
         self.initial = nn.Linear(z, 2 * d) if z else None
         self.skip = nn.Linear(z, d, bias=False) if z else None
         self.head = SoftmaxHead(self.embedding.weight, bias=True)
-        self._initialise(seed)
-
-    @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """As Recurrent: Normal(0, 0.1) embeddings, Normal(0, 1/sqrt(fan-in)) and orthogonal matrices, biases 0, forget
-        gates 1."""
-        for name, p in self.named_parameters():
-            generator = seeded_generator(seed, name)
-            if p.ndim == 1:
-                p.zero_()
-                if ".bias_ih" in name:
-                    p[len(p) // 4 : len(p) // 2] = 1.0
-            elif ".weight_hh" in name:
-                for block in torch.split(p, p.shape[1]):
-                    nn.init.orthogonal_(block, generator=generator)
-            else:
-                std = 0.1 if name == "embedding.weight" else 1 / math.sqrt(p.shape[1])
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+        initialise(self, seed, lambda name: name == "embedding.weight", is_lstm=True)
 
     @torch.no_grad()
     def ignore_latent(self) -> None:
