@@ -212,6 +212,8 @@ def test_row_100_fuzz_a_record_of_any_json(record: Any) -> None:
         path = folder / "a.jsonl"
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
         corpus = open_corpus(JsonlConfig(path=str(path), valid_fraction=0.0, test_fraction=0.0))
-        value_or_lmkit_error(lambda: Surveyor(corpus, lambda _: None).run(lambda _: None))
+        found = value_or_lmkit_error(lambda: Surveyor(corpus, lambda _: None).run(lambda _: None))
+        text = record.get("text") if isinstance(record, dict) else None
+        assert found is not None or not isinstance(text, str) or not text.strip(), "there is a text"
     finally:
         shutil.rmtree(folder)
