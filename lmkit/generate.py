@@ -56,14 +56,14 @@ def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new
     if tokenizer.ends_lines:
         text = text.rstrip(" \t")
     tokens = [int(i) for i in tokenizer.encode(text)]
-    unknown = unknown_in(tokenizer, text)
+    unknown = unknown_words(tokenizer, text)
     if context is None or 1 + len(tokens) <= context:
         return Prompt(text, [tokenizer.eos_id, *tokens], tokens, 0, unknown)
     kept = last_to_read(tokens, context, max_new_tokens)
     return Prompt(text, kept, kept, len(tokens) - len(kept), unknown)
 
 
-def unknown_in(tokenizer: Tokenizer, text: str) -> list[str]:
+def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
     """Words of a text (or characters, where these are the tokens) that the tokenizer does not know, each once."""
     if tokenizer.unk_id is None or tokenizer.unk_id not in tokenizer.encode(text):
         return []
@@ -234,4 +234,4 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-__all__ = ["Prompt", "Sample", "generate", "last_to_read", "read_prompt", "unknown_in"]
+__all__ = ["Prompt", "Sample", "generate", "last_to_read", "read_prompt", "unknown_words"]

@@ -15,7 +15,7 @@ from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Turn
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.generate import Prompt, Sample, generate, last_to_read, unknown_in
+from lmkit.generate import Prompt, Sample, generate, last_to_read, unknown_words
 from lmkit.loading import LoadedRun
 from lmkit.tasks.chat import template_of_run
 
@@ -87,7 +87,7 @@ class Chat:
             kept = last_to_read(ids, context, self.cfg.max_new_tokens)
         if dropped := len(ids) - len(kept):
             self.console.warn(f"the prompt does not fit into the context of {context}: {dropped} tokens are not read")
-        if unknown := unknown_in(tokenizer, text):
+        if unknown := unknown_words(tokenizer, text):
             self.console.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
         return Prompt(text, kept, [], dropped, unknown)
 

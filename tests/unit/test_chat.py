@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmkit.commands.chat import Chat
 from lmkit.config.chat import TEMPLATES, InstructTaskConfig, PreferTaskConfig
 from lmkit.config.data import SentencePieceTokenizerConfig
+from lmkit.config.generation import GenerateConfig
+from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Turn, answers_of
 from lmkit.errors import ConfigError
 from lmkit.tokenizers import ByteTokenizer, Tokenizer
@@ -115,3 +121,10 @@ def test_a_template_without_its_places_is_refused(text: str) -> None:
 def test_all_problems_of_a_task_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"valid_fraction=0.9 .*system_template=x .*beta=0 .*label_smoothing=0.5"):
         PreferTaskConfig(data="x", valid_fraction=0.9, system_template="x", beta=0, label_smoothing=0.5)
+
+
+def test_words_that_are_not_known_are_named_as_in_a_prompt_without_a_conversation() -> None:
+    said, loaded = io.StringIO(), SimpleNamespace(tokenizer=WORDS, context=None)
+    chat = Chat(GenerateConfig(), loaded, template("plain"), SimpleNamespace(), Console(said))  # type: ignore[arg-type]
+    chat._prompt("two zebra <unk> zebra")
+    assert said.getvalue() == "warning: not in the vocabulary, read as <unk>: zebra\n"
