@@ -17,7 +17,6 @@ process.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import statistics
 import time
@@ -26,6 +25,7 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import torch
+from peers import is_installed, peak_bytes
 
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import TransformerConfig
@@ -74,7 +74,7 @@ def speed(rounds: int, num_tokens: int, vocab_size: int) -> None:
         prove(model, tokens, windows, seq_len=CONTEXT, batch_size=BATCH, device=device, seed=1)
 
     ways: dict[str, Callable[[], None]] = {"bare": bare, "lmkit": lmkit, "checks": checks}
-    if importlib.util.find_spec("transformers"):
+    if is_installed("transformers"):
         ways["hf"] = strided_loop(tokens, vocab_size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -124,20 +124,10 @@ def memory(num_tokens: int) -> None:
     windows = sliding(Segments.whole(num_tokens, 0), 512, 256)
     score(model, tokens, windows, seq_len=512, batch_size=16, device=device)
     seconds = time.perf_counter() - start
-    info = psutil.Process().memory_info()
-    peak = getattr(info, "peak_wset", None) or _peak_rss()
     print(
         f"vocabulary {WIKITEXT103_TYPES:,}, model=small, {model.num_parameters():,} parameters: {before / 1e9:.2f} GB"
-        f" before scoring, peak {peak / 1e9:.2f} GB, {num_tokens / seconds:,.0f} tokens/s"
+        f" before scoring, peak {peak_bytes() / 1e9:.2f} GB, {num_tokens / seconds:,.0f} tokens/s"
     )
-
-
-def _peak_rss() -> int:
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 
 from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import BenchmarkConfig, DatasetConfig
-from lmkit.config.evaluation import DynamicRmsConfig, NeuralCacheConfig, SentenceProtocolConfig, UnigramCacheConfig
+from lmkit.config.evaluation import (
+    DynamicConfig,
+    DynamicRmsConfig,
+    NeuralCacheConfig,
+    SentenceProtocolConfig,
+    UnigramCacheConfig,
+)
 from lmkit.console import Console
 from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.data.corpus import open_corpus
@@ -129,7 +135,8 @@ class Evaluator:
             scorer = cache.wrap(scorer)
         batch_size = 1 if cache is not None else cfg.batch_size
         if cfg.dynamic is not None:
-            own = self._dynamic(passage, windows, scorer)
+            with adapting(model):
+                own = self._dynamic(cfg.dynamic, passage, windows, scorer)
         elif cfg.mc_samples:
             own = self._mc_dropout(passage, windows, scorer)
         else:
@@ -158,14 +165,9 @@ class Evaluator:
                     )
         return TokenScores(averaged([one.nats_N for one in passes]), passes[0].correct_N)
 
-    def _dynamic(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
-        with adapting(self.loaded.model):
-            return self._adapted(passage, windows, scorer)
-
-    def _adapted(self, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
-        config, model = self.cfg.dynamic, self.loaded.model
-        assert config is not None
-        context = self.reach.context
+    def _dynamic(self, config: DynamicConfig, passage: Passage, windows: Windows, scorer: Scorer) -> TokenScores:
+        """Scores of a run that goes on learning from what it has scored; the statistics of train are taken once."""
+        model, context = self.loaded.model, self.reach.context
         if self._steps is None:
             split = self.prepared.splits.get("train")
             if split is None and isinstance(config, DynamicRmsConfig):
@@ -179,7 +181,7 @@ class Evaluator:
                     self.loaded.tokenizer.eos_id,
                     context=context,
                     device=self.device,
-                    progress=lambda done: bar.update(done),
+                    progress=bar.update,
                 )
         with self.console.progress(windows.num_scored, f"dynamic evaluation on {passage.name}") as bar:
             return score_dynamic(
@@ -190,7 +192,7 @@ class Evaluator:
                 self._steps,
                 device=self.device,
                 scorer=scorer,
-                progress=lambda done: bar.update(done),
+                progress=bar.update,
             )
 
     def one_pass(
@@ -215,7 +217,7 @@ class Evaluator:
                 device=self.device,
                 scorer=scorer,
                 dropout=dropout,
-                progress=lambda done: bar.update(done),
+                progress=bar.update,
             )
 
     def ensemble_nats(self, passage: Passage, own_nats_N: Nats) -> Nats:
@@ -296,5 +298,5 @@ class Evaluator:
                 seq_len=self.seq_len(other, reach),
                 batch_size=self.cfg.batch_size,
                 device=self.device,
-                progress=lambda done: bar.update(done),
+                progress=bar.update,
             )
