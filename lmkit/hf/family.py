@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
+from lmkit.config.model import Activation, TransformerConfig
+from lmkit.config.text import format_value
 from lmkit.hf.keys import Keys
 
 ACTIVATIONS = {
@@ -59,8 +60,7 @@ def settings(config: TransformerConfig, **wanted: Any) -> list[str]:
         has = getattr(config, key)
         allowed = value if isinstance(value, tuple) else (value,)
         if has not in allowed:
-            shown = has.name if isinstance(has, Positions | Norm | Activation) else str(has).lower()
-            found.append(f"model.{key}={shown}")
+            found.append(f"model.{key}={format_value(has)}")
     return found
 
 

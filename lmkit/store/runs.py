@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 
 import filelock
 
+from lmkit.config.text import format_value
 from lmkit.errors import ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.store import storage
 from lmkit.store.found import (
@@ -212,7 +213,7 @@ class Run:
         ]
         if changes:
             show(changes)
-            told = ", ".join(f"{name}: {before} -> {now}" for name, before, now in changes)
+            told = ", ".join(f"{name}: {format_value(before)} -> {format_value(now)}" for name, before, now in changes)
             remedy = "start a new run, or finetune from this one"
             names = [name for name, _, _ in changes]
             if names == ["data"]:

@@ -13,7 +13,6 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_eval.py"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="the peak is read with resource")
 def test_scoring_with_267735_types_and_model_small_stays_under_2_gb() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--memory", "--tokens", "1024"], capture_output=True, text=True, check=True

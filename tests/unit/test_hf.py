@@ -567,6 +567,13 @@ def test_rows_of_q_and_k_stand_in_gguf_as_llama_cpp_turns_them(tmp_path: Path) -
     assert (stored["blk.1.attn_v.weight"] == qkv[48:]).all()
 
 
+def test_a_model_that_no_family_computes_is_refused_with_what_the_nearest_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"[:,] llama has no model\.memory_tokens=4[,;]"):
+        family_for(TransformerConfig(memory_tokens=4))
+    with pytest.raises(ConfigError, match=r": qwen3 has no model\.qk_norm=null;"):
+        family_for(TransformerConfig(), ["qwen3"])
+
+
 @pytest.mark.extra("gguf")
 def test_gguf_refuses_what_llama_cpp_lacks(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
