@@ -27,6 +27,7 @@ class Due:
 
     @property
     def anything(self) -> bool:
+        """Whether something is, for which the reports of all steps so far have to be looked at first."""
         return self.log or self.evaluate or self.save or self.offer or self.stop is not None or self.asked is not None
 
     def agreed(self, world: World, line: Horizon) -> tuple[Due, Horizon]:

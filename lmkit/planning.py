@@ -56,6 +56,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a step with the configured micro-batch size fits into ROOM_SHARE of the room."""
         return self.micro_batch_size <= self.largest_fitting
 
     @property

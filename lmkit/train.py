@@ -46,7 +46,7 @@ class TrainState:
     """Part of it spent in validation."""
     horizon: Horizon = field(default_factory=lambda: Horizon(0.0))
     valid_losses: list[float] = field(default_factory=list)
-    """Validation losses so far, nats per token, oldest first."""
+    """``Validation.loss`` of each validation so far, oldest first: nats per token, where the task has no other loss."""
     valid_steps: list[int] = field(default_factory=list)
     """The steps they belong to."""
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -61,10 +61,12 @@ class TrainState:
     """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 
     def to_json(self) -> dict[str, Any]:
+        """JSON data for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainState:
+        """The inverse of ``to_json``."""
         return cls(**{**data, "horizon": Horizon(**data["horizon"])})
 
 

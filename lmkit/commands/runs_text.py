@@ -70,6 +70,7 @@ def parse_time(text: str) -> datetime | None:
 
 
 def format_step(step: int | None) -> str:
+    """``12,000``."""
     return NOTHING if step is None else f"{step:,}"
 
 

@@ -47,6 +47,7 @@ class Scale:
         return cls(mean, std)
 
     def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values in standard deviations from the mean."""
         return (values - self.mean) / self.std
 
 
@@ -66,6 +67,7 @@ class ExampleBatch:
 
     @property
     def num_rows(self) -> int:
+        """Examples."""
         return len(self.lengths_B)
 
     @property

@@ -145,6 +145,7 @@ class SplitWriter:
 def write_index(
     folder: Path, key: str, name: str, tokenizer: Tokenizer, splits: Mapping[str, Any], report: Mapping[str, Any]
 ) -> None:
+    """Write tokenizer and index beside the token files, which makes the folder prepared data. Raises OSError."""
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     index = {

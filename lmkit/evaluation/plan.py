@@ -35,6 +35,7 @@ class Windows:
 
     @property
     def num_scored(self) -> int:
+        """Positions that are scored, in all windows."""
         return int((self.ends_W - self.scored_W).sum())
 
     @property

@@ -137,6 +137,8 @@ def batches(windows: Windows, batch_size: int) -> Iterator[Windows]:
 
 
 def own_scores(model: LanguageModel) -> Scorer:
+    """The scores of the model's own head."""
+
     def scorer(hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
         return model.head.score(hidden_ND, targets_N)
 
@@ -177,6 +179,7 @@ class Text:
         return torch.from_numpy(np.where(is_prefix_BT, prefix_B1, self._read(before_BT)))
 
     def targets(self, positions_N: Indices) -> Tensor:
+        """(N,) int64 tokens at the positions."""
         return torch.from_numpy(self._read(positions_N))
 
     def _read(self, positions: Indices) -> Indices:
@@ -195,12 +198,14 @@ class ScoreSheet:
         self.num_put, self.num_wanted = 0, windows.num_scored
 
     def put(self, positions_N: Indices, scores: Scores) -> None:
+        """Note the scores of the tokens at these positions."""
         self.nats_N[positions_N] = scores.nats_N.float().cpu().numpy()
         self.correct_N[positions_N] = scores.correct_N.cpu().numpy()
         self.put_N[positions_N] = True
         self.num_put += len(positions_N)
 
     def finish(self) -> TokenScores:
+        """All scores. Raises DivergedError that names the first that is not finite."""
         if not self.num_put == self.num_wanted == int(self.put_N.sum()):
             raise RuntimeError(f"{self.num_put} scores of {int(self.put_N.sum())} tokens, not {self.num_wanted}")
         bad = np.flatnonzero(self.put_N & ~np.isfinite(self.nats_N))

@@ -54,36 +54,42 @@ class Keys:
         raise ConfigError(f"{self.path}: {name}={json.dumps(value)[:200]} cannot be imported: {why}")
 
     def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number >= 1. Raises DataError for anything else, as the others do, and for a key that is lacking."""
         value = self._value(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 40:
             raise DataError(f"{self.path}: {name}={json.dumps(value)[:100]} must be a whole number >= 1")
         return value
 
     def optional_whole(self, name: str, default: int | None = None) -> int | None:
+        """The same, or None where the key is null or not there."""
         if self.data.get(name, default) is None:
             self._read.add(name)
             return None
         return self.whole(name, default)
 
     def number(self, name: str, default: float) -> float:
+        """A finite number."""
         value = self._value(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
             raise DataError(f"{self.path}: {name}={json.dumps(value)[:100]} must be a number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
         value = self._value(name, default)
         if not isinstance(value, bool):
             raise DataError(f"{self.path}: {name}={json.dumps(value)[:100]} must be true or false")
         return value
 
     def text(self, name: str, default: str) -> str:
+        """A text."""
         value = self._value(name, default)
         if not isinstance(value, str):
             raise DataError(f"{self.path}: {name}={json.dumps(value)[:100]} must be a text")
         return value
 
     def texts(self, name: str) -> list[str]:
+        """A list of texts, empty where there is none."""
         value = self._value(name, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise DataError(f"{self.path}: {name}={json.dumps(value)[:100]} must be a list of texts")

@@ -14,7 +14,8 @@ from lmkit.store.manifest import read_manifest
 from lmkit.store.migrations import migrate
 
 VALID_LOSS = "valid_nats_per_token"
-"""Key of ``Snapshot.state``: validation loss of exactly these weights in nats, absent or null if not evaluated."""
+"""Key of ``Snapshot.state``: validation loss of exactly these weights, absent or null if not evaluated. A
+task may have another loss than nats per token, whatever the name says."""
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -37,7 +38,10 @@ def refuse_links(run_dir: Path) -> None:
 
 
 def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> list[Path]:
-    """Checkpoints by validation loss (directory name -> nats per token), then those without one, each newest first."""
+    """Checkpoints by validation loss, the lowest first, then those without one; of equals the newest first.
+
+    losses: directory name -> loss.
+    """
 
     def key(path: Path) -> float:
         loss = losses.get(path.name)
@@ -47,7 +51,7 @@ def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> 
 
 
 def valid_loss(path: Path) -> float | None:
-    """Validation loss in nats per token that a checkpoint records, if it was evaluated. Raises CheckpointError."""
+    """The validation loss that a checkpoint records, if it was evaluated. Raises CheckpointError."""
     value = read_json_entry(path, mf.STATE).get(VALID_LOSS)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 

@@ -41,6 +41,7 @@ class Staged:
 
     @property
     def num_bytes(self) -> int:
+        """Of all files but the manifest."""
         return sum(map(file_bytes, self.tables.values())) + sum(map(len, self.small.values()))
 
 
