@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmkit.data.order import Indices, Permutation, Pieces, jittered_edges
+from lmkit.data.order import Indices, Permutation, Pieces, epoch_of, jittered_edges
 from lmkit.errors import DataError
 from lmkit.ids import check_ids
 from lmkit.models.base import IGNORE
@@ -142,7 +142,7 @@ class Lanes:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of any step >= 0; epoch ``step // steps_per_epoch``."""
-        epoch, k = divmod(_checked(step), self.steps_per_epoch)
+        epoch, k = epoch_of(step, self.steps_per_epoch)
         starts_B = np.arange(self._batch_size, dtype=np.int64) * self._lane_len
         ends_B = np.minimum(starts_B + self._lane_len, self.num_tokens)
         first, length = k * self._seq_len, self._seq_len
@@ -195,7 +195,7 @@ class Windows:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of any step >= 0; epoch ``step // steps_per_epoch``."""
-        epoch, k = divmod(_checked(step), self.steps_per_epoch)
+        epoch, k = epoch_of(step, self.steps_per_epoch)
         low, high = self._first
         first = low + derive_key(self._seed, "order", epoch, "offset") % (high - low + 1)
         permutation = Permutation(self._num_windows, derive_key(self._seed, "order", epoch))
@@ -331,9 +331,3 @@ class _Stream:
         if self._vocab_size is not None:
             check_ids(ids_BT, self._vocab_size, self._tokens, positions_BT)
         return ids_BT
-
-
-def _checked(step: int) -> int:
-    if step < 0:
-        raise IndexError(f"step {step} is negative")  # also ends a for loop over the batches, which have no end
-    return step

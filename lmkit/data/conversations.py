@@ -16,11 +16,10 @@ from torch import Tensor
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, TooLong
 from lmkit.data.batches import to_device
 from lmkit.data.chat import Conversation, Encoded, Turn
-from lmkit.data.order import Permutation
+from lmkit.data.order import epoch_rows
 from lmkit.data.rows import Record, as_text, read_records
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
-from lmkit.rng import derive_key
 
 T = TypeVar("T", bound=Hashable)
 
@@ -199,16 +198,6 @@ class ChatBatches:
         return chat_batch(rows, self._pad_id, packing=self._room is not None)
 
 
-def epoch_rows(step: int, steps_per_epoch: int, num_rows: int, batch_size: int, seed: int) -> list[int]:
-    """Rows of the batch of a step: each row once an epoch, in an order of its own."""
-    if step < 0:
-        raise IndexError(f"step {step} is negative")
-    epoch, k = divmod(step, steps_per_epoch)
-    places = np.arange(k * batch_size, min((k + 1) * batch_size, num_rows))
-    rows: list[int] = Permutation(num_rows, derive_key(seed, "order", epoch))(places).tolist()
-    return rows
-
-
 def digest_of(examples: Iterable[Any]) -> str:
     """SHA-256 (hex) over examples of plain data, in order."""
     sha = hashlib.sha256()
@@ -224,7 +213,6 @@ __all__ = [
     "chat_batch",
     "conversation_of",
     "digest_of",
-    "epoch_rows",
     "fitted",
     "packed",
     "read_splits",

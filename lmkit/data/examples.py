@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmkit.config.tasks import RowsTaskConfig, Truncation
 from lmkit.data.batches import to_device
-from lmkit.data.order import Permutation
+from lmkit.data.order import Permutation, epoch_rows
 from lmkit.data.rows import HUB, Record, read_records
 from lmkit.errors import DataError
 from lmkit.rng import derive_key
@@ -141,12 +141,8 @@ class ShuffledExamples:
 
     def __getitem__(self, step: int) -> ExampleBatch:
         """The batch of any step >= 0."""
-        if step < 0:
-            raise IndexError(f"step {step} is negative")
-        epoch, k = divmod(step, self.steps_per_epoch)
         size = len(self._examples)
-        places = np.arange(k * self._batch_size, min((k + 1) * self._batch_size, size), dtype=np.int64)
-        return self._examples.batch(Permutation(size, derive_key(self._seed, "order", epoch))(places))
+        return self._examples.batch(epoch_rows(step, self.steps_per_epoch, size, self._batch_size, self._seed))
 
 
 class RowReader:

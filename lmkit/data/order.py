@@ -53,6 +53,21 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def epoch_of(step: int, steps_per_epoch: int) -> tuple[int, int]:
+    """The epoch of a step, and which of its batches it is. IndexError below 0: there is no end to count from."""
+    if step < 0:
+        raise IndexError(f"step {step} is negative")
+    return divmod(step, steps_per_epoch)
+
+
+def epoch_rows(step: int, steps_per_epoch: int, num_rows: int, batch_size: int, seed: int) -> list[int]:
+    """Rows of the batch of a step: each row once an epoch, in an order of its own; the last batch may be smaller."""
+    epoch, k = epoch_of(step, steps_per_epoch)
+    places = np.arange(k * batch_size, min((k + 1) * batch_size, num_rows))
+    rows: list[int] = Permutation(num_rows, derive_key(seed, "order", epoch))(places).tolist()
+    return rows
+
+
 class Pieces:
     """A text cut into pieces that come in another order each epoch: a keyed permutation, so nothing is stored."""
 

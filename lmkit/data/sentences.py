@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lmkit.data.batches import Batch
-from lmkit.data.order import Permutation
+from lmkit.data.order import Permutation, epoch_of
 from lmkit.errors import DataError
 from lmkit.ids import check_ids, check_text
 from lmkit.models.base import IGNORE
@@ -88,8 +88,8 @@ class SentenceBatches:
     """Every sentence once an epoch, in random order without replacement, short ones with short ones.
 
     The order is a keyed permutation, cut into pools of ``pool_batches`` batches; a pool is sorted by length, cut into
-    batches, and these are shuffled. A step thus takes the lengths of one pool, wherever it
-    is. The last batch may be smaller.
+    batches, and these are shuffled. A step thus takes the lengths of one pool, wherever it is. The last
+    batch may be smaller.
     """
 
     def __init__(self, sentences: Sentences, batch_size: int, seed: int, *, pool_batches: int = POOL_BATCHES) -> None:
@@ -99,9 +99,7 @@ class SentenceBatches:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of any step >= 0; epoch ``step // steps_per_epoch``."""
-        if step < 0:
-            raise IndexError(f"step {step} is negative")
-        epoch, k = divmod(step, self.steps_per_epoch)
+        epoch, k = epoch_of(step, self.steps_per_epoch)
         pool, slot = divmod(k, self._pool_batches)
         order = Permutation(len(self.sentences), derive_key(self._seed, "order", epoch))
         first = pool * self._pool_batches * self._batch_size

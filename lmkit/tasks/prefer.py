@@ -17,7 +17,8 @@ from lmkit.config.commands import FinetuneConfig
 from lmkit.console import Console, format_number
 from lmkit.data.batches import to_device
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded, Turn
-from lmkit.data.conversations import answer_of, chat_batch, digest_of, epoch_rows, read_splits
+from lmkit.data.conversations import answer_of, chat_batch, digest_of, read_splits
+from lmkit.data.order import epoch_rows
 from lmkit.data.rows import Record
 from lmkit.device import Device, attention_of_any_shape
 from lmkit.errors import DataError
