@@ -99,9 +99,6 @@ class Comparison:
     """Share of the resamples in which A is better."""
     unit: str
     num_units: int
-    weight: float | None
-    """Weight of B in the best mixture of both on this very text; None where they have different tokens."""
-    mixture_ppl: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data."""
@@ -127,8 +124,6 @@ def compare_units(name: str, ours: Units, theirs: Units, resamples: int, seed: i
         better=better,
         unit=ours.name,
         num_units=len(ours.nats_U),
-        weight=None,
-        mixture_ppl=None,
     )
 
 
