@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -280,17 +280,23 @@ def test_input_that_is_not_utf8_is_answered_too(
     assert out.endswith("\na mat\n")
 
 
-def test_a_conversation_goes_on_until_it_is_reset(
-    talker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
+def prompts_read(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, list[int]], Any]) -> list[Any]:
+    """What ``note`` makes of the tokenizer and of each prompt that a chat is going to read."""
+    read: list[Any] = []
     original = chat.generate
 
     def generate(model: Any, tokenizer: Any, prompt: Any, **kwargs: Any) -> Any:
-        read.append(tokenizer.decode(prompt.ids))
+        read.append(note(tokenizer, prompt.ids))
         return original(model, tokenizer, prompt, **kwargs)
 
     monkeypatch.setattr(chat, "generate", generate)
+    return read
+
+
+def test_a_conversation_goes_on_until_it_is_reset(
+    talker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = prompts_read(monkeypatch, lambda tokenizer, ids: tokenizer.decode(ids))
     monkeypatch.setattr(sys, "stdin", io.StringIO("cat\ndog\n/reset\nbird\n"))
     first = answers(capsys, f"run={talker}", "--interactive", "--system", "be kind", "-n", "9").split("\n")[0]
     assert read == ["be kind\ncat\n", f"be kind\ncat\n{first}\ndog\n", "be kind\nbird\n"]
@@ -324,14 +330,7 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_first_turns(
 def test_of_a_turn_that_is_too_long_as_much_is_read_as_leaves_room_to_answer(
     talker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[int] = []
-    original = chat.generate
-
-    def generate(model: Any, tokenizer: Any, prompt: Any, **kwargs: Any) -> Any:
-        read.append(len(prompt.ids))
-        return original(model, tokenizer, prompt, **kwargs)
-
-    monkeypatch.setattr(chat, "generate", generate)
+    read = prompts_read(monkeypatch, lambda _, ids: len(ids))
     for num_new in ("5", "99"):
         assert cli.main(["generate", f"run={talker}", "--chat", "-n", num_new, "--prompt", "x" * 200]) == 0
     assert read == [60, 32]  # beside the 4 that the fifth new token is drawn from; at least half of 64
