@@ -111,6 +111,8 @@ class Session:
         stop = due.stop or (self._stop_requested() if due.evaluate else None)
         if stop is not None and not (done and not state.eval_pending):
             saves.finish(self._snapshot(), best=self._is_best())
+            if self._window.reports:
+                self._log(bar)  # of these steps nothing else would ever be logged
             self._raise_stopped(stop)
         if done:
             saves.finish(self._snapshot(), best=self._is_best())

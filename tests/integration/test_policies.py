@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -669,6 +670,24 @@ def test_row_53_a_stop_after_the_last_step_resumes_to_the_same_result(
     result = pretrain.run(replace(pieces, resume=True))
     assert result["best_valid_loss"] == expected["best_valid_loss"]
     assert_same(tensors_of(whole), tensors_of(pieces))
+
+
+def test_the_steps_since_the_last_line_of_the_log_are_logged_when_a_run_is_stopped(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each, cfg = (
+        replace(config(run="each"), log=LogConfig(every_steps=1)),
+        replace(config(), log=LogConfig(every_steps=5)),
+    )
+    pretrain.run(each)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 7)
+        with pytest.raises(StoppedError):
+            pretrain.run(cfg)
+    pretrain.run(replace(cfg, resume=True))
+    losses, means = ({r["step"]: r["loss"] for r in read_metrics(path_of(c)) if "loss" in r} for c in (each, cfg))
+    parts = {5: range(1, 6), 7: range(6, 8), 10: range(8, 11), 12: range(11, 13)}
+    assert means == {step: pytest.approx(fmean(losses[k] for k in steps)) for step, steps in parts.items()}
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGHUP"])
