@@ -39,7 +39,7 @@ class AdaptiveHead(Head):
         self.weight = nn.Parameter(torch.empty(cutoffs[0] + len(cutoffs), width))
         self.bias = nn.Parameter(torch.zeros(len(self.weight)))
         self.tails = nn.ModuleList(
-            Tail(width, max(1, int(width / div_value**i)), self.edges[i] - self.edges[i - 1])
+            Tail(width, max(1, int(width / min(div_value, width) ** i)), self.edges[i] - self.edges[i - 1])
             for i in range(1, len(self.edges))
         )
 

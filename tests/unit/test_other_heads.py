@@ -163,6 +163,11 @@ def test_the_vocabulary_must_be_larger_than_the_last_cutoff() -> None:
         AdaptiveHead(WIDTH, VOCAB, [7, 61], 2.0)
 
 
+def test_no_cluster_is_narrower_than_one_channel_however_large_the_divisor() -> None:
+    head = AdaptiveHead(WIDTH, VOCAB, [7, 20], 1e200)
+    assert [tail.weight.shape[1] for tail in head.tails] == [1, 1]  # type: ignore[union-attr, index]
+
+
 # Models
 
 
