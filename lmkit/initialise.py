@@ -56,7 +56,8 @@ def initialise_from_text(
         if not isinstance(table, nn.Embedding):
             raise ConfigError(f"init.embeddings=cooccurrence needs an embedding table; {type(model).__name__} has none")
         new_VD = cooccurrence_embeddings(tokens, counts_V, table.embedding_dim, seed=seed)
-        table.weight.copy_(new_VD * (table.weight.std() / new_VD.std()))
+        if new_VD.any():  # nothing tells tokens apart in a text of one type
+            table.weight.copy_(new_VD * (table.weight.std() / new_VD.std()))
 
 
 def cooccurrence_embeddings(tokens: NDArray[np.integer[Any]], counts_V: Tensor, width: int, *, seed: int) -> Tensor:

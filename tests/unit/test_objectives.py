@@ -165,6 +165,15 @@ def test_initialising_keeps_the_scale_and_sets_the_bias_to_the_log_frequency(sta
     torch.testing.assert_close(model.head.bias.softmax(0), (counts / counts.sum()).float())
 
 
+def test_a_text_of_one_type_leaves_embeddings_as_they_are() -> None:
+    tokens = np.zeros(50, dtype=np.uint8)
+    model = RecurrentConfig(d_embed=4, d_hidden=4).build(3, seed=1)
+    before = model.embedding.weight.detach().clone()  # type: ignore[union-attr, operator]
+    config = InitConfig(embeddings=EmbeddingInit.cooccurrence)
+    initialise_from_text(model, config, tokens, token_counts(tokens, 3), seed=1)
+    assert torch.equal(model.embedding.weight.detach(), before)  # type: ignore[union-attr, operator, arg-type]
+
+
 def test_a_sampled_softmax_is_the_exact_one_after_its_share_of_the_run_penalties_included() -> None:
     config = SampledSoftmaxConfig(num_frequent=2, num_sampled=2, exact_from=0.8, ar_alpha=0.5, tar_beta=0.25)
     objective = build_objective(config, torch.arange(VOCAB).flip(0) + 1)
