@@ -164,6 +164,7 @@ def adversarial_losses(
     constants = {name: p.detach() for name, p in judge.named_parameters()}
     drawn_BTV = model.soft_sentences(batch.num_rows, length, eos_id, inverse_temperature, ends_V)
     targets_BT = batch.targets_BT[:, :length]
+    targets_BT = F.pad(targets_BT, (0, length - targets_BT.shape[1]), value=IGNORE)  # as wide as what is drawn
     real_BT1 = (targets_BT != IGNORE)[:, :, None]
     real_BTE = judge.embedding(targets_BT.clamp(min=0)) * real_BT1
     fake_BTE = drawn_BTV @ constants["embedding.weight"]

@@ -50,6 +50,20 @@ def test_each_adversarial_loss_reaches_its_own_part_only() -> None:
         assert all(name.startswith(part) for name in names)
 
 
+def test_a_real_sentence_is_judged_as_wide_as_a_drawn_one() -> None:
+    """Else the filters would meet what is behind a sentence's end in drawn ones, and in no real one as long as its
+    batch."""
+    model, widths = tiny(), list[int]()
+
+    def note(_: object, args: tuple[torch.Tensor]) -> None:
+        widths.append(args[0].shape[1])
+
+    model.discriminator.register_forward_pre_hook(note)
+    for length in (3, 12):
+        adversarial_losses(model, batch(), length, EOS, 1.5)  # type: ignore[arg-type]
+    assert widths == [3] * 4 + [12] * 4
+
+
 def test_one_backward_pass_gives_both_gradients() -> None:
     model, grads = tiny(), {}
     for which in ("generator", "discriminator", "both"):
