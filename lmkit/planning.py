@@ -39,6 +39,8 @@ class Plan:
     """What the device has for this process."""
     largest_fitting: int
     """Largest micro-batch that fits (0: not even one row)."""
+    length_key: str
+    """What limits the length of a row, and so the memory that it takes."""
     tokens_per_epoch: int
     unit: str
     steps: int | None
@@ -105,7 +107,7 @@ class Plan:
         if self.fits:
             return f"yes; train.micro_batch_size up to {self.largest_fitting} would"
         if self.largest_fitting == 0:
-            return "no, not even one row: use a smaller model or train.seq_len, or another device"
+            return f"no, not even one row: use a smaller model or {self.length_key}, or another device"
         return f"no: train.micro_batch_size={self.largest_fitting} would, with the same updates"
 
 
@@ -152,6 +154,7 @@ def plan(
         batch_size=train.batch_size,
         room_bytes=room,
         largest_fitting=largest,
+        length_key=(trainer.task.length_limit(train) or ("train.seq_len",))[0],
         tokens_per_epoch=trainer.task.num_targets,
         unit=trainer.task.unit,
         steps=steps,

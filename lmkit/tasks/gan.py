@@ -111,6 +111,10 @@ class AdversarialSentences(Task):
         )
         return (generator + discriminator) * (batch.targets_BT != IGNORE).sum(), None
 
+    def length_limit(self, train: TrainConfig) -> tuple[str, str]:
+        both = f"train.seq_len={train.seq_len} and objective.length={self.config.length}"
+        return "train.seq_len or objective.length", both
+
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         likelihood = self._likelihood(device, progress)
         drawn = draw_sentences(

@@ -26,7 +26,7 @@ from lmkit.config.softmax import SampledSoftmaxConfig, SoftmaxConfig
 from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
-from lmkit.errors import StoppedError
+from lmkit.errors import ResourceError, StoppedError
 from lmkit.loading import load_run
 from lmkit.models.gan import Relgan
 from lmkit.planning import plan
@@ -34,6 +34,7 @@ from lmkit.store.checkpoint import list_checkpoints
 from lmkit.store.manifest import step_directory
 from lmkit.tasks import gan as gan_task
 from lmkit.tasks.gan import draw_sentences
+from lmkit.train import Trainer
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -114,6 +115,21 @@ def test_a_plan_counts_and_times_the_adversarial_part(gan: MakeConfig) -> None:
     assert [share for share, _ in likelihood.paces] == [0.0]
     assert both.step_s is not None
     assert both.paces[0][1] < both.step_s < both.paces[1][1]
+
+
+def test_where_memory_runs_out_the_advice_names_what_limits_each_part(
+    gan: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_step(self: Trainer, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    advice = r"and train\.seq_len=16 and objective\.length=7; .*a lower train\.seq_len or objective\.length, or another"
+    with pytest.raises(ResourceError, match=advice):
+        pretrain.run(gan(micro_batch_size=1))
+    monkeypatch.setattr("lmkit.planning.room_bytes", lambda device: 1)
+    told = pretrain.run(replace(gan(run="planned"), plan=True))["fits"]
+    assert told == "no, not even one row: use a smaller model or train.seq_len or objective.length, or another device"
 
 
 def test_the_discriminator_rests_while_the_generator_learns_by_maximum_likelihood(gan: MakeConfig) -> None:
