@@ -37,7 +37,9 @@ from lmkit.config.optimization import (
 from lmkit.data.batches import Batch
 from lmkit.device import Device
 from lmkit.heads import SoftmaxHead, rows_per_chunk
+from lmkit.models.adaptive import AdaptiveHead
 from lmkit.models.base import LanguageModel
+from lmkit.models.mixture import MixtureHead
 from lmkit.train import Trainer
 
 WORKING_SHARE = 2.5
@@ -132,13 +134,22 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 
 
 def _head_bytes(trainer: Trainer) -> int:
-    """The gradient of the output layer on its way, a chunk of logits, and the matrix in oneDNN's order, both ways."""
-    model = trainer.model
-    if not isinstance(model, LanguageModel) or not isinstance(model.head, SoftmaxHead):
-        return 0
-    table = model.head.weight
+    """The gradient of the output layer on its way, chunks of logits, and the matrix in oneDNN's order, both ways; of an
+    adaptive softmax those of its largest part."""
+    head = trainer.model.head if isinstance(trainer.model, LanguageModel) else None
+    if isinstance(head, AdaptiveHead):
+        return max(_softmax_bytes(p) for p in head.parameters() if p.ndim == 2)
+    if isinstance(head, MixtureHead):
+        return _softmax_bytes(head.weight, head.num_softmaxes)
+    return _softmax_bytes(head.weight) if isinstance(head, SoftmaxHead) else 0
+
+
+def _softmax_bytes(table: Tensor, num_softmaxes: int = 1) -> int:
     num_tables = 3 if products.by_onednn(table, products.MIN_ROWS) else 1
-    return (num_tables * table.numel() + rows_per_chunk(len(table), table.device) * len(table)) * table.element_size()
+    num_logits = num_softmaxes * len(table)
+    num_chunks = 1 if num_softmaxes == 1 else 2  # the logits are not overwritten by the probabilities of a mixture
+    chunks = num_chunks * rows_per_chunk(num_logits, table.device) * num_logits
+    return (num_tables * table.numel() + chunks) * table.element_size()
 
 
 def _long_batch(trainer: Trainer) -> Batch:

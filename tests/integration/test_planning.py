@@ -6,6 +6,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from lmkit.config.softmax import SoftmaxConfig
 from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
 from lmkit.data.batches import Batch, Windows
 from lmkit.device import resolve_device
+from lmkit.heads import CHUNK_ELEMENTS_CPU
 from lmkit.horizon import Horizon
 from lmkit.memory import Memory, _kept, estimate_memory, largest_fitting, optimizer_bytes
 from lmkit.models.base import State
@@ -334,3 +337,11 @@ def test_the_matrix_of_the_head_in_the_order_of_onednn_is_counted_both_ways(monk
         monkeypatch.setattr(products, "prefers_onednn", lambda: by_onednn)  # noqa: B023
         fixed[by_onednn] = estimate_memory(make_trainer()).working_fixed
     assert fixed[True] - fixed[False] == 2 * VOCAB * TINY.d_model * 4
+
+
+@pytest.mark.parametrize(
+    ("head", "chunks"), [({"num_softmaxes": 3}, 2), ({"cutoffs": [50, 200], "tie_embeddings": False}, 1)]
+)
+def test_chunks_of_logits_are_counted_for_every_kind_of_output_layer(head: dict[str, Any], chunks: int) -> None:
+    fixed = estimate_memory(make_trainer(replace(TINY, **head))).working_fixed
+    assert fixed > 0.99 * chunks * CHUNK_ELEMENTS_CPU * 4
