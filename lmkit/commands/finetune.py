@@ -147,15 +147,17 @@ def _check_softmax(cfg: FinetuneConfig) -> None:
 
 
 def _check_use(cfg: FinetuneConfig) -> None:
-    """ConfigError for what would do nothing: what ``train`` says of a stream of tokens, where the task reads rows, and
-    what ``softmax`` says of the output layer.
+    """ConfigError for what would do nothing: what needs another key, what ``train`` and ``eval`` say of a stream of
+    tokens where the task reads rows, and what ``softmax`` says of the output layer.
 
     Asked of what is to be trained now only: a step of an older run that was given such keys can still be replayed.
     """
     unused = f"has no use with task={kind_of(cfg.task)}"
     with Problems() as check:
+        cfg.train.note_unused(check)
         if not isinstance(cfg.task, LmTaskConfig):
             check.unused("train", cfg.train, STREAM_KEYS, f"{unused}: leave it out")
+            check.unused("eval", cfg.eval, ("sample_tokens",), f"{unused}: leave it out")
         if isinstance(cfg.task, RowsTaskConfig):
             check.unused("train", cfg.train, ("seq_len",), f"{unused}, whose texts task.max_tokens cuts: leave it out")
         if isinstance(cfg.softmax, AdaptiveSoftmaxConfig):

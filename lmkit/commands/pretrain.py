@@ -66,8 +66,10 @@ def _check_use(cfg: PretrainConfig) -> None:
     learner = "a model that counts" if counts else f"objective={cfg.objective.name}"
     rule = f"has no use with {learner}: leave it out"
     with Problems() as check:
+        cfg.train.note_unused(check)
         if counts or cfg.objective.name != "lm":
             check.unused("train", cfg.train, STREAM_KEYS, rule)
+            check.unused("eval", cfg.eval, ("sample_tokens",), rule)
         if counts:
             check.unused("train", cfg.train, ("average", "ema_decay"), rule)
             check(kind_of(cfg.softmax) == "exact", "softmax", kind_of(cfg.softmax), rule)

@@ -159,6 +159,15 @@ class TrainConfig:
             check(self.max_skips >= 0, "train.max_skips", self.max_skips, "must be >= 0")
             check(self.workers >= 0, "train.workers", self.workers, "must be >= 0")
 
+    def note_unused(self, check: Problems) -> None:
+        """Note keys that would do nothing without another. Asked of what is to be trained now only, not of old runs."""
+        for used, name, rule in (
+            (self.average is Average.swa, "swa_start", "needs train.average=swa"),
+            (self.average is Average.nt_asgd, "asgd_patience", "needs train.average=nt_asgd"),
+            (self.nonfinite is not NonFinite.stop, "max_skips", "needs train.nonfinite=skip or rollback"),
+        ):
+            check.unused("train", self, () if used else (name,), rule)
+
     @property
     def epochs_limit(self) -> float | None:
         """max_epochs, or the default where neither it nor max_steps nor budget is given."""

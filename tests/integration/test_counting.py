@@ -51,7 +51,7 @@ def test_a_logger_that_gets_nothing_of_a_counted_model_is_told(
         ["train.shuffle=blocks", "train.seq_len_jitter=true", "train.order=windows"],
         ["softmax.ar_alpha=2", "softmax.tar_beta=1", "softmax.label_smoothing=0.1", "train.average=swa"],
         ["softmax=sampled", "train.ema_decay=0.9"],
-        ["init.embeddings=cooccurrence", "init.output_bias=zero"],
+        ["init.embeddings=cooccurrence", "init.output_bias=zero", "eval.sample_tokens=60"],
     ],
 )
 def test_keys_that_a_counted_model_would_ignore_are_refused_by_name_before_any_work(

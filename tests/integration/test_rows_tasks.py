@@ -89,7 +89,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ["softmax=sampled"],
         ["softmax.label_smoothing=0.1", "softmax.ar_alpha=1"],
         ["train.order=windows", "train.shuffle=documents", "train.seq_len_jitter=true"],
-        ["train.seq_len=16"],
+        ["train.seq_len=16", "eval.sample_tokens=60"],
     ],
 )
 def test_what_is_for_a_loss_over_words_or_for_a_stream_of_tokens_is_refused_where_it_would_do_nothing(

@@ -249,7 +249,7 @@ def test_how_a_stream_of_tokens_is_cut_is_refused_where_sentences_are_read(
     objective: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the corpus is looked for, which is not there."""
-    keys = ["train.order=lanes", "train.shuffle=blocks", "train.seq_len_jitter=true"]
+    keys = ["train.order=lanes", "train.shuffle=blocks", "train.seq_len_jitter=true", "eval.sample_tokens=60"]
     place = [f"dataset.path={tmp_path / 'none'}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
     assert cli.main(["pretrain", *words, *place, *keys]) == 2
     found = capsys.readouterr().err.splitlines()[-1]

@@ -114,6 +114,21 @@ def test_training_learns_more_than_the_word_frequencies(config: MakeConfig) -> N
     assert result["bits_per_byte"] < 3.0
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_keys_that_do_nothing_without_another_are_refused_before_any_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["dataset=ptb", f"dataset.path={tmp_path / 'none'}", "device=cpu", f"run.dir={tmp_path / 'run'}"]
+    needs = {
+        "train.swa_start=0.5": "train.average=swa",
+        "train.asgd_patience=3": "train.average=nt_asgd",
+        "train.max_skips=3": "train.nonfinite=skip or rollback",
+    }
+    assert cli.main([command, *place, *needs]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"{key} needs {other}" in found for key, other in needs.items())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
