@@ -64,7 +64,7 @@ class TrainConfig:
     seq_len: int = 128
     """Tokens per sequence (>= 1); at most model.context where the model has one."""
     order: Order = Order.auto
-    """lanes: contiguous text with carried state; windows: random order; auto: lanes for recurrent models."""
+    """lanes: contiguous text with carried state; windows: random order; auto: lanes where the model carries one."""
     shuffle: Shuffle = Shuffle.none
     """Lanes: each epoch in the order of the text (none), or in one of its own of blocks of 16 seq_len, or of documents
     (lines where the tokenizer is word, whose end token ends each line)."""
