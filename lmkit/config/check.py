@@ -34,6 +34,17 @@ class Problems:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             self(value == default, f"{section}.{name}", value, rule)
 
+    def at_least_one(self, section: str, config: Any, *names: str) -> None:
+        """Note each of these keys of a section that is below 1."""
+        for name in names:
+            self(getattr(config, name) >= 1, f"{section}.{name}", getattr(config, name), "must be >= 1")
+
+    def below_one(self, section: str, config: Any, *names: str) -> None:
+        """Note each of these keys of a section that is not at least 0 and below 1."""
+        for name in names:
+            value = getattr(config, name)
+            self(0 <= value < 1, f"{section}.{name}", value, "must be at least 0 and below 1")
+
     def __enter__(self) -> Problems:
         return self
 

@@ -38,8 +38,7 @@ class StripesProtocolConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            for name in ("valid_stripes", "test_stripes"):
-                check(getattr(self, name) >= 1, f"protocol.{name}", getattr(self, name), "must be >= 1")
+            check.at_least_one("protocol", self, "valid_stripes", "test_stripes")
 
 
 @dataclass(kw_only=True)

@@ -148,8 +148,7 @@ class TransformerConfig(HeadConfig):
     def __post_init__(self) -> None:
         kv = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         with Problems() as check:
-            for name in ("d_model", "num_layers", "num_heads", "context"):
-                check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+            check.at_least_one("model", self, "d_model", "num_layers", "num_heads", "context")
             heads = max(self.num_heads, 1)
             check(
                 self.head_channels is None or self.head_channels >= 1,
@@ -178,10 +177,7 @@ class TransformerConfig(HeadConfig):
             if self.memory_tokens > 0:
                 rotary = self.positions is Positions.rotary
                 check(rotary, "model.positions", self.positions, "must be rotary with model.memory_tokens > 0")
-            for name in ("dropout", "attention_dropout", "dropout_embed", "drop_path"):
-                check(
-                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
-                )
+            check.below_one("model", self, "dropout", "attention_dropout", "dropout_embed", "drop_path")
             self._check_head(check, tied=self.tie_embeddings)
 
     @property
@@ -252,17 +248,14 @@ class RecurrentConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            for name in ("d_embed", "d_hidden", "num_layers"):
-                check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+            check.at_least_one("model", self, "d_embed", "d_hidden", "num_layers")
             check(self.mogrifier_rounds >= 0, "model.mogrifier_rounds", self.mogrifier_rounds, "must be >= 0")
             plain = self.cell is Cell.lstm or self.mogrifier_rounds == 0
             check(plain, "model.cell", self.cell, "must be lstm with model.mogrifier_rounds > 0")
             rank = self.mogrifier_rank
             check(rank is None or rank >= 1, "model.mogrifier_rank", rank, "must be >= 1 or null")
-            for name in ("dropout_embed", "dropout_input", "dropout_hidden", "dropout_output", "dropout_recurrent"):
-                check(
-                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
-                )
+            rates = "dropout_embed", "dropout_input", "dropout_hidden", "dropout_output", "dropout_recurrent"
+            check.below_one("model", self, *rates)
             self._check_head(check, tied=self.tie_embeddings)
 
     @property
@@ -323,13 +316,9 @@ class VaeLstmConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            for name in ("d_embed", "d_encoder"):
-                check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
+            check.at_least_one("model", self, "d_embed", "d_encoder")
             check(self.d_latent >= 0, "model.d_latent", self.d_latent, "must be >= 0")
-            for name in ("dropout_word", "dropout_input", "dropout_output"):
-                check(
-                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
-                )
+            check.below_one("model", self, "dropout_word", "dropout_input", "dropout_output")
 
     @property
     def memory(self) -> str:
@@ -364,12 +353,8 @@ class RelganConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            for name in ("d_embed", "num_representations", "d_representation", "num_filters"):
-                check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be >= 1")
-            for name in ("dropout_input", "dropout_output"):
-                check(
-                    0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be at least 0 and below 1"
-                )
+            check.at_least_one("model", self, "d_embed", "num_representations", "d_representation", "num_filters")
+            check.below_one("model", self, "dropout_input", "dropout_output")
 
     @property
     def carries_state(self) -> bool:

@@ -106,8 +106,7 @@ class RmspropConfig(OptimizerConfig):
     """Added to the denominator (> 0)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 <= self.alpha < 1, "optimizer.alpha", self.alpha, "must be at least 0 and below 1")
-        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+        check.below_one("optimizer", self, "alpha", "momentum")
         check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
 
 
@@ -123,8 +122,7 @@ class AdamConfig(OptimizerConfig):
     """Added to the denominator (> 0)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "must be at least 0 and below 1")
-        check(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "must be at least 0 and below 1")
+        check.below_one("optimizer", self, "beta1", "beta2")
         check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
 
 
@@ -198,8 +196,7 @@ class MuonConfig(OptimizerConfig):
         check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
         check(1 <= self.ns_steps <= 10, "optimizer.ns_steps", self.ns_steps, "must be between 1 and 10")
         check(0 < self.adam_lr < float("inf"), "optimizer.adam_lr", self.adam_lr, "must be > 0 and finite")
-        check(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "must be at least 0 and below 1")
-        check(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "must be at least 0 and below 1")
+        check.below_one("optimizer", self, "beta1", "beta2")
         check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
 
 
