@@ -25,7 +25,7 @@ from lmkit.evaluation.bleu import ORDERS, bleu, self_bleu
 from lmkit.loading import load_run
 from lmkit.store.manifest import step_directory
 from lmkit.tasks.gan import draw_sentences, lm_scores
-from lmkit.tasks.vae import sentences_of
+from lmkit.tasks.sentences import sentences_of
 
 TEMPERATURES = (0.7, 0.85, 1.0, 1.15)
 NUM_SCORED = 1000

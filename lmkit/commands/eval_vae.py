@@ -16,7 +16,8 @@ from lmkit.evaluation.checks import check_vocabulary
 from lmkit.evaluation.latent import score_sentences
 from lmkit.loading import LoadedRun
 from lmkit.models.vae import VaeLstm
-from lmkit.tasks.vae import latent_numbers, latent_rows, sentences_of
+from lmkit.tasks.sentences import sentences_of
+from lmkit.tasks.vae import latent_numbers, latent_rows
 
 
 def run(cfg: EvalPplConfig, loaded: LoadedRun, device: Device, console: Console) -> dict[str, Any]:

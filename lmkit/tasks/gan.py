@@ -8,6 +8,7 @@ backward pass: the generator's loss sees constant parameters of the discriminato
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,26 +18,21 @@ from torch import Tensor, nn
 
 from lmkit.config.generation import SamplingConfig
 from lmkit.config.objectives import GanObjectiveConfig
-from lmkit.config.softmax import SoftmaxConfig
-from lmkit.config.start import InitConfig
 from lmkit.config.training import TrainConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch, to_device
 from lmkit.data.prepared import PreparedData
-from lmkit.data.sentences import SentenceBatches
 from lmkit.device import Device
 from lmkit.evaluation.baselines import kn5_nats
 from lmkit.evaluation.plan import Windows
 from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.scoring import exp, perplexity
-from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import IGNORE, LanguageModel, State
 from lmkit.models.gan import Relgan
-from lmkit.objectives import build_objective
 from lmkit.rng import derive_key
 from lmkit.sampling import sample
-from lmkit.tasks.base import Task, Validation
-from lmkit.tasks.vae import sentences_digest, sentences_of
+from lmkit.tasks.base import Validation
+from lmkit.tasks.sentences import SentenceTask
 
 LONGEST_SAMPLE = 100
 """Tokens after which a sampled sentence is cut."""
@@ -44,7 +40,7 @@ NUM_COUNTED = 1_000_000
 """Tokens of train and of valid that are looked at for the scores of samples."""
 
 
-class AdversarialSentences(Task):
+class AdversarialSentences(SentenceTask):
     """Trains a Relgan on sentences, each from an empty state; validated by what its sentences are worth.
 
     The loss that decides about the best checkpoint is the mean of two numbers, in nats per token: how surprising a
@@ -52,38 +48,20 @@ class AdversarialSentences(Task):
     valid (quality and diversity; "reverse LM score", Cifka et al. 2018).
     """
 
-    def __init__(
-        self,
-        model: Relgan,
-        prepared: PreparedData,
-        train: TrainConfig,
-        softmax: SoftmaxConfig,
-        config: GanObjectiveConfig,
-        *,
-        seed: int,
-        init: InitConfig | None = None,
-    ) -> None:
-        """init: what ``begin`` takes from the text; None: the parameters stay as they are."""
-        self.model, self.prepared, self.config, self.init, self.seed = model, prepared, config, init, seed
-        self.tokenizer, self.data_name = prepared.tokenizer, prepared.name
-        self.data_digest = sentences_digest(prepared, config.name)
-        self.counts_V = token_counts(prepared.splits["train"].tokens, prepared.tokenizer.vocab_size)
-        self.objective = build_objective(softmax, self.counts_V)
-        self.pace_changes_at = (*self.objective.changes_at, config.pretrain_share)
-        learnt = sentences_of(prepared.splits["train"], prepared.tokenizer, train.seq_len)
-        # In batches of one length a real sentence and a drawn one could be told apart by it.
-        self.batches = SentenceBatches(learnt, train.batch_size, seed, pool_batches=1)
-        self.num_targets = int(learnt.lengths_S.sum())
-        self.valid = sentences_of(prepared.splits["valid"], prepared.tokenizer)
-        ends_V = line_enders(prepared.tokenizer)
-        ends_V[prepared.tokenizer.eos_id] = True
-        self.ends_V = torch.from_numpy(ends_V)
-        """Which types end a sentence: where eos ends documents, none that is learnt has one."""
+    model: Relgan
+    config: GanObjectiveConfig
+    pool_batches = 1  # in batches of one length a real sentence and a drawn one could be told apart by it
 
-    def begin(self) -> None:
-        if self.init is not None:
-            tokens = self.prepared.splits["train"].tokens
-            initialise_from_text(self.model.generator, self.init, tokens, self.counts_V, seed=self.seed)
+    @property
+    def decoder(self) -> LanguageModel:
+        return self.model.generator
+
+    @cached_property
+    def ends_V(self) -> Tensor:
+        """Which types end a sentence: where eos ends documents, none that is learnt has one."""
+        ends_V = line_enders(self.tokenizer)
+        ends_V[self.tokenizer.eos_id] = True
+        return torch.from_numpy(ends_V)
 
     def lr_scale(self, batch: Batch, progress: float) -> float:
         return self.config.generator_lr if self.config.is_adversarial(progress) else 1.0

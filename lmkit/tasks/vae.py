@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -14,23 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lmkit.config.objectives import VaeObjectiveConfig
-from lmkit.config.softmax import SoftmaxConfig
-from lmkit.config.start import InitConfig
-from lmkit.config.training import TrainConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch
 from lmkit.data.prepared import PreparedData, Split
-from lmkit.data.sentences import SentenceBatches, Sentences
+from lmkit.data.sentences import Sentences
 from lmkit.device import Device
 from lmkit.evaluation.latent import LatentScores, score_sentences
-from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.scoring import exp
-from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import State
 from lmkit.models.vae import VaeLstm
-from lmkit.objectives import build_objective
-from lmkit.tasks.base import Task, Validation
-from lmkit.tokenizers import Tokenizer
+from lmkit.tasks.base import Validation
+from lmkit.tasks.sentences import SentenceTask
 
 ROWS_AT_ONCE = 256
 """Rows of a forward pass in validation."""
@@ -38,51 +31,14 @@ PROBED = 32
 """Validation is timed on this many sentences."""
 
 
-def sentences_of(split: Split, tokenizer: Tokenizer, longest: int | None = None) -> Sentences:
-    """The lines of a split; see Sentences.of."""
-    return Sentences.of(split.tokens, line_enders(tokenizer), tokenizer.eos_id, longest)
+class SentenceVae(SentenceTask):
+    """Minimises reconstruction + weight x KL per sentence; validation gives the importance-weighted bound of valid."""
 
-
-def sentences_digest(prepared: PreparedData, objective: str) -> str:
-    """Another one than that of the text as a stream, since losses of the two cannot be compared."""
-    return hashlib.sha256(f"{prepared.key}/sentences/{objective}".encode()).hexdigest()
-
-
-class SentenceVae(Task):
-    """Minimises reconstruction + weight x KL per sentence; validation gives the importance-weighted bound of valid.
-
-    Each sentence is learnt alone: no state goes from one to the next, its first token is predicted from eos, and the
-    token that ends it is a target too. In training, sentences are cut after ``train.seq_len`` tokens.
-    """
-
-    def __init__(
-        self,
-        model: VaeLstm,
-        prepared: PreparedData,
-        train: TrainConfig,
-        softmax: SoftmaxConfig,
-        config: VaeObjectiveConfig,
-        *,
-        seed: int,
-        init: InitConfig | None = None,
-    ) -> None:
-        """init: what ``begin`` takes from the text; None: the parameters stay as they are."""
-        self.model, self.prepared, self.config, self.init, self.seed = model, prepared, config, init, seed
-        self.tokenizer, self.data_name = prepared.tokenizer, prepared.name
-        self.data_digest = sentences_digest(prepared, config.name)
-        tokens = prepared.splits["train"].tokens
-        self.counts_V = token_counts(tokens, prepared.tokenizer.vocab_size)
-        self.objective = build_objective(softmax, self.counts_V)
-        self.pace_changes_at = (*self.objective.changes_at, config.plain_share)
-        learnt = sentences_of(prepared.splits["train"], prepared.tokenizer, train.seq_len)
-        self.batches = SentenceBatches(learnt, train.batch_size, seed)
-        self.num_targets = int(learnt.lengths_S.sum())
-        self.valid = sentences_of(prepared.splits["valid"], prepared.tokenizer)
+    model: VaeLstm
+    config: VaeObjectiveConfig
 
     def begin(self) -> None:
-        if self.init is not None:
-            tokens = self.prepared.splits["train"].tokens
-            initialise_from_text(self.model, self.init, tokens, self.counts_V, seed=self.seed)
+        super().begin()
         if self.config.plain_share > 0:
             self.model.ignore_latent()
 
@@ -195,4 +151,4 @@ def vae_validation(scores: LatentScores, prepared: PreparedData, num_samples: in
     )
 
 
-__all__ = ["SentenceVae", "latent_numbers", "latent_rows", "sentences_digest", "sentences_of", "vae_validation"]
+__all__ = ["SentenceVae", "latent_numbers", "latent_rows", "vae_validation"]

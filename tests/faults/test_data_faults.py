@@ -33,7 +33,7 @@ from lmkit.data.tokenfiles import open_prepared
 from lmkit.errors import DataError
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import Text
-from lmkit.tasks.vae import sentences_of
+from lmkit.tasks.sentences import sentences_of
 from lmkit.train import Trainer
 
 # Text
