@@ -32,8 +32,10 @@ class Permutation:
         self._keys = _mix(counters.astype(np.uint64))
 
     def __call__(self, indices: Indices) -> Indices:
-        """The images of indices in [0, size)."""
-        values = np.asarray(indices).astype(np.uint64)
+        """The images of indices in [0, size). Raises IndexError for others, whose walk might never end."""
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.size:
+            raise IndexError(f"an index is outside [0, {self.size})")
+        values = indices.astype(np.uint64)
         outside = np.ones(values.shape, bool)
         while outside.any():  # each walk returns to [0, size) since it started there
             values[outside] = self._encrypt(values[outside])

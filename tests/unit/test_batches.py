@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmkit.data.batches import Lanes, Restarted, Windows, to_device
-from lmkit.data.order import Permutation
+from lmkit.data.order import Permutation, epoch_rows
 from lmkit.errors import DataError
 from lmkit.models.base import IGNORE
 
@@ -54,6 +54,24 @@ def test_a_negative_step_is_refused() -> None:
 def test_the_permutation_never_changes() -> None:
     assert Permutation(10, 0)(np.arange(10)).tolist() == [4, 6, 9, 2, 1, 8, 5, 3, 0, 7]
     assert Permutation(1_000_000, 2**62)(np.array([0, 1, 2, 999_999])).tolist() == [868447, 741355, 286703, 843684]
+
+
+@pytest.mark.parametrize("index", [-1, 10, 15, 16, 2**40])
+def test_an_index_outside_of_a_permutation_is_refused(index: int) -> None:
+    with pytest.raises(IndexError, match=r"outside \[0, 10\)"):
+        Permutation(10, 0)(np.array([3, index]))
+    assert Permutation(10, 0)(np.arange(0)).tolist() == []
+
+
+@pytest.mark.parametrize(("num_rows", "sizes"), [(10, [4, 4, 2]), (8, [4, 4]), (3, [3])])
+def test_over_an_epoch_each_row_comes_once_and_only_the_last_batch_may_be_smaller(
+    num_rows: int, sizes: list[int]
+) -> None:
+    for epoch in range(3):
+        steps = range(epoch * len(sizes), (epoch + 1) * len(sizes))
+        batches = [epoch_rows(step, len(sizes), num_rows, 4, seed=1) for step in steps]
+        assert [len(rows) for rows in batches] == sizes
+        assert sorted(row for rows in batches for row in rows) == list(range(num_rows))
 
 
 def test_the_order_of_windows_never_changes() -> None:
