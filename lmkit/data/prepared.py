@@ -157,7 +157,7 @@ class _Preparation:
         if not path.is_dir():
             return None
         try:
-            data = open_prepared(path)
+            data = self._open(path, key, survey)
         except DataError as error:
             self.console.warn(f"{error.problem}; preparing it again")
             return None
@@ -165,8 +165,16 @@ class _Preparation:
         other_text = {split: found.text_digest for split, found in data.splits.items()} != wanted
         if other_text or (self.config is None and data.tokenizer.digest != self.identity["tokenizer"]):
             return None  # a damaged note led elsewhere
-        report = data.report | {"source": self.corpus.source, "repeats": survey.repeats}
-        return replace(data, key=key, name=self.corpus.name, report=report)
+        return data
+
+    def _open(self, path: Path, key: str, survey: Survey) -> PreparedData:
+        """Open a result and report of it what is asked for now: it may have been made of other files, which left the
+        same text."""
+        data = open_prepared(path)
+        return replace(data, key=key, name=self.corpus.name, report=data.report | self._report(survey))
+
+    def _report(self, survey: Survey) -> dict[str, Any]:
+        return {"source": self.corpus.source, "cleaning": survey.cleaning, "repeats": survey.repeats}
 
     def _survey(self) -> Survey:
         start_s = time.monotonic()
@@ -198,11 +206,7 @@ class _Preparation:
         temporary.mkdir()
         try:
             splits = self._encode(survey, self.tokenizer, temporary)
-            report: dict[str, Any] = {
-                "source": self.corpus.source,
-                "cleaning": survey.cleaning,
-                "repeats": survey.repeats,
-            }
+            report = self._report(survey)
             if isinstance(self.tokenizer, HfTokenizer):
                 lines = (line[:_LINE_CHARS] for text in self._train_text(survey) for line in text.split("\n"))
                 report["changes_text"] = self.tokenizer.first_change(islice(lines, _TRIED_LINES))
@@ -213,7 +217,7 @@ class _Preparation:
         finally:
             if temporary.exists():
                 storage.remove_tree(temporary)
-        return open_prepared(self.folder / key)
+        return self._open(self.folder / key, key, survey)
 
     def _encode(self, survey: Survey, tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, Any]]:
         """Write the token files; returns what the index says of each split."""

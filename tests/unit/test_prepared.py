@@ -25,6 +25,7 @@ from lmkit.config.data import (
     CharTokenizerConfig,
     CleaningConfig,
     HfTokenizerConfig,
+    JsonlConfig,
     PydocsConfig,
     SentencePieceTokenizerConfig,
     TextConfig,
@@ -191,6 +192,20 @@ def test_the_key_depends_on_text_tokenizer_and_cleaning_only(folder: Path, tmp_p
     (folder / "test.txt").write_text("on the cat\n", encoding="utf-8")
     others.add(prepared(folder).key)
     assert len(others | {key}) == 5
+
+
+def test_what_cleaning_did_is_told_of_the_files_that_are_asked_for(tmp_path: Path, cache: Path) -> None:
+    told, cleaning = [], CleaningConfig(drop_duplicates=True)
+    for copies in (3, 1, 3):  # the text that is left is always the same
+        path = tmp_path / f"{copies}.jsonl"
+        path.write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(5)) * copies, encoding="utf-8")
+        config = JsonlConfig(path=str(path), valid_fraction=0.0, test_fraction=0.0, cleaning=cleaning)
+        report = prepare(config, ByteTokenizerConfig()).report
+        step = report["cleaning"]["train"]["duplicate documents"]
+        told.append((step["documents_before"], step["documents_after"]))
+        assert path.name in report["source"]
+    assert told == [(15, 5), (5, 5), (15, 5)]
+    assert len(list((cache / "prepared").iterdir())) == 1
 
 
 def test_unchanged_files_are_not_read_again(folder: Path, settled: None, monkeypatch: pytest.MonkeyPatch) -> None:
