@@ -180,9 +180,9 @@ class _Preparation:
         start_s = time.monotonic()
         with self.console.progress(None, f"reading {self.corpus.name}") as bar:
 
-            def progress(num_chars: int) -> None:
+            def progress(num_bytes: int) -> None:
                 if time.monotonic() - start_s > _QUIET_S:
-                    bar.update(num_chars, text=f"{num_chars / 1e6:.0f} MB")
+                    bar.update(num_bytes, text=f"{num_bytes / 1e6:.0f} MB")
 
             def train(lines: Callable[[], Iterator[str]]) -> None:
                 if self.config is not None:

@@ -128,13 +128,15 @@ class Survey:
 
 
 class Surveyor:
-    """Reads a corpus once. While a text that is too long to keep passes by, ``on_long_text`` can use it."""
+    """Reads a corpus once. While a text that is too long to keep passes by, ``on_long_text`` can use it.
+
+    ``progress`` is told how many bytes of text were read so far.
+    """
 
     def __init__(self, corpus: Corpus, progress: Callable[[int], None]) -> None:
         self._corpus, self._progress = corpus, progress
         self._counters = {split: Counter() for split in corpus.splits}
         self._repeats = Repeats(corpus.splits)
-        self._bytes = 0
 
     def run(self, on_long_text: Callable[[Callable[[], Iterator[str]]], None]) -> Survey:
         """Count everything, check it against what is known of the corpus, and return the result.
@@ -163,8 +165,7 @@ class Surveyor:
         for split, piece in self._corpus.read():
             self._counters[split].add(piece)
             self._repeats.add(split, piece)
-            self._bytes += len(piece.text)
-            self._progress(self._bytes)
+            self._progress(sum(counter.counts.num_bytes for counter in self._counters.values()))
             yield split, piece
 
     def _check(self, survey: Survey) -> None:

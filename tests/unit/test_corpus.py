@@ -63,7 +63,7 @@ def documents_of(source: Corpus, split: str = "train") -> list[str]:
 
 
 def survey(source: Corpus) -> Survey:
-    return Surveyor(source, lambda num_chars: None).run(lambda lines: None)
+    return Surveyor(source, lambda num_bytes: None).run(lambda lines: None)
 
 
 def counts(source: Corpus) -> dict[str, Counts]:
@@ -611,6 +611,13 @@ def test_an_empty_corpus_or_split_is_refused(tmp_path: Path, content: dict[str, 
         write(tmp_path / name, text)
     with pytest.raises(DataError, match=r"would be empty \(train \d|holds no \.txt"):
         survey(open_corpus(TextConfig(path=str(tmp_path))))
+
+
+def test_progress_is_told_in_bytes_of_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "我喜欢学习\n" * 10)
+    told: list[int] = []
+    Surveyor(open_corpus(TextConfig(path=str(path))), told.append).run(lambda lines: None)
+    assert told[-1] == path.stat().st_size
 
 
 def test_a_path_is_needed_and_must_exist(tmp_path: Path) -> None:
