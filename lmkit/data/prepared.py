@@ -246,7 +246,8 @@ class _Preparation:
                 storage.sync_directory(path)
         storage.sync_directory(temporary)
         if target.exists() and (self.force or not _is_whole(target)):
-            storage.discard(target)
+            with contextlib.suppress(FileNotFoundError):  # another process may sweep it at the same time
+                storage.discard(target)
         try:
             storage.rename(temporary, target)
         except OSError:

@@ -38,6 +38,7 @@ from lmkit.data import survey, textfiles
 from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare
 from lmkit.data.tokenfiles import SplitWriter
 from lmkit.errors import DataError, ResourceError
+from lmkit.store import storage
 from lmkit.tokenizers import load_tokenizer, train_tokenizer
 
 TEXT = {
@@ -447,6 +448,21 @@ def test_what_killed_preparations_left_is_removed(folder: Path, cache: Path) -> 
     prepared(folder, CharTokenizerConfig())
     assert leftovers(cache) == []
     assert data.path.is_dir()
+
+
+def test_what_another_process_sweeps_while_it_is_being_removed_is_no_error(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, remove = prepared(folder), storage.remove_tree
+
+    def remove_together(path: Path) -> None:
+        if path.name.startswith(storage.TRASH_PREFIX):
+            remove(path)  # by the other one
+        remove(path)
+
+    monkeypatch.setattr(storage, "remove_tree", remove_together)
+    assert prepared(folder, force=True).path == first.path
+    assert leftovers(cache) == []
 
 
 SCRIPT = """
