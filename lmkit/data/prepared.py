@@ -105,7 +105,7 @@ class _Preparation:
         return data
 
     def _run(self) -> PreparedData:
-        if found := self._find(self._recall()):
+        if found := self._find(self._recall(), warn=False):  # it may be replaced just now
             return found
         with self._lock():
             self._sweep()
@@ -149,7 +149,7 @@ class _Preparation:
         (self.root / "same").mkdir(exist_ok=True)
         storage.replace_file(self.root / "same" / self._key(survey, tokenizer.digest), key.encode())
 
-    def _find(self, survey: Survey | None) -> PreparedData | None:
+    def _find(self, survey: Survey | None, *, warn: bool = True) -> PreparedData | None:
         if survey is None or self.force:
             return None
         key = self._key(survey)
@@ -159,7 +159,8 @@ class _Preparation:
         try:
             data = self._open(path, key, survey)
         except DataError as error:
-            self.console.warn(f"{error.problem}; preparing it again")
+            if warn:
+                self.console.warn(f"{error.problem}; preparing it again")
             return None
         wanted = {split: counts.text_digest for split, counts in survey.counts.items()}
         other_text = {split: found.text_digest for split, found in data.splits.items()} != wanted
