@@ -176,5 +176,5 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
 
 def _describe(root: Path, sources: Mapping[str, list[Path]], held_out: Mapping[str, float]) -> str:
     files = sum(map(len, sources.values()))
-    cut = "".join(f", {split} is {share:.0%} of train" for split, share in held_out.items())
+    cut = "".join(f", {split} is {100 * share:g}% of train" for split, share in held_out.items())
     return f"{root} ({files} file{'s' if files > 1 else ''}{cut})"

@@ -613,6 +613,12 @@ def test_an_empty_corpus_or_split_is_refused(tmp_path: Path, content: dict[str, 
         survey(open_corpus(TextConfig(path=str(tmp_path))))
 
 
+def test_the_share_that_is_held_out_is_told_as_it_was_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "line\n" * 10)
+    source = open_corpus(TextConfig(path=str(path), valid_fraction=0.07, test_fraction=0.004))
+    assert source.source == f"{path} (1 file, valid is 7% of train, test is 0.4% of train)"
+
+
 def test_progress_is_told_in_bytes_of_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "我喜欢学习\n" * 10)
     told: list[int] = []
