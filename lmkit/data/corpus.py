@@ -149,8 +149,8 @@ class BenchmarkCorpus(Corpus):
         if path is None and not os.path.isdir(candidates[0]):
             return None
         names = ", ".join(map(self._file_name, SPLITS))
-        key = "dataset.path" if path is not None else "LMKIT_DATA"
-        raise DataError(f"{candidates[0]} does not hold {names}", f"set {key} to the folder of the original files")
+        remedy = "set dataset.path to the folder of the original files"
+        raise DataError(f"{candidates[0]} does not hold {names}", remedy)
 
     def _file_name(self, split: str) -> str:
         return self.benchmark.files.format(split=split)

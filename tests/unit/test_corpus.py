@@ -183,6 +183,16 @@ def test_lmkit_data_is_used_when_the_folder_is_there_and_the_hub_otherwise(
     assert "hub" in open_corpus(BenchmarkConfig(name=BenchmarkName.wikitext2)).source
 
 
+def test_a_folder_in_lmkit_data_that_lacks_the_files_is_named_with_a_remedy_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMKIT_DATA", str(tmp_path))
+    files = write_benchmark(tmp_path / "ptb" / "simple-examples", "ptb.{split}.txt")
+    with pytest.raises(DataError, match=r"ptb does not hold ptb\.train\.txt, .*; set dataset\.path to the folder"):
+        open_corpus(BenchmarkConfig())
+    assert str(files) in open_corpus(BenchmarkConfig(path=str(files))).source
+
+
 def test_the_archive_s_folder_below_the_path_is_found(tmp_path: Path) -> None:
     write_benchmark(tmp_path / "ptb", "ptb.{split}.txt")
     assert str(tmp_path / "ptb") in open_corpus(BenchmarkConfig(path=str(tmp_path))).source
