@@ -19,33 +19,42 @@ _SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "de
 _MANY_DOCUMENTS = 20
 
 
-class TextCorpus(Corpus):
-    """Text files: one document a file; a few large files are cut by lines into contiguous parts.
+class _FileCorpus(Corpus):
+    """A file, or those of a folder whose names end in a suffix.
 
     A folder may hold the splits itself, as files (train.txt, valid.txt, test.txt) or as folders (train/, valid/,
-    test/): if any of them, then train. A split that is not there is held out from train: of 20 documents or more, whole
-    ones by the order of a hash of their relative path, at least one; of fewer, the end of each file (first train, then
-    valid, then test; see ``cutting.py``).
+    test/): if any of them, then train. A split that is not there is held out from train.
     """
 
-    name = "text"
-    _SUFFIX = ".txt"
-
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig | JsonlConfig, suffix: str, **rule: Any) -> None:
+        """rule: what the text of a split depends on, besides the files and the shares that are held out."""
         super().__init__(config.cleaning)
-        self._root = _existing_path(config.path, "text")
-        self._sources = _split_sources(self._root, self._SUFFIX)
+        self._root = _existing_path(config.path, self.name)
+        self._sources = _split_sources(self._root, suffix)
         self._held_out = held_out_shares(config.valid_fraction, config.test_fraction, self._sources)
         self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._held_out)
         self.source = _describe(self._root, self._sources, self._held_out)
-        self._config = config
-        self._parts: dict[str, list[Part]] | None = None
+        self._rule = rule
 
     def fingerprint(self) -> Mapping[str, Any] | None:
         stamps = {split: textfiles.stamp_files(files) for split, files in self._sources.items()}
         if None in stamps.values():
             return None
-        return {"text": str(self._root), "held_out": self._held_out, "files": stamps, "cut": cutting.VERSION}
+        return {self.name: str(self._root), "held_out": self._held_out, "files": stamps, **self._rule}
+
+
+class TextCorpus(_FileCorpus):
+    """Text files: one document a file; a few large files are cut by lines into contiguous parts.
+
+    Of 20 documents or more whole ones are held out, by the order of a hash of their relative path, at least one; of
+    fewer, the end of each file (first train, then valid, then test; see ``cutting.py``).
+    """
+
+    name = "text"
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config, ".txt", cut=cutting.VERSION)
+        self._parts: dict[str, list[Part]] | None = None
 
     def _read(self, splits: Collection[str]) -> Iterator[tuple[str, Piece]]:
         if self._parts is None:
@@ -62,8 +71,7 @@ class TextCorpus(Corpus):
         files = self._sources["train"]
         parts |= {split: [] for split in ("train", *self._held_out)}
         if len(files) >= _MANY_DOCUMENTS:
-            base = self._root if self._root.is_dir() else self._root.parent
-            ranked = sorted(files, key=lambda path: hash_fraction(os.fsencode(path.relative_to(base).as_posix())))
+            ranked = sorted(files, key=lambda path: hash_fraction(os.fsencode(path.relative_to(self._root).as_posix())))
             owner = dict.fromkeys(files, "train")
             for split, fraction in self._held_out.items():
                 count = max(1, round(fraction * len(files)))
@@ -81,26 +89,15 @@ class TextCorpus(Corpus):
         return parts
 
 
-class JsonlCorpus(RecordCorpus):
-    """JSON lines: one document a line, in one field. Splits of a folder as in ``TextCorpus``."""
+class JsonlCorpus(_FileCorpus, RecordCorpus):
+    """JSON lines: one document a line, in one field."""
 
     name = "jsonl"
 
     def __init__(self, config: JsonlConfig) -> None:
-        super().__init__(config.cleaning)
-        self._root = _existing_path(config.path, "jsonl")
-        self._sources = _split_sources(self._root, ".jsonl")
+        super().__init__(config, ".jsonl", field=config.text_field)
         self._own = tuple(self._sources)
-        self._held_out = held_out_shares(config.valid_fraction, config.test_fraction, self._sources)
-        self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._held_out)
-        self.source = _describe(self._root, self._sources, self._held_out)
         self._field = config.text_field
-
-    def fingerprint(self) -> Mapping[str, Any] | None:
-        stamps = {split: textfiles.stamp_files(files) for split, files in self._sources.items()}
-        if None in stamps.values():
-            return None
-        return {"jsonl": str(self._root), "field": self._field, "held_out": self._held_out, "files": stamps}
 
     def _texts(self, split: str) -> Iterator[str]:
         for path in self._sources[split]:
