@@ -20,7 +20,7 @@ from torch import Tensor
 from lmkit.config.tasks import RowsTaskConfig, Truncation
 from lmkit.data.batches import to_device
 from lmkit.data.order import Permutation, epoch_rows
-from lmkit.data.rows import HUB, Record, read_records
+from lmkit.data.rows import Record, read_records
 from lmkit.errors import DataError
 from lmkit.rng import derive_key
 from lmkit.tokenizers import Tokenizer
@@ -226,7 +226,7 @@ def read_split(config: RowsTaskConfig, seed: int) -> tuple[list[Record], list[Re
     """
     records = read_records(config.data)
     if config.valid is not None:
-        return records, read_records(config.valid, "validation" if config.valid.startswith(HUB) else None)
+        return records, read_records(config.valid, "validation")
     num_valid = round(config.valid_fraction * len(records))
     if num_valid < 1 or len(records) - num_valid < 1:
         raise DataError(

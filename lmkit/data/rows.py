@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,18 +57,13 @@ def as_text(value: Any, where: str) -> str:
     return value.replace("\r\n", "\n")
 
 
-def read_rows(source: str, split: str | None = None, *, columns: Sequence[str]) -> list[dict[str, str]]:
-    """These columns of every row, as text. ``split``: of a hub dataset (null: train); files have none.
+def read_records(source: str, split: str = "train") -> list[Record]:
+    """Every row with all its columns; at least one. ``split``: of a dataset of the hub; files have none.
 
-    Raises DataError, naming file and line, for whatever is not as it should be; also if there is no row.
+    Raises DataError, naming file and line, for whatever is not as it should be, or if there is no row.
     """
-    return [{column: record.text(column) for column in columns} for record in read_records(source, split)]
-
-
-def read_records(source: str, split: str | None = None) -> list[Record]:
-    """Every row with all its columns; at least one. Errors as in ``read_rows``."""
     if source.startswith(HUB):
-        records = list(_hub_records(source, split or "train"))
+        records = list(_hub_records(source, split))
     else:
         path = Path(os.path.expanduser(source)).absolute()
         records = list(_file_records(path))
@@ -182,4 +177,4 @@ def _hub_records(source: str, split: str) -> Iterator[Record]:
         yield Record(f"{source} {split}, row {number}", dict(row))
 
 
-__all__ = ["Record", "as_text", "read_records", "read_rows"]
+__all__ = ["Record", "as_text", "read_records"]

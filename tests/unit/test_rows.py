@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmkit.data import corpus
-from lmkit.data.rows import read_records, read_rows
+from lmkit.data.rows import read_records
 from lmkit.errors import DataError
 
 ROWS = [{"a": 'x, "y"\nz', "b": "1"}, {"a": "我们 ${x}", "b": "0.10"}]
@@ -18,6 +18,10 @@ ROWS = [{"a": 'x, "y"\nz', "b": "1"}, {"a": "我们 ${x}", "b": "0.10"}]
 def write(path: Path, data: bytes | str) -> str:
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return str(path)
+
+
+def read_rows(source: str, *split: str, columns: list[str]) -> list[dict[str, str]]:
+    return [{column: record.text(column) for column in columns} for record in read_records(source, *split)]
 
 
 def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
