@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import os
 import random
@@ -114,6 +113,7 @@ def build(way: str, kind: str, text: Path, vocab_size: int) -> Work:
     """The work of a way. The first way to be built trains the tokenizer that all share, which no clock sees."""
     from lmkit.config import data as configs
     from lmkit.data.prepared import prepare
+    from lmkit.data.tokenfiles import sha256_of
 
     untrained: dict[str, configs.TokenizerConfig] = {
         "word": configs.WordTokenizerConfig(),
@@ -137,13 +137,15 @@ def build(way: str, kind: str, text: Path, vocab_size: int) -> Work:
         return data.splits["train"].num_tokens
 
     watch = Watch(os.getpid())
-    return Work(run, 0, lambda: digest(written), lambda: max(peak_bytes(), watch.together))
+    return Work(run, 0, lambda: sha256_of(written), lambda: max(peak_bytes(), watch.together))
 
 
 def library_work(prepared: Any, text: Path, threads: int) -> Work:
     """The sentencepiece library. It leaves out the ends of the lines and of the text, so they are put in here."""
     import numpy as np
     import sentencepiece
+
+    from lmkit.data.tokenfiles import sha256_of
 
     dtype = prepared.splits["train"].tokens.dtype
     processor = sentencepiece.SentencePieceProcessor(model_proto=prepared.tokenizer.content())
@@ -160,12 +162,7 @@ def library_work(prepared: Any, text: Path, threads: int) -> Work:
             file.write(np.array([end_of_text], dtype).tobytes())
             return file.tell() // dtype.itemsize
 
-    return Work(run, 0, lambda: digest(written))
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Work(run, 0, lambda: sha256_of(written))
 
 
 def write_words(path: Path, num_bytes: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from lmkit.config.export import ExportConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import TransformerConfig
 from lmkit.console import Console
+from lmkit.data.tokenfiles import sha256_of
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, ResourceError
 from lmkit.evaluation.scoring import ratios
@@ -46,7 +46,7 @@ def run(cfg: ExportConfig) -> dict[str, Any]:
     with _made_whole(target) as folder:
         about = export_as(cfg.format, source, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+        digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
         (folder / CARD).write_text(card(_facts(cfg, loaded, about, digests)), encoding="utf-8", newline="\n")
         size = sum(path.stat().st_size for path in files)
     console.say(f"{target}: {about['architecture']}, {format_bytes(size)}; {about['checked']}")
@@ -89,11 +89,6 @@ def _made_whole(target: Path) -> Iterator[Path]:
         raise ResourceError(f"cannot write to={target}: {error.strerror or error}", "name another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _facts(cfg: ExportConfig, loaded: LoadedRun, about: dict[str, Any], digests: dict[str, str]) -> Facts:

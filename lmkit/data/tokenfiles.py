@@ -229,7 +229,7 @@ def _open_split(path: Path, entry: Mapping[str, Any], dtype: np.dtype[Any], veri
             size = file.stat().st_size
             if size != entry[kind]["bytes"] or size != length * kind_type.itemsize:
                 raise DataError(f"{file} has {size:,} bytes, not {length * kind_type.itemsize:,}", _REMEDY)
-            if verify and _sha256(file) != entry[kind]["sha256"]:
+            if verify and sha256_of(file) != entry[kind]["sha256"]:
                 raise DataError(f"{file} is damaged (its SHA-256 does not match)", _REMEDY)
             arrays[kind] = np.memmap(file, kind_type, mode="r")
         except OSError as error:
@@ -247,6 +247,7 @@ def _open_split(path: Path, entry: Mapping[str, Any], dtype: np.dtype[Any], veri
     return Split(tokens=arrays["tokens"], document_ends=arrays["ends"], **{name: entry[name] for name in fields})
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
