@@ -145,15 +145,18 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
         return {"train": [root]}
     named: dict[str, list[Path]] = {}
     for split, names in _SPLIT_NAMES.items():
+        found: dict[str, list[Path]] = {}
         for name in names:
-            files = [root / (name + suffix + ending) for ending in ("", ".gz", ".zst")]
-            found = [path for path in files if os.path.isfile(path)]  # what may not be looked at find_files will name
-            found += textfiles.find_files(root / name, suffix) if os.path.isdir(root / name) else []
-            if found and split in named:
-                both = ", ".join(path.relative_to(root).parts[0] for path in (named[split][0], found[0]))
-                raise DataError(f"{root} has more than one {split} split: {both}", "rename or remove one of them")
-            if found:
-                named[split] = found
+            alone = [root / (name + suffix + ending) for ending in ("", ".gz", ".zst")]
+            # what may not be looked at find_files will name
+            found |= {path.name: [path] for path in alone if os.path.isfile(path)}
+            if os.path.isdir(root / name) and (inside := textfiles.find_files(root / name, suffix)):
+                found[name] = inside
+        if len(found) > 1:
+            both = ", ".join(found)
+            raise DataError(f"{root} has more than one {split} split: {both}", "rename or remove one of them")
+        if found:
+            (named[split],) = found.values()
     if named and "train" not in named:
         entries = {split: files[0].relative_to(root).parts[0] for split, files in named.items()}
         taken = " and ".join(f"{name} (taken for the {split} split)" for split, name in entries.items())

@@ -579,10 +579,19 @@ def test_a_loop_of_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert sum(split.num_documents for split in found.values()) == 30
 
 
-def test_two_splits_of_the_same_kind_are_both_named(tmp_path: Path) -> None:
-    for name in ("train.txt", "valid/a.txt", "dev/a.txt"):
+@pytest.mark.parametrize(
+    ("names", "both"),
+    [
+        (("train.txt", "valid/a.txt", "dev/a.txt"), "valid split: valid, dev"),
+        (("train.txt", "valid.txt", "valid.txt.gz"), r"valid split: valid\.txt, valid\.txt\.gz"),
+        (("train.txt", "train/a.txt"), r"train split: train\.txt, train"),
+    ],
+    ids=range(3),
+)
+def test_two_splits_of_the_same_kind_are_both_named(tmp_path: Path, names: tuple[str, ...], both: str) -> None:
+    for name in names:
         write(tmp_path / name, "a\n")
-    with pytest.raises(DataError, match=r"more than one valid split: valid, dev; rename or remove one of them"):
+    with pytest.raises(DataError, match=rf"more than one {both}; rename or remove one of them"):
         open_corpus(TextConfig(path=str(tmp_path)))
 
 
