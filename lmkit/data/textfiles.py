@@ -61,7 +61,7 @@ class Part:
 def find_files(folder: Path, suffix: str) -> list[Path]:
     """All files below ``folder`` whose name ends in ``suffix``, plain or compressed, sorted by relative path.
 
-    Hidden files and folders are passed over. Raises DataError for a folder that cannot be read.
+    Hidden files and folders, and links to folders, are passed over. Raises DataError for a folder that cannot be read.
     """
     endings = (suffix, *(suffix + compression for compression in _COMPRESSIONS))
     found = []
