@@ -22,6 +22,8 @@ VERSION = 1
 """Raised when the same files give other text or other counts."""
 KEPT_CHARS = 64 << 20
 """A text of at most this many characters stays in memory between the passes."""
+PIECE_CHARS = 200
+"""As so many characters counts what keeping a piece takes besides its text: there may be millions of short ones."""
 
 _IS_SPACE = bytes(chr(code).isspace() and code < 128 for code in range(256))
 
@@ -148,7 +150,7 @@ class Surveyor:
         stream, chars, is_long = self._stream(), 0, False
         for item in stream:
             pieces.append(item)
-            chars += len(item[1].text)
+            chars += len(item[1].text) + PIECE_CHARS
             if chars > KEPT_CHARS:
                 is_long = True
                 on_long_text(_Lines(self._corpus, pieces, stream))

@@ -35,6 +35,7 @@ from lmkit.config.data import (
 from lmkit.console import Console
 from lmkit.data import prepared as prepared_data
 from lmkit.data import survey, textfiles
+from lmkit.data.corpus import open_corpus
 from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare
 from lmkit.data.tokenfiles import SplitWriter
 from lmkit.errors import DataError, ResourceError
@@ -264,6 +265,17 @@ def test_a_text_that_does_not_fit_in_memory_gives_the_same_data_in_two_passes(
     assert set(long.report["cleaning"]) == set(TEXT)
     assert reads.count("valid.txt") == reads.count("test.txt") == 2
     assert reads.count("train.txt") == (2 if isinstance(tokenizer, WordTokenizerConfig) else 3)
+
+
+@pytest.mark.parametrize(("texts", "stays"), [(["a" * 5000], True), (["a"] * 5000, False)])
+def test_what_a_short_document_takes_besides_its_text_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], stays: bool
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+    corpus = open_corpus(JsonlConfig(path=str(path), valid_fraction=0.0, test_fraction=0.0))
+    monkeypatch.setattr(survey, "KEPT_CHARS", 20_000)
+    assert (survey.Surveyor(corpus, lambda num_bytes: None).run(lambda lines: None).pieces is not None) == stays
 
 
 def test_a_text_that_changes_between_the_passes_is_refused(
