@@ -47,7 +47,8 @@ def run(cfg: ExportConfig) -> dict[str, Any]:
         about = export_as(cfg.format, source, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-        (folder / CARD).write_text(card(_facts(cfg, loaded, about, digests)), encoding="utf-8", newline="\n")
+        text = card(_facts(cfg, loaded, about, digests))
+        (folder / CARD).write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may not be UTF-8
         size = sum(path.stat().st_size for path in files)
     console.say(f"{target}: {about['architecture']}, {format_bytes(size)}; {about['checked']}")
     return {**about, "to": str(target), "digests": digests}

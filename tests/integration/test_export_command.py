@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ MODEL = TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=16)
 RESULT = {"step": 3, "split": "valid", "dataset": "text", "token_ppl": 12.5, "word_ppl": 12.5, "num_tokens": 73760}
 
 
-def make_run(root: Path, model_config: ModelConfig = MODEL, losses: dict[int, float | None] | None = None) -> Path:
+def make_run(
+    root: Path, model_config: ModelConfig = MODEL, losses: dict[int, float | None] | None = None, text: str = "corpus"
+) -> Path:
     """A finished run of an untrained model; losses: of valid at each step that was saved."""
     model = model_config.build(TOKENIZER.vocab_size, seed=1)
     config = {
@@ -44,7 +47,7 @@ def make_run(root: Path, model_config: ModelConfig = MODEL, losses: dict[int, fl
         "vocab_size": TOKENIZER.vocab_size,
         "seed": 1,
         "model": to_plain(model_config),
-        "dataset": to_plain(TextConfig(path="corpus")),
+        "dataset": to_plain(TextConfig(path=text)),
         "train": {"seq_len": 8},
     }
     with Run.create(None, root=str(root), dataset="text", model="m", resume=False, warn=print) as run:
@@ -91,6 +94,12 @@ def test_the_card_has_the_perplexity_of_the_weights_that_are_exported(tmp_path: 
     assert "| perplexity per token | 12.5000 |" in result
     assert "No result" in unknown
     assert "12.5" not in unknown
+
+
+def test_the_text_of_a_run_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", text=os.fsdecode(b"caf\xe9.txt"))
+    export.run(config(run, tmp_path / "out", ExportFormat.safetensors))
+    assert r'"path": "caf\udce9.txt"' in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_empty_folder_is_used_and_any_other_left_alone(tmp_path: Path) -> None:
