@@ -59,7 +59,8 @@ def predict_file(cfg: FinetuneConfig, run: ExistingRunConfig) -> dict[str, Any]:
     else:
         added, numbers, rows = regress.predictions(task, fitted, outputs_N, records)
     lines = [
-        json.dumps({**record.values, **extra}, ensure_ascii=False) for record, extra in zip(records, added, strict=True)
+        json.dumps({**record.values, **extra}, ensure_ascii=False, default=str)  # the hub has dates and more, too
+        for record, extra in zip(records, added, strict=True)
     ]
     write_file(output, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"), "output")
     console.table(

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +465,20 @@ def test_predictions_are_refused_where_there_is_no_classifier_or_not_what_it_rea
         finetune.run(replace(use, predict=str(tmp_path / "none.jsonl")))
     with pytest.raises(ConfigError, match=r"output=.*needs predict=FILE"):
         replace(use, predict=None)
+
+
+def test_rows_of_the_hub_are_predicted_whatever_their_other_columns_hold(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": ["a good film"], "when": [datetime(2020, 1, 2)]})
+    monkeypatch.setattr("lmkit.data.corpus.load_hub_split", lambda *_: table)
+    task = ClassifyTaskConfig(data=str(reviews(tmp_path / "data.jsonl", 30, 1)))
+    cfg = config_of(task, tmp_path / "run", bases["lstm"], max_steps=2)
+    finetune.run(replace(cfg, predict="hub:a/b", output=str(tmp_path / "out.jsonl")))
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert (row["text"], row["when"]) == ("a good film", "2020-01-02 00:00:00")
+    assert row["prediction"] in ("good", "bad")
 
 
 def test_rows_whose_label_is_unknown_are_predicted_and_left_out_of_the_scores(
