@@ -87,9 +87,9 @@ class GanObjectiveConfig(ObjectiveConfig):
     length: int = 24
     """Tokens of a sentence that the discriminator sees (>= 1)."""
     generator_lr: float = 0.02
-    """Learning rate of the generator in the adversarial part, in parts of optimizer.lr (> 0)."""
+    """Learning rate of the generator in the adversarial part, as a share of optimizer.lr (> 0)."""
     discriminator_lr: float = 0.02
-    """Learning rate of the discriminator, in parts of optimizer.lr (> 0)."""
+    """Learning rate of the discriminator, as a share of optimizer.lr (> 0)."""
     sharpness: float = 100.0
     """Inverse temperature of the Gumbel-softmax at the end of the run, from 1, exponentially (>= 1)."""
     num_samples: int = 500
