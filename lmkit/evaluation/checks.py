@@ -155,8 +155,8 @@ class _SoftmaxCheck:
         with mode(self.model, training=False), device.autocast():
             for start in range(0, len(nats_N), ROWS):
                 some = slice(start, start + ROWS)
-                logs_RV = torch.log_softmax(self.model.head.logits(hidden_ND[some]).double(), 1)
-                apart_R = -logs_RV.gather(1, targets_N[some, None]).squeeze(1) - nats_N[some].double()
+                logs_RV = torch.log_softmax(self.model.head.logits(hidden_ND[some]), 1)
+                apart_R = -logs_RV.gather(1, targets_N[some, None]).squeeze(1) - nats_N[some]
                 difference = float(apart_R.abs().max())
                 largest = max(largest, difference if math.isfinite(difference) else math.inf)
         return largest
@@ -197,7 +197,7 @@ def look_for_leak(
 def _log_probs(model: LanguageModel, inputs: NDArray[np.int64], rows: slice, device: Device) -> Tensor:
     with device.autocast():
         hidden_BTD, _ = model(torch.from_numpy(inputs[None]).to(device.torch_device))
-        return torch.log_softmax(model.head.logits(hidden_BTD[0, rows]).double(), 1).clamp_(min=-1e3)
+        return torch.log_softmax(model.head.logits(hidden_BTD[0, rows]), 1).clamp_(min=-1e3)
 
 
 def check_vocabulary(model: LanguageModel, tokens: Tokens, where: str) -> None:

@@ -103,11 +103,11 @@ def score_sentences(
                 model, batch.inputs_BT, batch.targets_BT, posterior, noise_BKZ, batch_size, device
             )
             log_weight_BK = log_ratio_BK - nats_BK
-            columns["reconstruction"][chosen] = nats_BK.mean(1).cpu().numpy()
-            columns["kl"][chosen] = posterior.kl_BZ().double().sum(1).cpu().numpy()
-            columns["bound"][chosen] = (math.log(num_samples) - log_weight_BK.logsumexp(1)).cpu().numpy()
-            mean_SZ[chosen] = posterior.mean_BZ.double().cpu().numpy()
-            log_var_SZ[chosen] = posterior.log_var_BZ.double().cpu().numpy()
+            columns["reconstruction"][chosen] = nats_BK.mean(1).numpy()
+            columns["kl"][chosen] = posterior.kl_BZ().cpu().double().sum(1).numpy()
+            columns["bound"][chosen] = (math.log(num_samples) - log_weight_BK.logsumexp(1)).numpy()
+            mean_SZ[chosen] = posterior.mean_BZ.cpu().double().numpy()
+            log_var_SZ[chosen] = posterior.log_var_BZ.cpu().double().numpy()
             done += batch.num_targets
             if progress is not None:
                 progress(done)
@@ -134,7 +134,7 @@ def _sampled(
     batch_size: int,
     device: Device,
 ) -> tuple[Tensor, Tensor]:
-    """(B, K) float64: -log p(x | z) and log p(z) - log q(z | x) of each draw."""
+    """(B, K) float64 on the CPU: -log p(x | z) and log p(z) - log q(z | x) of each draw."""
     num_rows, num_samples, _ = noise_BKZ.shape
     nats, ratios = [], []
     step = max(1, batch_size // num_rows)
@@ -147,7 +147,7 @@ def _sampled(
         with device.autocast():
             hidden, _ = model(inputs_BT.repeat_interleave(k, 0), model.start(latent))
             nats.append(model.head.row_nats(hidden, targets).view(num_rows, k))
-        ratios.append(repeated.log_ratio(latent).double().view(num_rows, k))
+        ratios.append(repeated.log_ratio(latent).cpu().double().view(num_rows, k))
     return torch.cat(nats, 1), torch.cat(ratios, 1)
 
 

@@ -51,7 +51,7 @@ class TemperatureSearch:
             at_target = logits_NV.gather(1, targets_N[rows, None]).squeeze(1)
             for k, temperature in enumerate(self.grid):
                 nats = torch.logsumexp(logits_NV / temperature, 1) - at_target / temperature
-                self.nats[k] += float(nats.sum(dtype=torch.float64))
+                self.nats[k] += float(nats.cpu().sum(dtype=torch.float64))
         return last
 
     def best(self) -> float:

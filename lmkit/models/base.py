@@ -61,9 +61,9 @@ class Head(nn.Module, ABC):
         """Each target's negative log-likelihood and whether it is the argmax; no gradient."""
 
     def row_nats(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """(B,) float64: nats of the targets of each row, as ``score`` has them."""
+        """(B,) float64 on the CPU (Apple's GPU has none): nats of the targets of each row, as ``score`` has them."""
         nats_N = self.score(hidden_BTD.flatten(0, 1), targets_BT.reshape(-1)).nats_N
-        return nats_N.view(targets_BT.shape).double().sum(1)
+        return nats_N.view(targets_BT.shape).cpu().double().sum(1)
 
     @abstractmethod
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Instruct(Task):
             with device.autocast():
                 hidden_BTD, _ = _read(self.model, batch)
                 scores = self.model.head.score(hidden_BTD.flatten(0, 1), batch.targets_BT.reshape(-1))
-            nats += float(scores.nats_N.double().sum())
+            nats += float(scores.nats_N.cpu().double().sum())
             num_correct += int(scores.correct_N.sum())
             num_tokens += num_targets
             progress(num_targets)

@@ -186,7 +186,7 @@ class Prefer(Task):
             with device.autocast():
                 log_probs_P2 = answer_log_probs(self.model, read(self.model, batch), batch)
             losses += self._losses(log_probs_P2, batch).tolist()
-            gains += (log_probs_P2 - batch.reference_P2).double().tolist()
+            gains += (log_probs_P2 - batch.reference_P2).tolist()
             progress(batch.num_rows)
         return self._validation(losses, gains)
 

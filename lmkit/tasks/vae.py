@@ -87,7 +87,7 @@ class SentenceVae(SentenceTask):
         posterior = self.model.encode(batch.targets_BT)
         latent_BZ = posterior.draw(torch.randn_like(posterior.mean_BZ))
         hidden_BTD, _ = forward(batch.inputs_BT, self.model.start(latent_BZ))
-        nats_B = self.model.head.row_nats(hidden_BTD, batch.targets_BT) + posterior.kl_BZ().double().sum(1)
+        nats_B = self.model.head.row_nats(hidden_BTD, batch.targets_BT) + posterior.kl_BZ().cpu().double().sum(1)
         rows: list[float] = nats_B.tolist()
         return rows
 

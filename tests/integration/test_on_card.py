@@ -1,9 +1,9 @@
 """What runs on a card, without one: the device is torch's ``meta``, whose tensors have shapes and no numbers.
 
 Each operation is looked at before it is made. One that takes tensors of the device and of the host at once fails, as it
-would on a card. What reads numbers of the device is answered with zeros, and noted, for there the host would wait, and
-so is a copy to the device that is not told to let it go on. What only kernels for cards can show (their results, speed,
-half precision, compiled code) is not seen.
+would on a card, and so does one that makes float64, which Apple's lack. What reads numbers of the device is answered
+with zeros, and noted, for there the host would wait, and so is a copy to the device that is not told to let it go on.
+What only kernels for cards can show (their results, speed, half precision, compiled code) is not seen.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ class Card(TorchDispatchMode):
         result = func(*args, **kwargs)
         if packet is aten.all:
             self.all_of = result
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(t.is_meta and t.dtype is torch.float64 for t in made):  # on Apple's, tokens are drawn on the host
+            where = innermost()
+            assert where.startswith(("lmkit.sampling:", "lmkit.generate:")), f"{func} makes float64 in {where}"
         return result
 
     def _places(self, mask: Tensor) -> Tensor:
@@ -97,10 +101,15 @@ class Card(TorchDispatchMode):
         return torch.zeros(mask.numel(), mask.ndim, dtype=torch.int64, device=META)
 
     def _note_wait(self) -> None:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and not frame.f_globals["__name__"].startswith("lmkit."):
-            frame = frame.f_back
-        self.waits.append("?" if frame is None else f"{frame.f_globals['__name__']}:{frame.f_lineno}")
+        self.waits.append(innermost())
+
+
+def innermost() -> str:
+    """Module and line of the innermost call that is the program's own."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not frame.f_globals["__name__"].startswith("lmkit."):
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_globals['__name__']}:{frame.f_lineno}"
 
 
 @pytest.fixture
@@ -219,6 +228,8 @@ def test_every_model_is_trained_scored_and_continued_on_the_card(
         assert waits_of_steps[2:] == [[], []], "once the optimizer has its state, no step waits for the card"
     run("eval-ppl", f"run={tmp_path / 'run'}", "device=cuda", f"output={tmp_path / 'scores.json'}")
     assert json.loads((tmp_path / "scores.json").read_text())
+    if model == "tiny":
+        run("eval-ppl", f"run={tmp_path / 'run'}", "device=cuda", "temperature=valid", "checks=false")
     run("generate", f"run={tmp_path / 'run'}", "device=cuda", "--prompt", "the cat", "-n", "20")
 
 
