@@ -21,7 +21,7 @@ from lmkit.evaluation.evaluator import Evaluator, Nats, Passage
 from lmkit.evaluation.mixture import best_weights, mixed
 from lmkit.evaluation.plan import Indices, Windows
 from lmkit.evaluation.scoring import TokenScores, own_scores
-from lmkit.evaluation.temperature import TemperatureSearch
+from lmkit.evaluation.temperature import GRID, TemperatureSearch
 from lmkit.models.base import Scores
 
 
@@ -135,7 +135,13 @@ def _best_temperature(evaluator: Evaluator) -> float:
     passage = evaluator.passage("valid")
     search = TemperatureSearch(evaluator.loaded.model)
     evaluator.one_pass(passage, evaluator.windows(passage), search.scorer, "finding the temperature on valid")
-    return search.best()
+    best = search.best()
+    if not GRID[0] + 1e-6 < best < GRID[-1] - 1e-6:
+        evaluator.console.warn(
+            f"the best temperature on valid is at an end of what is searched, {GRID[0]} to {GRID[-1]}: a better one may"
+            " lie beyond; temperature=NUMBER tries it"
+        )
+    return best
 
 
 def _fit(evaluator: Evaluator, choice: Choice, fits_weights: bool) -> None:

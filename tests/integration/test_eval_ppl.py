@@ -50,6 +50,7 @@ from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, Trai
 from lmkit.data.benchmarks import BENCHMARKS, Expected
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.evaluation.scoring import score
+from lmkit.evaluation.temperature import GRID, TemperatureSearch
 from lmkit.models.transformer import Transformer
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
@@ -359,6 +360,15 @@ def test_theta_is_the_best_one_for_the_weights_that_are_given(runs: Folder) -> N
     assert some["nats"] < found("0.99,0.01", thetas[1])["nats"]
     assert much["nats"] < found("0.1,0.9", thetas[0])["nats"]
     assert found("0,1", split="test")["nats"] == math.inf, "most words are not in the cache, whatever theta is"
+
+
+@pytest.mark.parametrize(("best", "told"), [(GRID[0], True), (1.2, False), (GRID[-1], True)])
+def test_a_best_temperature_at_an_end_of_the_search_is_told(
+    best: float, told: bool, runs: Folder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TemperatureSearch, "best", lambda search: best)
+    assert evaluate(runs, "lstm", temperature="valid", checks=False)["chosen"]["temperature"] == best
+    assert ("at an end of what is searched, 0.6 to 1.7" in capfd.readouterr().err) is told
 
 
 def test_mixing_with_kn5_is_the_weighted_sum_of_probabilities(runs: Folder, tmp_path: Path) -> None:
