@@ -8,6 +8,7 @@ evaluation and MC dropout change how the run itself is scored; caches, n-grams a
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.data.corpus import open_corpus
 from lmkit.data.prepared import PreparedData, prepare
 from lmkit.device import Device
-from lmkit.errors import ConfigError, DataError
+from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.evaluation.baselines import kn5_nats, unigram_nats
 from lmkit.evaluation.caches import NeuralCache, unigram_cache
 from lmkit.evaluation.dynamic import Steps, adapting, score_dynamic, steps_for
@@ -76,9 +77,8 @@ class Evaluator:
         self.protocol: Protocol = build_protocol(protocol, word_level=self.word_level)
         self.reach = self._reach(loaded, cfg.context, cfg.stride)
         self._others: dict[str, LoadedRun] = {}
-        for name in (*cfg.ensemble, *cfg.mix):
-            if name not in COUNTED:
-                self.with_same_tokens(name)  # what cannot be mixed is refused before anything is prepared or scored
+        for name in (*cfg.ensemble, *(name for name in cfg.mix if name not in COUNTED)):
+            self.with_same_tokens(name)  # what cannot be mixed is refused before anything is prepared or scored
         self.prepared: PreparedData = prepare(self.dataset, loaded.tokenizer, console)
         self._passages: dict[str, Passage] = {}
         self._steps: Steps | None = None
@@ -278,8 +278,13 @@ class Evaluator:
         return other
 
     def other(self, name: str) -> LoadedRun:
-        """Another run by its path, loaded once."""
+        """Another run by its path, loaded once. Raises CheckpointError if there is none."""
         if name not in self._others:
+            if not os.path.isdir(os.path.expanduser(name)):
+                raise CheckpointError(
+                    f"there is no run {name}",
+                    f"ensemble, mix and compare name folders of runs, and mix {' or '.join(COUNTED)}, too",
+                )
             named = self.cfg.run.checkpoint
             checkpoint = named if named in ("best", "latest") else "best"
             config = replace(self.cfg.run, path=name, checkpoint=checkpoint)

@@ -544,6 +544,9 @@ def test_what_cannot_be_compared_or_mixed_with_is_refused_before_anything_is_sco
     for key in ("compare", "ensemble", "mix"):
         with pytest.raises(ConfigError, match=r"other tokens|another tokenizer"):
             evaluate(runs, "lstm", **{key: [str(runs / "bytes")]})
+    for key, name in (("ensemble", "kn5"), ("ensemble", "nowhere"), ("mix", "nowhere")):
+        with pytest.raises(CheckpointError, match=f"there is no run {name}; ensemble, mix and compare name folders"):
+            evaluate(runs, "lstm", **{key: [name]})
 
 
 def test_a_run_with_other_tokens_is_not_paired(runs: Folder) -> None:
