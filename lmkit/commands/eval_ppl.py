@@ -301,7 +301,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"protocol": dict(found["protocol"]), "ppl": float(found["ppl"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"compare={path} is not a result of eval-ppl ({error})", "write one with output=FILE") from None
 
 

@@ -524,9 +524,10 @@ def test_a_file_of_another_text_and_a_name_of_nothing_are_errors(runs: Folder, t
         evaluate(runs, "lstm", compare=[str(tmp_path / "short.txt")])
     with pytest.raises(ConfigError, match="does not exist"):
         evaluate(runs, "lstm", compare=[str(tmp_path / "nothing.txt")])
-    (tmp_path / "no.json").write_text("[1]", encoding="utf-8")
-    with pytest.raises(DataError, match="is not a result of eval-ppl"):
-        evaluate(runs, "lstm", compare=[str(tmp_path / "no.json")])
+    for text in ("[1]", "[" * 100_000):
+        (tmp_path / "no.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="is not a result of eval-ppl"):
+            evaluate(runs, "lstm", compare=[str(tmp_path / "no.json")])
 
 
 def test_what_cannot_be_compared_or_mixed_with_is_refused_before_anything_is_scored(
