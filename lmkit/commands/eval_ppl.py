@@ -261,10 +261,12 @@ def _checks(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[st
 
 def _baselines(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[str, Any]:
     """Perplexities of simple models by the same protocol, and how far compressors get."""
-    train = evaluator.prepared.splits.get("train")
+    cfg, train = evaluator.cfg, evaluator.prepared.splits.get("train")
     own_kn = evaluator.loaded.model_config.trains_by_counting
     names = ["uniform"]
-    if train is not None and not passage.material.changes:
+    # of a train split that the run has not learnt, what is counted on it would be the only one to know the text
+    alike = cfg.split != "train" or evaluator.dataset == evaluator.loaded.dataset
+    if train is not None and alike and not passage.material.changes:
         names += ["unigram"] if own_kn or train.num_tokens > MAX_BASELINE_TOKENS else ["unigram", "kn5"]
     found: dict[str, Any] = {}
     for name in names:

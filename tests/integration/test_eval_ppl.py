@@ -724,6 +724,13 @@ def test_baselines_are_of_the_same_protocol(runs: Folder) -> None:
     assert not {"kn5", "unigram"} & set(detokenised)
 
 
+def test_no_baseline_is_counted_on_the_very_text_that_the_run_has_not_learnt(runs: Folder, corpus: Path) -> None:
+    other = TextConfig(path=str(corpus / "00.txt"), valid_fraction=0.0, test_fraction=0.0)
+    found = evaluate(runs, "lstm", baselines=True, dataset=other, split="train")
+    assert not {"kn5", "unigram"} & set(found["baselines"])
+    assert "kn5" in evaluate(runs, "lstm", baselines=True, split="train")["baselines"], "both have learnt that"
+
+
 @pytest.mark.parametrize("run", ["lstm", "transformer", "kn", "bytes"])
 def test_a_report_is_one_page_without_the_network(run: str, runs: Folder, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
