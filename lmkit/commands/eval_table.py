@@ -130,7 +130,8 @@ def _check_lines(result: Mapping[str, Any]) -> Iterator[str]:
         f" no look ahead ({found['leak']:.1g})"
     )
     if seen := found["overlap_with_train"]:
+        whose = "" if result["trained_on_this_dataset"] else " of this dataset, which may not be what the run learnt"
         yield (
-            f"lines of at least {checks.MIN_LINE} tokens that also stand in train: {seen['num_seen']:,} of"
+            f"lines of at least {checks.MIN_LINE} tokens that also stand in train{whose}: {seen['num_seen']:,} of"
             f" {seen['num_lines']:,} ({100 * seen['share_of_tokens']:.2f} % of their tokens)"
         )

@@ -713,6 +713,15 @@ def test_a_run_whose_model_sees_the_future_prints_no_number(
     assert "perplexity" not in capfd.readouterr().out
 
 
+def test_train_of_another_corpus_is_not_taken_for_what_the_run_learnt(
+    runs: Folder, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = TextConfig(path=str(corpus / "00.txt"), valid_fraction=0.2, test_fraction=0.2)
+    for dataset, whose in ((None, ":"), (other, " of this dataset, which may not be what the run learnt:")):
+        evaluate(runs, "lstm", dataset=dataset)
+        assert f"lines of at least 8 tokens that also stand in train{whose} " in capfd.readouterr().out
+
+
 def test_baselines_are_of_the_same_protocol(runs: Folder) -> None:
     for protocol in (None, PROTOCOLS["transformer-xl"]):
         found = evaluate(runs, "lstm", baselines=True, protocol=protocol)["baselines"]
