@@ -244,6 +244,10 @@ class HfStrided(Protocol):
         self, context: int | None, stride: int | None, trained: int | None, limit: int | None, *, carries_state: bool
     ) -> Reach:
         context = context or min(self.config.max_length, trained or self.config.max_length)
+        if context < 2:
+            raise ConfigError(
+                f"context={context}: protocol=hf-strided scores no first token of a window", "give 2 or more"
+            )
         stride = stride or max(1, context * self.config.stride // self.config.max_length)
         check_window(context, stride, limit)
         return Reach(context, stride)

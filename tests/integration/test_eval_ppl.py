@@ -264,6 +264,8 @@ def test_context_and_stride_change_the_number_of_a_transformer_and_are_in_its_pr
         evaluate(runs, "transformer", context=17)
     with pytest.raises(ConfigError, match="stride=9"):
         evaluate(runs, "transformer", context=8, stride=9)
+    with pytest.raises(ConfigError, match="context=1: protocol=hf-strided scores no first token of a window"):
+        evaluate(runs, "transformer", context=1, protocol=PROTOCOLS["hf-strided"], cache=NeuralCacheConfig())
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
