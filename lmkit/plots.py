@@ -21,15 +21,15 @@ def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str = "token") ->
 
     unit: what the losses are of; perplexities go with those of tokens only.
     """
-    rows = read_metrics(run_dir)
-    curves = {
-        name: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
-        for name, key in (("train loss", "loss"), ("valid loss", "valid_loss"), ("learning rate", "lr"))
-    }
     try:
+        rows = read_metrics(run_dir)
+        curves = {
+            name: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
+            for name, key in (("train loss", "loss"), ("valid loss", "valid_loss"), ("learning rate", "lr"))
+        }
         plot_curves(run_dir / "loss.png", curves, title=run_dir.name, per_token=unit == "token")
-    except (OSError, ValueError) as error:
-        warn(f"no plot: {error}")
+    except Exception as error:  # a broken matplotlib raises anything, and the run behind it may have taken days
+        warn(f"no plot: {str(error) or type(error).__name__}")
 
 
 def plot_curves(

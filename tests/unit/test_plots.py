@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,13 @@ def test_only_losses_of_tokens_have_perplexities(unit: str, tmp_path: Path, monk
     losses = ["loss (nats per token)", "perplexity"] if unit == "token" else ["loss"]
     assert labels == ["learning rate", *losses]
     assert (tmp_path / "loss.png").is_file()
+
+
+def test_nothing_that_goes_wrong_with_a_plot_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    (tmp_path / "metrics.jsonl").mkdir()
+    plot_run(tmp_path, warnings.append)
+    (tmp_path / "metrics.jsonl").rmdir()
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # as where numpy is too new for it
+    plot_run(tmp_path, warnings.append)
+    assert [text.startswith("no plot: ") for text in warnings] == [True, True], warnings
