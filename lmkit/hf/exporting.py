@@ -115,8 +115,10 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 def _check_with_transformers(source: Source, folder: Path) -> str:
     """Load the folder as its users will, and compare; returns what to say of it."""
-    import transformers
-
+    try:
+        import transformers
+    except Exception as error:  # one of its own parts is missing, or of another time
+        return f"; transformers cannot be imported and was not asked ({one_line(error)})"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

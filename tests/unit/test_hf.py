@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def same_logits(ours: Transformer, imported: ImportedModel) -> bool:
     with torch.no_grad():
         a, b = (m.head.logits(m(tokens)[0]) for m in (ours, model))
     return torch.allclose(a, b, atol=1e-5)
+
+
+def test_transformers_that_cannot_be_imported_stop_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('it needs tokenizers 9')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    (tmp_path / "m").mkdir()
+    found = export_as(ExportFormat.hf, source_of(LLAMA), tmp_path / "m")
+    assert found["checked"].endswith("; transformers cannot be imported and was not asked (it needs tokenizers 9)")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
