@@ -55,7 +55,7 @@ def run(cfg: ExportConfig) -> dict[str, Any]:
 
 
 def _target(name: str) -> Path:
-    path = Path(os.path.expanduser(name)).resolve()
+    path = Path(os.path.realpath(os.path.expanduser(name)))
     if os.path.lexists(path) and not path.is_dir():
         raise ConfigError(f"to={path} is not a folder", "name a new folder")
     if path.is_dir() and any(path.iterdir()):

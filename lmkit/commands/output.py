@@ -26,7 +26,7 @@ def write_text(text: str) -> None:
 
 def output_path(name: str, key: str = "output") -> Path:
     """The resolved path of a file to write; ConfigError, naming the key, before any work if none can be made there."""
-    path = Path(os.path.expanduser(name)).resolve()
+    path = Path(os.path.realpath(os.path.expanduser(name)))  # Path.resolve raises for links in a ring
     if path.exists() and not path.is_file():
         raise ConfigError(f"{key}={path} is not a regular file", "name a file")
     if not path.parent.is_dir():

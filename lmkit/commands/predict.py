@@ -143,7 +143,7 @@ def _output_path(cfg: FinetuneConfig) -> Path:
         read = Path(os.path.expanduser(source))
         stem = Path(read.name.removesuffix(".gz").removesuffix(".zst")).stem
         path = output_path(str(read.with_name(f"{stem}.predictions.jsonl")))
-    if not source.startswith(HUB) and path == Path(os.path.expanduser(source)).resolve():
+    if not source.startswith(HUB) and path == Path(os.path.realpath(os.path.expanduser(source))):
         raise ConfigError(f"output={path} is the file that is read", "name another file")
     return path
 
