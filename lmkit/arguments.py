@@ -86,7 +86,8 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
     """An option of generate whose value is a text that nobody interprets, or the file that holds it."""
     if value is None:
         if not words:
-            line.problems.append(f"{name} needs a value: for example {name} 'the company said'")
+            example = "prompt.txt" if name == "--prompt-file" else "'the company said'"
+            line.problems.append(f"{name} needs a value: for example {name} {example}")
             return
         value = words.pop(0)
     text = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

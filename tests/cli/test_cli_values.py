@@ -317,6 +317,7 @@ def test_what_must_be_given_is_asked_for(lmkit: Any, words: list[str], parts: li
         (["generate", "--promt", "hello"], "did you mean prompt?"),
         (["generate", "the company"], "--prompt TEXT"),
         (["generate", "--prompt"], "--prompt needs a value"),
+        (["generate", "--prompt-file"], "for example --prompt-file prompt.txt"),
         (["generate", "dataset=ptb"], "unknown key 'dataset'"),
         (["pretrain", "--cfg"], "--cfg job"),
         (["pretrain", "--cfg", "hydra"], "--cfg job"),
