@@ -164,6 +164,8 @@ def _stray(command: str, word: str) -> str:
         return f"{word} has no key: did you mean {' or '.join(f'{group}={word}' for group in groups)}?"
     if word in groups_of(command):
         return f"{word} has no value: write {word}=NAME"
+    if "run.path" in every_key(command) and os.path.isdir(word):
+        return f"{word} has no key: did you mean run={word}?"
     if command == "generate":
         return f"{word!r} is neither key=value nor an option: write a prompt as --prompt TEXT"
     return f"{word!r} is neither key=value nor an option: see lmkit {command} --help"

@@ -311,6 +311,8 @@ def test_what_must_be_given_is_asked_for(lmkit: Any, words: list[str], parts: li
         (["pretrain", "resume"], "write resume=true"),
         (["pretrain", "model"], "write model=NAME"),
         (["pretrain", "nonsense"], "lmkit pretrain --help"),
+        (["eval-ppl", "."], ". has no key: did you mean run=.?"),
+        (["pretrain", "."], "lmkit pretrain --help"),
         (["pretrain", "-x"], "unknown option -x"),
         (["pretrain", "-n", "3"], "unknown option -n"),
         (["pretrain", "--seed"], "--seed needs a value"),
