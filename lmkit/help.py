@@ -64,8 +64,8 @@ def overview(commands: Mapping[str, str]) -> str:
         "  COMMAND --cfg job          print the composed configuration and stop",
         "  COMMAND -m KEY=A,B ...     run once for each combination of values",
         "  --version                  print the version",
-        "  --completion SHELL         print the tab completion of bash, zsh or fish; for bash and zsh:",
-        '                             eval "$(lmkit --completion bash)" in .bashrc; for fish:',
+        "  --completion SHELL         print the tab completion of bash, zsh or fish: in .bashrc",
+        '                             eval "$(lmkit --completion bash)", in .zshrc the same with zsh; for fish',
         "                             lmkit --completion fish > ~/.config/fish/completions/lmkit.fish",
     ]
     return "\n".join([*lines, "", "exit codes:", EXIT_CODES])
