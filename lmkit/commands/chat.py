@@ -89,6 +89,7 @@ class Chat:
             self.console.warn(f"the prompt does not fit into the context of {context}: {dropped} tokens are not read")
         if unknown := unknown_words(tokenizer, text):
             self.console.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
+        # no text_ids: sampling.repetition_penalty must not keep an answer from the words of what was asked
         return Prompt(text, kept, [], dropped, unknown)
 
     def _ids(self, text: str) -> list[int]:

@@ -14,7 +14,8 @@ class SamplingConfig:
     """How the next token is drawn. Filters apply in the order of the keys."""
 
     repetition_penalty: float = 1.0
-    """Divide positive (multiply negative) logits of tokens already seen (> 0; 1 = off; Keskar et al. 2019)."""
+    """Divide positive (multiply negative) logits of the prompt's tokens and of those generated, in a chat of those of
+    the answer alone (> 0; 1: off; Keskar et al. 2019)."""
     temperature: float = 1.0
     """Divide the logits by this (>= 0); 0 is greedy."""
     top_k: int | None = None

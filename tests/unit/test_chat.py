@@ -128,3 +128,11 @@ def test_words_that_are_not_known_are_named_as_in_a_prompt_without_a_conversatio
     chat = Chat(GenerateConfig(), loaded, template("plain"), SimpleNamespace(), Console(said))  # type: ignore[arg-type]
     chat._prompt("two zebra <unk> zebra")
     assert said.getvalue() == "warning: not in the vocabulary, read as <unk>: zebra\n"
+
+
+def test_the_repetition_penalty_leaves_an_answer_the_words_of_what_was_asked() -> None:
+    loaded = SimpleNamespace(tokenizer=WORDS, context=None)
+    chat = Chat(GenerateConfig(), loaded, template("plain"), SimpleNamespace(), Console())  # type: ignore[arg-type]
+    prompt = chat._prompt("two plus two")
+    assert prompt.ids[:-1] == [WORDS.eos_id, *WORDS.encode("two plus two")]
+    assert prompt.text_ids == []
