@@ -33,7 +33,9 @@ class _FileCorpus(Corpus):
         self._sources = _split_sources(self._root, suffix)
         self._held_out = held_out_shares(config.valid_fraction, config.test_fraction, self._sources)
         self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._held_out)
-        self.source = _describe(self._root, self._sources, self._held_out)
+        self.source = _describe(
+            self._root, self._sources, self._held_out, _passed_over(self._root, self._sources, suffix)
+        )
         self._rule = rule
 
     def fingerprint(self) -> Mapping[str, Any] | None:
@@ -140,18 +142,20 @@ def _existing_path(path: str | None, kind: str) -> Path:
 
 
 def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
-    """Split -> its files. With none by name, or train alone, all are train. DataError for others without it."""
+    """Split -> its files, in whatever case their names are. With none by name, or train alone, all are train. DataError
+    for others without it."""
     if os.path.isfile(root):
         return {"train": [root]}
     named: dict[str, list[Path]] = {}
+    with textfiles.readable(root):
+        entries = sorted(root.iterdir())
     for split, names in _SPLIT_NAMES.items():
-        found: dict[str, list[Path]] = {}
-        for name in names:
-            alone = [root / (name + suffix + ending) for ending in ("", ".gz", ".zst")]
-            # what may not be looked at find_files will name
-            found |= {path.name: [path] for path in alone if os.path.isfile(path)}
-            if os.path.isdir(root / name) and (inside := textfiles.find_files(root / name, suffix)):
-                found[name] = inside
+        alone = {name + suffix + ending for name in names for ending in ("", ".gz", ".zst")}
+        # what may not be looked at find_files will name
+        found = {path.name: [path] for path in entries if path.name.lower() in alone and os.path.isfile(path)}
+        for path in entries:
+            if path.name.lower() in names and os.path.isdir(path) and (inside := textfiles.find_files(path, suffix)):
+                found[path.name] = inside
         if len(found) > 1:
             both = ", ".join(found)
             raise DataError(f"{root} has more than one {split} split: {both}", "rename or remove one of them")
@@ -174,7 +178,18 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
     return {"train": files}
 
 
-def _describe(root: Path, sources: Mapping[str, list[Path]], held_out: Mapping[str, float]) -> str:
+def _passed_over(root: Path, sources: Mapping[str, list[Path]], suffix: str) -> list[str]:
+    """Names of files beside those of the splits that look as if they were to be read, too."""
+    if len(sources) == 1:
+        return []
+    read = {path for files in sources.values() for path in files}
+    return sorted(path.name for path in root.iterdir() if textfiles.ends_in(path.name, suffix) and path not in read)
+
+
+def _describe(
+    root: Path, sources: Mapping[str, list[Path]], held_out: Mapping[str, float], passed_over: list[str]
+) -> str:
     files = sum(map(len, sources.values()))
     cut = "".join(f", {split} is {100 * share:g}% of train" for split, share in held_out.items())
-    return f"{root} ({files} file{'s' if files > 1 else ''}{cut})"
+    left = f"; not read: {', '.join(passed_over[:3])}{' ...' if len(passed_over) > 3 else ''}" if passed_over else ""
+    return f"{root} ({files} file{'s' if files > 1 else ''}{cut}{left})"

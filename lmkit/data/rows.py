@@ -78,7 +78,7 @@ def _file_records(path: Path) -> Iterator[Record]:
         raise DataError(f"{path} does not exist", "name a file, or a dataset of the hub as hub:NAME")
     if not path.is_file():
         raise DataError(f"{path} is not a file", "name a file")
-    plain = path.name.removesuffix(".gz").removesuffix(".zst").lower()
+    plain = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     suffix = next((suffix for suffix in FORMATS if plain.endswith(suffix)), None)
     if suffix is None:
         raise DataError(f"{path} does not end in {', '.join(FORMATS)}", "rename it to what it is")

@@ -59,24 +59,29 @@ class Part:
 
 
 def find_files(folder: Path, suffix: str) -> list[Path]:
-    """All files below ``folder`` whose name ends in ``suffix``, plain or compressed, sorted by relative path.
+    """All files below ``folder`` that ``ends_in`` takes, sorted by relative path.
 
     Hidden files and folders, and links to folders, are passed over. Raises DataError for a folder that cannot be read.
     """
-    endings = (suffix, *(suffix + compression for compression in _COMPRESSIONS))
     found = []
     for place, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(place, name) for name in names if name.endswith(endings) and not name.startswith(".")):
+        for path in (Path(place, name) for name in names if ends_in(name, suffix)):
             with readable(path):
                 if path.is_file():
                     found.append(path)
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def ends_in(name: str, suffix: str) -> bool:
+    """Whether a file's name ends in ``suffix``, plain or compressed, in capitals or not, and is not hidden."""
+    endings = (suffix, *(suffix + compression for compression in _COMPRESSIONS))
+    return name.lower().endswith(endings) and not name.startswith(".")
+
+
 def is_compressed(path: Path) -> bool:
     """Whether the name says that the file is compressed."""
-    return path.name.endswith(_COMPRESSIONS)
+    return path.suffix.lower() in _COMPRESSIONS
 
 
 @contextlib.contextmanager
@@ -186,14 +191,15 @@ def _in_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    if path.name.endswith(".gz"):
+    ending = path.suffix.lower()
+    if ending == ".gz":
         with gzip.GzipFile(fileobj=file) as stream:
             try:
                 while chunk := stream.read(BLOCK_BYTES):
                     yield chunk
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise DataError(f"{path} is a damaged gzip file: {error}", "fetch the file again") from error
-    elif path.name.endswith(".zst"):
+    elif ending == ".zst":
         yield from _decompressed_zstd(path, file)
     else:
         while chunk := file.read(BLOCK_BYTES):
@@ -254,7 +260,7 @@ def _kind_of(head: bytes) -> str | None:
 def _check_magic(path: Path, head: bytes) -> None:
     """The first bytes must be those of the type that the name promises."""
     found = _kind_of(head)
-    wanted = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix)
+    wanted = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix.lower())
     if found == wanted:
         return
     if found in ("gzip data", "zstd data") and wanted is None:

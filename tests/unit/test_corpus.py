@@ -582,11 +582,12 @@ def test_a_loop_of_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "both"),
     [
-        (("train.txt", "valid/a.txt", "dev/a.txt"), "valid split: valid, dev"),
+        (("train.txt", "valid/a.txt", "dev/a.txt"), "valid split: dev, valid"),
         (("train.txt", "valid.txt", "valid.txt.gz"), r"valid split: valid\.txt, valid\.txt\.gz"),
         (("train.txt", "train/a.txt"), r"train split: train\.txt, train"),
+        (("train.txt", "TRAIN.TXT.GZ"), r"train split: TRAIN\.TXT\.GZ, train\.txt"),
     ],
-    ids=range(3),
+    ids=range(4),
 )
 def test_two_splits_of_the_same_kind_are_both_named(tmp_path: Path, names: tuple[str, ...], both: str) -> None:
     for name in names:
@@ -630,6 +631,30 @@ def test_an_empty_corpus_or_split_is_refused(tmp_path: Path, content: dict[str, 
         write(tmp_path / name, text)
     with pytest.raises(DataError, match=r"would be empty \(train \d|holds no \.txt"):
         survey(open_corpus(TextConfig(path=str(tmp_path))))
+
+
+def test_names_in_capitals_are_read_as_others_are(tmp_path: Path) -> None:
+    write(tmp_path / "splits/TRAIN.TXT", "a\n")
+    write(tmp_path / "splits/Valid/A.Txt", "b\n")
+    (tmp_path / "splits/test.TXT.GZ").write_bytes(gzip.compress(b"c\n"))
+    source = open_corpus(TextConfig(path=str(tmp_path / "splits")))
+    assert [text_of(source, split) for split in ("train", "valid", "test")] == ["a\n", "b\n", "c\n"]
+    for i in range(30):
+        write(tmp_path / f"many/{i}{'.TXT' if i % 2 else '.txt'}", f"text {i}\n")
+    assert (
+        sum(split.num_documents for split in counts(open_corpus(TextConfig(path=str(tmp_path / "many")))).values())
+        == 30
+    )
+
+
+def test_files_beside_those_of_the_splits_are_named_as_not_read(tmp_path: Path) -> None:
+    for name in ("train.txt", "valid.txt", "more.txt", "notes.md", "other/a.txt"):
+        write(tmp_path / name, "line\n")
+    source = open_corpus(TextConfig(path=str(tmp_path)))
+    assert source.source == f"{tmp_path} (2 files, test is 5% of train; not read: more.txt)"
+    for name in "bcd":
+        write(tmp_path / f"{name}.txt", "line\n")
+    assert "not read: b.txt, c.txt, d.txt ...)" in open_corpus(TextConfig(path=str(tmp_path))).source
 
 
 def test_the_share_that_is_held_out_is_told_as_it_was_asked_for(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     }
     for name, text in files.items():
         assert read_rows(write(tmp_path / name, text), columns=["a", "b"]) == ROWS, name
-    packed = tmp_path / "r.csv.gz"
+    packed = tmp_path / "R.CSV.GZ"
     packed.write_bytes(gzip.compress(files["r.csv"].encode()))
     assert read_rows(str(packed), columns=["a", "b"]) == ROWS
 
