@@ -1,7 +1,8 @@
 """Replay one step of a run: from the newest checkpoint before it up to it, to see its loss and its batch row by row.
 
-The run directory is only read. On the machine and versions of the run the numbers are those of the run, bit for bit;
-a run by the clock (train.budget) is replayed with the progress of its checkpoint: its learning rate only comes close.
+The run directory is only read. On the machine and versions of the run the numbers are those of the run, bit for bit; a
+run of a card that is not here is replayed on the CPU, with other roundings and dropout. A run by the clock
+(train.budget) is replayed with the progress of its checkpoint: its learning rate only comes close.
 One process replays what several have trained: their sums are other roundings.
 """
 
@@ -20,13 +21,14 @@ from lmkit.commands.new_data import order_of
 from lmkit.commands.resuming import config_of
 from lmkit.commands.training import build_trainer
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
 from lmkit.config.training import RunConfig
 from lmkit.console import Console, format_number
 from lmkit.data.batches import ORDER, Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
-from lmkit.errors import CheckpointError, ConfigError, DataError
+from lmkit.errors import CheckpointError, ConfigError, DataError, ResourceError
 from lmkit.horizon import Horizon, last_step
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_info, read_metrics
@@ -155,7 +157,7 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     model_config = from_plain(ModelConfig, stored["model"], where="model")
     if model_config.trains_by_counting:
         raise ConfigError(f"{run_dir} was trained by counting", "it has no steps to replay")
-    device = resolve_device(cfg.device)
+    device = _device_of(cfg, console)
     task, model = _task_of(cfg, stored, model_config, device, console)
     info = read_info(run_dir) or {}
     digests, order = info.get("digests", {}), order_of(stored)
@@ -174,6 +176,15 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     if cfg.train.budget_s is None:
         trainer.state.horizon = Horizon(1.0 / (last_step(cfg.train, task.batches.steps_per_epoch) or 1))
     return trainer
+
+
+def _device_of(cfg: PretrainConfig | FinetuneConfig, console: Console) -> Device:
+    """The run's device, or the CPU where that is not here."""
+    try:
+        return resolve_device(cfg.device)
+    except ResourceError as error:
+        console.warn(f"{error.problem}: replaying on the CPU, where roundings and dropout are others")
+        return resolve_device(DeviceConfig(type=DeviceType.cpu, threads=cfg.device.threads))
 
 
 def _task_of(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lmkit import horizon, judging, products, session
 from lmkit.commands import finetune, pretrain, training
+from lmkit.commands import replay as replaying
 from lmkit.commands.replay import replay
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.machine import Precision
@@ -316,6 +317,25 @@ def test_a_replayed_step_has_the_numbers_of_the_run_and_leaves_it_as_it_is(
     assert again["num_targets"] == sum(len(row["ids"]) for row in again["rows"])
     nats = sum(row["nats_per_token"] * len(row["ids"]) for row in again["rows"])
     assert nats / again["num_targets"] == pytest.approx(again["loss"], rel=1e-5)
+
+
+def test_a_run_of_a_card_that_is_not_here_is_replayed_on_the_cpu(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = replace(config(), log=LogConfig(every_steps=1))
+    pretrain.run(cfg)
+    find = replaying._find_start
+
+    def of_a_card(*args: Any) -> Any:
+        found = find(*args)
+        found.config["device"]["type"] = "cuda"
+        return found
+
+    monkeypatch.setattr(replaying, "_find_start", of_a_card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    logged = next(row for row in read_metrics(path_of(cfg)) if row["step"] == 7 and "loss" in row)
+    assert replay(path_of(cfg), 7, Console())["loss"] == logged["loss"]
+    assert "device.type=cuda is not available here: replaying on the CPU" in capsys.readouterr().err
 
 
 def test_a_step_that_was_not_finite_is_replayed_with_its_rows_even_before_the_first_checkpoint(
