@@ -92,11 +92,16 @@ def as_json(choice: Choice, members: list[str]) -> dict[str, Any]:
 
 
 def _member_names(cfg: EvalPplConfig) -> list[str]:
-    """The run (or ensemble), the cache, and what it is interpolated with. Raises ConfigError for bad weights."""
+    """The run (or ensemble), the cache, and what it is interpolated with. Raises ConfigError for bad weights and
+    for one name of two."""
     names = ["ensemble" if cfg.ensemble else "run"]
     if cfg.cache is not None:
         names.append("neural cache" if isinstance(cfg.cache, NeuralCacheConfig) else "unigram cache")
     names += cfg.mix
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(
+            f"mix={','.join(cfg.mix)}: two members are called {twice}", "name each once, a folder as ./NAME"
+        )
     given = cfg.weights.split(",")
     if cfg.weights not in ("valid", "equal") and len(given) != len(names):
         raise ConfigError(f"weights={cfg.weights} are {len(given)}, for {', '.join(names)}", "give one each")

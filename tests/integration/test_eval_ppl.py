@@ -463,11 +463,13 @@ def test_temperature_1_is_the_run_itself(runs: Folder) -> None:
         assert (one["nats"], one["kind"]) == (own["nats"], "static")
 
 
-def test_the_weights_are_one_for_each_member(runs: Folder) -> None:
+def test_each_member_has_a_name_and_a_weight(runs: Folder) -> None:
     with pytest.raises(ConfigError, match="are 3, for run, kn5"):
         evaluate(runs, "lstm", mix=["kn5"], weights="0.2,0.3,0.5")
     with pytest.raises(ConfigError, match="are 2, for run"):
         evaluate(runs, "lstm", weights="0.5,0.5")
+    with pytest.raises(ConfigError, match="mix=kn5,kn5: two members are called kn5; name each once"):
+        evaluate(runs, "lstm", mix=["kn5", "kn5"])  # their weights would be told as one
 
 
 @pytest.mark.parametrize("field", ["ensemble", "mix"])
