@@ -64,9 +64,9 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def _norms_O(self) -> Tensor:
-        """Norm of each row of W + s B A."""
+        """Norm of each row of W + s B A; of one of zeros, which has no direction, the least number that divides."""
         norms_O: Tensor = torch.linalg.vector_norm(self._sum_OI(), dim=1)
-        return norms_O
+        return norms_O.clamp_(min=torch.finfo(norms_O.dtype).tiny)
 
     def _sum_OI(self) -> Tensor:
         sum_OI: Tensor = self.weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight)

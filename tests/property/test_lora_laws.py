@@ -153,6 +153,23 @@ def test_the_gradient_is_that_of_the_formula_written_out(dora: bool) -> None:
         torch.testing.assert_close(layer.lora_B.weight.grad, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_rows_of_zeros_do_not_make_a_dora_adapter_nan() -> None:
+    model = build("llama")
+    layer = model.get_submodule("blocks.0.attention.out")
+    assert isinstance(layer, torch.nn.Linear)
+    with torch.no_grad():
+        layer.weight[:3] = 0.0
+    before = logits(model)
+    add_adapter(model, AdapterConfig(rank=3, use_dora=True), seed=1)
+    torch.testing.assert_close(logits(model), before)
+    loss(model).backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=0.01)
+    assert logits(model).isfinite().all()
+
+
 def test_rslora_divides_alpha_by_the_square_root_of_the_rank() -> None:
     for rslora, expected in ((False, 8.0), (True, 16.0)):
         model = build("llama", AdapterConfig(rank=4, alpha=32.0, use_rslora=rslora))
