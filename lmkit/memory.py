@@ -138,7 +138,7 @@ def _head_bytes(trainer: Trainer) -> int:
     adaptive softmax those of its largest part."""
     head = trainer.model.head if isinstance(trainer.model, LanguageModel) else None
     if isinstance(head, AdaptiveHead):
-        return max(_softmax_bytes(p) for p in head.parameters() if p.ndim == 2)
+        return max(map(_softmax_bytes, [head.weight, *(tail.weight for tail in head.tails)]))
     if isinstance(head, MixtureHead):
         return _softmax_bytes(head.weight, head.num_softmaxes)
     return _softmax_bytes(head.weight) if isinstance(head, SoftmaxHead) else 0

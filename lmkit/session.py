@@ -110,7 +110,9 @@ class Session:
                 done = done or self._out_of_patience()
         stop = due.stop or (self._stop_requested() if due.evaluate else None)
         if stop is not None and not (done and not state.eval_pending):
+            since = time.monotonic()
             saves.finish(self._snapshot(), best=self._is_best())
+            self._window.started += time.monotonic() - since
             if self._window.reports:
                 self._log(bar)  # of these steps nothing else would ever be logged
             self._raise_stopped(stop)

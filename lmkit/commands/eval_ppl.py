@@ -266,6 +266,8 @@ def _baselines(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict
     names = ["uniform"]
     # of a train split that the run has not learnt, what is counted on it would be the only one to know the text
     alike = cfg.split != "train" or evaluator.dataset == evaluator.loaded.dataset
+    if not alike:
+        evaluator.console.say("no unigrams and kn5: they would be counted on the very text that is scored")
     if train is not None and alike and not passage.material.changes:
         names += ["unigram"] if own_kn or train.num_tokens > MAX_BASELINE_TOKENS else ["unigram", "kn5"]
     found: dict[str, Any] = {}
@@ -289,7 +291,7 @@ def _opponent(evaluator: Evaluator, name: str) -> Opponent:
     if not path.exists():
         raise ConfigError(f"compare={name} does not exist", "name a run, a file of probabilities or a result in JSON")
     if not path.is_dir():
-        return _read_result(path) if path.suffix == ".json" else read_word_probs(path)
+        return _read_result(path) if path.suffix.lower() == ".json" else read_word_probs(path)
     other = evaluator.other(name)
     if other.tokenizer.digest == evaluator.loaded.tokenizer.digest:
         return other

@@ -18,6 +18,7 @@ from lmkit.config.training import ExistingRunConfig
 from lmkit.console import Console
 from lmkit.data.examples import ExampleBatch, RowReader, Scale
 from lmkit.data.rows import HUB, Record, read_records
+from lmkit.data.textfiles import is_compressed
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.loading import StoredRun, put_weights, read_run
@@ -141,7 +142,7 @@ def _output_path(cfg: FinetuneConfig) -> Path:
         raise ConfigError(f"predict={source} is no file", "set output=FILE")
     else:
         read = Path(os.path.expanduser(source))
-        stem = Path(read.name.removesuffix(".gz").removesuffix(".zst")).stem
+        stem = Path(read.stem if is_compressed(read) else read.name).stem
         path = output_path(str(read.with_name(f"{stem}.predictions.jsonl")))
     if not source.startswith(HUB) and path == Path(os.path.realpath(os.path.expanduser(source))):
         raise ConfigError(f"output={path} is the file that is read", "name another file")

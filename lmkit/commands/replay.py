@@ -28,7 +28,7 @@ from lmkit.config.training import RunConfig
 from lmkit.console import Console, format_number
 from lmkit.data.batches import ORDER, Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
-from lmkit.errors import CheckpointError, ConfigError, DataError, ResourceError
+from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.horizon import Horizon, last_step
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_info, read_metrics
@@ -179,12 +179,15 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
 
 
 def _device_of(cfg: PretrainConfig | FinetuneConfig, console: Console) -> Device:
-    """The run's device, or the CPU where that is not here."""
-    try:
+    """The run's device, or the CPU where there is no such one."""
+    kind = cfg.device.type
+    here = {DeviceType.cuda: torch.cuda.is_available, DeviceType.mps: torch.backends.mps.is_available}
+    if kind not in here or here[kind]():
         return resolve_device(cfg.device)
-    except ResourceError as error:
-        console.warn(f"{error.problem}: replaying on the CPU, where roundings and dropout are others")
-        return resolve_device(DeviceConfig(type=DeviceType.cpu, threads=cfg.device.threads))
+    console.warn(
+        f"device.type={kind.name} is not available here: replaying on the CPU, with other roundings and dropout"
+    )
+    return resolve_device(DeviceConfig(type=DeviceType.cpu, threads=cfg.device.threads))
 
 
 def _task_of(

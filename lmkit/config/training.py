@@ -161,12 +161,12 @@ class TrainConfig:
 
     def note_unused(self, check: Problems) -> None:
         """Note keys that would do nothing without another. Asked of what is to be trained now only, not of old runs."""
-        for used, name, rule in (
-            (self.average is Average.swa, "swa_start", "needs train.average=swa"),
-            (self.average is Average.nt_asgd, "asgd_patience", "needs train.average=nt_asgd"),
-            (self.nonfinite is not NonFinite.stop, "max_skips", "needs train.nonfinite=skip or rollback"),
+        for used, name, needed in (
+            (self.average is Average.swa, "swa_start", "average=swa"),
+            (self.average is Average.nt_asgd, "asgd_patience", "average=nt_asgd"),
+            (self.nonfinite is not NonFinite.stop, "max_skips", "nonfinite=skip or rollback"),
         ):
-            check.unused("train", self, () if used else (name,), rule)
+            check.unused("train", self, () if used else (name,), f"needs train.{needed}: set it, or leave this out")
 
     @property
     def epochs_limit(self) -> float | None:

@@ -147,13 +147,12 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
     if os.path.isfile(root):
         return {"train": [root]}
     named: dict[str, list[Path]] = {}
-    with textfiles.readable(root):
-        entries = sorted(root.iterdir())
+    inside_root = _listing(root)
     for split, names in _SPLIT_NAMES.items():
         alone = {name + suffix + ending for name in names for ending in ("", ".gz", ".zst")}
         # what may not be looked at find_files will name
-        found = {path.name: [path] for path in entries if path.name.lower() in alone and os.path.isfile(path)}
-        for path in entries:
+        found = {path.name: [path] for path in inside_root if path.name.lower() in alone and os.path.isfile(path)}
+        for path in inside_root:
             if path.name.lower() in names and os.path.isdir(path) and (inside := textfiles.find_files(path, suffix)):
                 found[path.name] = inside
         if len(found) > 1:
@@ -178,12 +177,19 @@ def _split_sources(root: Path, suffix: str) -> dict[str, list[Path]]:
     return {"train": files}
 
 
+def _listing(folder: Path) -> list[Path]:
+    """What is in a folder, in one order everywhere. Raises DataError."""
+    with textfiles.readable(folder):
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+
+
 def _passed_over(root: Path, sources: Mapping[str, list[Path]], suffix: str) -> list[str]:
     """Names of files beside those of the splits that look as if they were to be read, too."""
     if len(sources) == 1:
         return []
     read = {path for files in sources.values() for path in files}
-    return sorted(path.name for path in root.iterdir() if textfiles.ends_in(path.name, suffix) and path not in read)
+    others = (path for path in _listing(root) if textfiles.ends_in(path.name, suffix) and path not in read)
+    return [path.name for path in others if os.path.isfile(path)]
 
 
 def _describe(

@@ -21,7 +21,7 @@ from lmkit.store import storage
 VERSION = 1
 """Raised when the same files give other text or other counts."""
 KEPT_CHARS = 64 << 20
-"""A text of at most this many characters stays in memory between the passes."""
+"""A text of at most this many characters, PIECE_CHARS for each piece among them, stays in memory between the passes."""
 PIECE_CHARS = 200
 """As so many characters counts what keeping a piece takes besides its text: there may be millions of short ones."""
 

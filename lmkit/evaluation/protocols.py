@@ -245,9 +245,8 @@ class HfStrided(Protocol):
     ) -> Reach:
         context = context or min(self.config.max_length, trained or self.config.max_length)
         if context < 2:
-            raise ConfigError(
-                f"context={context}: protocol=hf-strided scores no first token of a window", "give 2 or more"
-            )
+            problem = f"context={context}: protocol=hf-strided scores no first token of a window"
+            raise ConfigError(problem, "give 2 or more, or use protocol=stream")
         stride = stride or max(1, context * self.config.stride // self.config.max_length)
         check_window(context, stride, limit)
         return Reach(context, stride)

@@ -737,10 +737,13 @@ def test_baselines_are_of_the_same_protocol(runs: Folder) -> None:
     assert not {"kn5", "unigram"} & set(detokenised)
 
 
-def test_no_baseline_is_counted_on_the_very_text_that_the_run_has_not_learnt(runs: Folder, corpus: Path) -> None:
+def test_no_baseline_is_counted_on_the_very_text_that_the_run_has_not_learnt(
+    runs: Folder, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     other = TextConfig(path=str(corpus / "00.txt"), valid_fraction=0.0, test_fraction=0.0)
     found = evaluate(runs, "lstm", baselines=True, dataset=other, split="train")
     assert not {"kn5", "unigram"} & set(found["baselines"])
+    assert "no unigrams and kn5: they would be counted on the very text that is scored" in capfd.readouterr().err
     assert "kn5" in evaluate(runs, "lstm", baselines=True, split="train")["baselines"], "both have learnt that"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def test_the_card_has_the_perplexity_of_the_weights_that_are_exported(tmp_path: 
 
 
 def test_the_text_of_a_run_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "runs", text=os.fsdecode(b"caf\xe9.txt"))
+    run = make_run(tmp_path / "runs", text="caf\udce9.txt")
     export.run(config(run, tmp_path / "out", ExportFormat.safetensors))
     assert r'"path": "caf\udce9.txt"' in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 

@@ -20,6 +20,7 @@ from stopping import assert_same, signal_after, tensors_in
 from lmkit import cli
 from lmkit.commands import finetune
 from lmkit.commands import replay as replay_command
+from lmkit.commands.predict import _output_path
 from lmkit.commands.replay import replay
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
@@ -331,6 +332,12 @@ def test_predictions_do_not_depend_on_the_batch_size(
         for other in found[1:]:
             assert [row["prediction"] for row in other] == [row["prediction"] for row in found[0]]
             assert [r["probability"] for r in other] == pytest.approx([r["probability"] for r in found[0]], abs=1e-5)
+
+
+def test_predictions_go_beside_what_is_read(tmp_path: Path) -> None:
+    for name in ("new.jsonl", "new.csv.gz", "new.TSV.ZST"):
+        cfg = replace(config_of(ClassifyTaskConfig(data="train.csv"), tmp_path / "run"), predict=str(tmp_path / name))
+        assert _output_path(cfg) == tmp_path / "new.predictions.jsonl"
 
 
 def predicting(cfg: FinetuneConfig, file: Path, output: Path) -> FinetuneConfig:
