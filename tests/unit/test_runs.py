@@ -152,6 +152,23 @@ def test_a_run_begins_although_somebody_looks_at_its_lock_just_then(
         after_a_moment.join()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="directories are not synced there")
+def test_a_file_system_that_syncs_files_only_will_do_and_a_sync_that_fails_will_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(code: int) -> None:
+        def sync(descriptor: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", sync)
+
+    refused(errno.EINVAL)
+    storage.sync_directory(tmp_path)
+    refused(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        storage.sync_directory(tmp_path)
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_row_10_all_directories_that_a_run_makes_are_synced(
     given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
