@@ -110,7 +110,7 @@ def find_runs(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
         yield root
         return
     try:
-        folders = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+        folders = sorted(p for p in root.iterdir() if not p.name.startswith(".") and os.path.isdir(p))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {root}: {error.strerror or error}", "name a folder that holds runs"
@@ -155,7 +155,7 @@ def status_of(run_dir: Path) -> Status:
             session.clear()
         else:
             session.append(event)
-    names = {event.get("event") for event in session}
+    names = {str(event.get("event")) for event in session}
     if "stopped" in names:
         return Status.stopped
     if "finished" in names and has_result:

@@ -211,6 +211,22 @@ def test_a_folder_that_cannot_be_looked_into_hides_no_other_run(
         read_info(tmp_path / "others")  # and not as if there were none
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_an_entry_that_cannot_be_looked_at_hides_no_run(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        finish(run)
+    (tmp_path / "link").symlink_to(300 * "x")  # more than a name can have
+    assert list(find_runs(tmp_path)) == [run.path]
+
+
+def test_events_of_other_programs_in_a_journal_are_no_error(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        pass
+    with (run.path / "journal.jsonl").open("a", encoding="utf-8") as journal:
+        journal.write('{"event": {"name": "push"}}\n')
+    assert status_of(run.path) is Status.crashed
+
+
 def test_a_name_means_a_path_first_and_then_a_run_in_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("runs/one", "runs/two", "two"):
