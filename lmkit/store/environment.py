@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
 
+from lmkit import __version__
+
 
 def environment() -> dict[str, str]:
-    """Versions, platform, number of threads and instructions; never the process's environment variables."""
+    """Versions, platform, number of threads and instructions; never the process's environment variables.
+
+    The lmkit is the one that runs, not the one that is installed by now.
+    """
     return {
-        "lmkit": importlib.metadata.version("lmkit"),
+        "lmkit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()}-{platform.machine()}",

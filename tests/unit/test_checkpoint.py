@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lmkit import __version__
 from lmkit.errors import CheckpointError, DivergedError, ResourceError
 from lmkit.store import checkpoint_writer, staging, storage, tensorfile
 from lmkit.store.checkpoint import (
@@ -118,6 +120,17 @@ def test_manifest_records_run_step_and_digests(run: Run) -> None:
     assert manifest.digests["tokenizer"] == ByteTokenizer.digest
     assert manifest.digests["data"] == "key"
     assert set(manifest.environment) == {"lmkit", "python", "torch", "platform", "threads", "instructions"}
+
+
+def test_a_run_is_saved_while_another_lmkit_is_installed_and_records_the_one_that_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", gone)
+    path = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=2)
+    assert read_manifest(path).environment["lmkit"] == __version__
 
 
 def test_a_checkpoint_is_a_plain_safetensors_file_for_other_tools(run: Run) -> None:
