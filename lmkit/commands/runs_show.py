@@ -33,7 +33,7 @@ from lmkit.store.browse import (
     section,
 )
 from lmkit.store.found import LOCK_INFO, METRICS, read_info, read_metrics, read_result
-from lmkit.store.listing import best_first, list_checkpoints, valid_loss
+from lmkit.store.listing import best_first, comparable, list_checkpoints, loss_and_data
 from lmkit.store.manifest import step_of
 from lmkit.store.pins import read_pins
 from lmkit.store.records import read_object
@@ -105,12 +105,14 @@ def _checkpoint_lines(run_dir: Path) -> list[str]:
         pinned = read_pins(run_dir)
     except CheckpointError:
         pinned = frozenset()
-    losses = {path.name: _loss(path) for path in paths}
-    best = best_first(paths[::-1], losses)[0]
+    found = {path.name: _loss_and_data(path) for path in paths}
+    losses = {name: loss for name, (loss, _) in found.items()}
+    known = comparable(paths[::-1], losses, {name: digest for name, (_, digest) in found.items()})
+    best = best_first(paths[::-1], known)[0]
     rows = [["step", "size", "valid loss", "verified", ""]]
     for path in paths:
         audit, loss, step = audit_checkpoint(path, hashes=False), losses[path.name], step_of(path.name) or 0
-        marks = ["best"] if path == best and loss is not None else []
+        marks = ["best"] if path == best and known[path.name] is not None else []
         marks += ["pinned"] if step in pinned else []
         if audit.damage or audit.manifest is None:
             verified, size = f"DAMAGED: {'; '.join(audit.damage)}", NOTHING
@@ -121,11 +123,11 @@ def _checkpoint_lines(run_dir: Path) -> list[str]:
     return columns(rows, right=(0, 1, 2), indent=2)
 
 
-def _loss(path: Path) -> float | None:
+def _loss_and_data(path: Path) -> tuple[float | None, str | None]:
     try:
-        return valid_loss(path)
+        return loss_and_data(path)
     except CheckpointError:
-        return None
+        return None, None
 
 
 def _number_rows(run_dir: Path, summary: RunSummary) -> list[tuple[str, str]]:

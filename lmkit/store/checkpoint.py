@@ -22,7 +22,15 @@ from torch import Tensor
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
 from lmkit.store.found import FoundRun
-from lmkit.store.listing import VALID_LOSS, best_first, json_object, list_checkpoints, valid_loss
+from lmkit.store.listing import (
+    VALID_LOSS,
+    best_first,
+    comparable,
+    json_object,
+    list_checkpoints,
+    loss_and_data,
+    valid_loss,
+)
 from lmkit.store.manifest import read_manifest, verify_checkpoint
 from lmkit.store.migrations import NewerFormatError, migrate
 from lmkit.store.reading import side_by_side
@@ -141,17 +149,21 @@ def load_latest(run_dir: Path, warn: Warn = log_warning, *, shared: bool = False
 
 
 def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
-    """The whole checkpoint with the lowest validation loss (the newest of equals); the latest if none was evaluated."""
+    """The whole checkpoint with the lowest validation loss (the newest of equals); the latest if none was evaluated.
+
+    Where the run went on with other data, only those of its present data count as evaluated.
+    """
     newest_first = list_checkpoints(run_dir)[::-1]
     losses: dict[str, float | None] = {}
+    data: dict[str, str | None] = {}
     for path in newest_first:
         try:
-            losses[path.name] = valid_loss(path)
+            losses[path.name], data[path.name] = loss_and_data(path)
         except NewerFormatError:
             raise
         except CheckpointError:
             continue  # _first_whole will say what is wrong with it
-    return _first_whole(run_dir, best_first(newest_first, losses), _verified, warn)
+    return _first_whole(run_dir, best_first(newest_first, comparable(newest_first, losses, data)), _verified, warn)
 
 
 def _verified(path: Path) -> Path:

@@ -21,7 +21,7 @@ from lmkit.store import storage
 from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
 from lmkit.store.environment import environment
 from lmkit.store.found import CHECKPOINTS
-from lmkit.store.listing import best_first, list_checkpoints, valid_loss
+from lmkit.store.listing import best_first, comparable, list_checkpoints, loss_and_data
 from lmkit.store.manifest import FileEntry, Manifest, verify_checkpoint
 from lmkit.store.pins import read_pins
 from lmkit.store.runs import Run
@@ -62,7 +62,8 @@ class CheckpointWriter:
     ``submit`` copies the snapshot into buffers that are reused from save to save (the only time that training waits,
     unless the save before is still running) and returns. The thread writes and syncs all files in a ``.tmp-``
     directory, commits by renaming it, re-reads from disk and re-hashes, and only then retires older checkpoints. Those
-    stay that are whole and among the newest ``keep``, or the best one, or of every ``keep_every``-th step, or pinned.
+    stay that are whole and among the newest ``keep``, or the best one (and
+    that of the present data, where they changed), or of every ``keep_every``-th step, or pinned.
     What goes wrong there is raised by the next ``submit``, ``wait`` or ``close``; older checkpoints are whole all the
     same, and the caller may catch the error and go on. Leaving the ``with`` block waits; on the way of another
     exception a failed save is a warning. With ``background=False`` the same happens before ``submit`` returns.
@@ -105,8 +106,8 @@ class CheckpointWriter:
         """Whether what is held was not released yet."""
         self._whole: set[str] = set()
         """Names of the checkpoints that were hashed by this writer."""
-        self._losses: dict[str, float | None] = {}
-        """Name -> validation loss."""
+        self._found: dict[str, tuple[float | None, str | None]] = {}
+        """Name -> validation loss, and digest of the data."""
         self._damaged: set[str] = set()
         self._tokenizer_digest = tokenizer.digest
         self._stage = Stage(self._read_tokenizer(tokenizer))
@@ -257,7 +258,7 @@ class CheckpointWriter:
         self.last_cost = Cost(staged.copy_s, cpu_s, time.monotonic() - started)
         self._damaged.discard(path.name)
         self._whole.add(path.name)
-        self._losses[path.name] = valid_loss(path)
+        self._found[path.name] = loss_and_data(path)
         self.newest = path
         self._retire()
 
@@ -324,8 +325,11 @@ class CheckpointWriter:
         pinned ones cannot be read, nothing is deleted.
         """
         newest_first = list_checkpoints(self._run.path)[::-1]
-        best = best_first(newest_first, {path.name: self._loss(path) for path in newest_first})
-        kept = {*islice(filter(self._is_whole, newest_first), self._keep), *islice(filter(self._is_whole, best), 1)}
+        kept = {*islice(filter(self._is_whole, newest_first), self._keep)}
+        losses = {path.name: self._loss_and_data(path)[0] for path in newest_first}
+        data = {path.name: self._loss_and_data(path)[1] for path in newest_first}
+        for known in (losses, comparable(newest_first, losses, data)):
+            kept |= {*islice(filter(self._is_whole, best_first(newest_first, known)), 1)}
         try:
             pinned = read_pins(self._run.path)
         except CheckpointError as error:
@@ -356,12 +360,12 @@ class CheckpointWriter:
                 return False
         return True
 
-    def _loss(self, path: Path) -> float | None:
-        """Its validation loss, read once; None also where it cannot be read."""
-        if path.name not in self._losses:
+    def _loss_and_data(self, path: Path) -> tuple[float | None, str | None]:
+        """Its validation loss and the digest of its data, read once; None also where they cannot be read."""
+        if path.name not in self._found:
             with contextlib.suppress(CheckpointError):
-                self._losses[path.name] = valid_loss(path)
-        return self._losses.get(path.name)
+                self._found[path.name] = loss_and_data(path)
+        return self._found.get(path.name, (None, None))
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:

@@ -50,6 +50,23 @@ def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> 
     return sorted(newest_first, key=key)
 
 
+def comparable(
+    newest_first: list[Path], losses: Mapping[str, float | None], data: Mapping[str, str | None]
+) -> dict[str, float | None]:
+    """The losses of those checkpoints that are of the data of the newest one, and None for all others.
+
+    A run may go on with other data, and losses of different texts say nothing about which weights are better. losses,
+    data: directory name -> loss, and digest of the data; a checkpoint that names none is of any.
+    """
+    present = next((digest for path in newest_first if (digest := data.get(path.name)) is not None), None)
+    return {name: loss if data.get(name) in (None, present) else None for name, loss in losses.items()}
+
+
+def loss_and_data(path: Path) -> tuple[float | None, str | None]:
+    """The validation loss that a checkpoint records, and the digest of its data. Raises CheckpointError."""
+    return valid_loss(path), read_manifest(path).digests.get("data")
+
+
 def valid_loss(path: Path) -> float | None:
     """The validation loss that a checkpoint records, if it was evaluated. Raises CheckpointError."""
     value = read_json_entry(path, mf.STATE).get(VALID_LOSS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmkit import __version__
+from lmkit.commands.runs_show import _checkpoint_lines
 from lmkit.errors import CheckpointError, DivergedError, ResourceError
 from lmkit.store import checkpoint_writer, staging, storage, tensorfile
 from lmkit.store.checkpoint import (
@@ -244,6 +245,17 @@ def test_a_run_that_goes_on_does_not_hash_all_that_it_keeps_before_it_deletes_an
     save_all(run, {10: 7.0, 11: 8.0}, keep=1, every=2)
     assert steps(run) == [2, 3, 4, 6, 8, 10, 11]
     assert sorted(hashed) == sorted("0139")  # both new ones, the best one, and the one that gives way
+
+
+def test_where_the_data_changed_the_best_is_one_of_the_present_data_and_that_of_the_others_stays(run: Run) -> None:
+    save_all(run, {1: 1.0, 2: 1.5}, keep=2)
+    run.digests = {"data": "another key"}
+    save_all(run, {3: 2.5, 4: 2.0, 5: 2.6, 6: 2.7}, keep=2)
+    assert steps(run) == [1, 4, 5, 6]
+    best = best_checkpoint(run.path, pytest.fail)
+    assert best is not None
+    assert best.name == "step-000000000004"
+    assert [line.split()[0] for line in _checkpoint_lines(run.path) if line.endswith("best")] == ["4"]
 
 
 def test_best_is_the_lowest_validation_loss_and_the_newest_of_equals(run: Run) -> None:
