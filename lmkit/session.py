@@ -53,6 +53,8 @@ class Session:
     stop: StopRequests
     command: Sequence[str]
     """The command line, for the advice on how to go on."""
+    data_since: int = -1
+    """The step behind which the data are the present ones; losses of other data before it are compared with none."""
     _window: Window = field(default_factory=Window)
     _last: Validation | None = None
     _last_save_s: float = field(default_factory=time.monotonic)
@@ -167,7 +169,7 @@ class Session:
         )
 
     def _out_of_patience(self) -> bool:
-        losses = self.state.valid_losses
+        losses = self.state.losses_behind(self.data_since)
         patience = self.train.patience
         out = patience is not None and bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
         if out:
@@ -251,9 +253,9 @@ class Session:
         return found
 
     def _is_best(self) -> bool:
-        """Whether the last validation was of this step, and none was better."""
-        state = self.state
-        return state.valid_steps[-1:] == [state.step] and state.valid_losses[-1] == min(state.valid_losses)
+        """Whether the last validation was of this step, and none on these data was better."""
+        state, losses = self.state, self.state.losses_behind(self.data_since)
+        return bool(losses) and state.valid_steps[-1:] == [state.step] and losses[-1] == min(losses)
 
     def _snapshot(self) -> Snapshot:
         """What there is to save; taken in all processes at once."""

@@ -60,6 +60,10 @@ class TrainState:
     eval_pending: bool = False
     """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 
+    def losses_behind(self, step: int) -> list[float]:
+        """The validation losses of the steps behind this one, oldest first."""
+        return [loss for loss, at in zip(self.valid_losses, self.valid_steps, strict=False) if at > step]
+
     def to_json(self) -> dict[str, Any]:
         """JSON data for a checkpoint."""
         return asdict(self)

@@ -261,6 +261,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
     reserve_s = 0.0 if forgetting is None else forgetting.seconds
     timing = Timing(trainer, cfg.train, job.started, longer=longer, reserve_s=reserve_s)
+    data_since = job.stored_config.get(DATA_ORDER, {}).get("first_step", -1)
     session = Session(
         run=job.run,
         trainer=trainer,
@@ -273,6 +274,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         console=job.console,
         stop=job.stop,
         command=command_line(job.world),
+        data_since=data_since,
     )
     _say_plan(job, timing)
     with attention_of_any_shape() if job.task.shapes_vary else contextlib.nullcontext():
@@ -300,7 +302,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         "epochs": state.step / timing.steps_per_epoch,
         f"trained_{job.task.unit}s": state.num_targets,
         "elapsed_s": state.elapsed_s,
-        "best_valid_loss": min(state.valid_losses),
+        "best_valid_loss": min(state.losses_behind(data_since) or state.valid_losses),
     }
     return _finish(job, validation, numbers)
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from harness import Lmkit, digests, forge, forge_config
 from stopping import signal_after
 
+from lmkit import judging
 from lmkit.commands import training
 from lmkit.commands.new_data import DataOrder, follow
 from lmkit.commands.replay import replay
@@ -27,7 +29,7 @@ from lmkit.data.batches import Lanes
 from lmkit.data.prepared import cache_dir, open_prepared
 from lmkit.errors import DataError
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
-from lmkit.store.found import read_metrics
+from lmkit.store.found import read_metrics, read_result
 from lmkit.store.manifest import step_of
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
@@ -331,6 +333,24 @@ def test_row_70_the_data_of_before_can_come_back_in_an_order_of_their_own(
     info = json.loads((run_dir / "run.json").read_bytes())
     assert info["digests"]["data"] == info["former_data"][0] == first
     assert [(record["step"], record["order"]) for record in events(run_dir, "data changed")] == [(12, 1), (20, 2)]
+
+
+def test_row_70_losses_of_the_data_before_neither_end_a_run_early_nor_are_its_best(
+    grown: list[str], lmkit: Lmkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_alone = judging._judge_alone
+
+    def harder(trainer: Trainer, *others: Any) -> Any:
+        """A text whose losses are above all before, and fall: 84, 80, 76, 72."""
+        found, sample = judge_alone(trainer, *others)
+        return replace(found, loss=100.0 - trainer.state.step), sample
+
+    monkeypatch.setattr(judging, "_judge_alone", harder)
+    done = lmkit(*grown, "train.max_steps=28", "train.patience=2", f"run.dir={tmp_path}/run", NEW_DATA)
+    assert done.code == 0, done.err
+    result = read_result(tmp_path / "run")
+    assert result is not None
+    assert (result["step"], result["best_valid_loss"]) == (28, 72.0)
 
 
 def test_row_70_the_key_changes_nothing_where_the_data_did_not(
