@@ -26,7 +26,7 @@ from lmkit.errors import CheckpointError, ConfigError, RunLockedError
 from lmkit.store import storage
 from lmkit.store.browse import PER_TOKEN, RunSummary, find_runs, named_run, read_summary
 from lmkit.store.listing import list_checkpoints
-from lmkit.store.lock import acquire
+from lmkit.store.lock import NoLocksError, acquire
 from lmkit.store.manifest import step_directory, step_of
 from lmkit.store.pins import read_pins, write_pins
 from lmkit.store.records import encode
@@ -160,6 +160,9 @@ def remove(runs: list[Path], *, ask: bool) -> None:
                 locks.append(acquire(path))
             except RunLockedError as error:
                 raise RunLockedError(error.problem, "stop it first; nothing was removed") from None
+            except NoLocksError as error:
+                remedy = "see that no process trains it, and remove the folder by hand"
+                raise NoLocksError(f"{error.problem}; nothing was removed", remedy) from None
         if ask and not _agreed(summaries):
             print("nothing was removed", file=sys.stderr)
             return
@@ -167,7 +170,9 @@ def remove(runs: list[Path], *, ask: bool) -> None:
             if os.name == "nt":  # a folder with an open file in it cannot be renamed there
                 lock.release()
             try:
-                storage.discard(path.absolute())
+                trash = storage.put_away(path.absolute())
+                lock.release()  # file systems of networks keep a file that is open, and so its folder
+                storage.remove_tree(trash)
             except OSError as error:
                 raise storage.resource_error("remove", Path(error.filename or path), error) from error  # what is left
             write_text(f"removed {path}\n")

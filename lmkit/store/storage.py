@@ -162,12 +162,17 @@ def remove_tree(path: Path) -> None:
     remove_directory(path)
 
 
-def discard(path: Path) -> None:
-    """Delete a directory so that no reader ever sees half of it: first a rename out of sight, then the removal."""
+def put_away(path: Path) -> Path:
+    """Give a directory that is to be removed a name that no reader looks at; the new path."""
     trash = path.with_name(scratch_name(TRASH_PREFIX, path.name))
     rename(path, trash)
     sync_directory(path.parent)
-    remove_tree(trash)
+    return trash
+
+
+def discard(path: Path) -> None:
+    """Delete a directory so that no reader ever sees half of it: first a rename out of sight, then the removal."""
+    remove_tree(put_away(path))
 
 
 def replace_directory(source: Path, target: Path) -> None:

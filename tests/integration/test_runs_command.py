@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from lmkit import cli
+from lmkit.commands import runs as runs_command
 from lmkit.commands import runs_resume
 from lmkit.config.runs import LEAST_STEPS
 from lmkit.errors import CheckpointError
 from lmkit.store import storage
+from lmkit.store.browse import is_locked
 from lmkit.store.checkpoint import Snapshot, list_checkpoints
 from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.lock import NoLocksError
 from lmkit.store.runs import Run
 
 CONFIG = {
@@ -305,6 +308,39 @@ def test_rm_refuses_a_run_in_use_and_then_removes_nothing(lmkit: Lmkit, capsys: 
     assert a.exists()
     assert b.exists()
     assert lmkit("rm", "--yes", "a", "b") == 0
+
+
+def test_rm_lets_go_of_the_lock_before_its_file_which_a_network_would_keep_while_it_is_open(
+    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a")
+    remove_file, held = storage.remove_file, list[bool]()
+
+    def noted(path: Path) -> None:
+        if path.name == "LOCK":
+            held.append(is_locked(path.parent))
+        remove_file(path)
+
+    monkeypatch.setattr(storage, "remove_file", noted)
+    assert lmkit("rm", "--yes", "a") == 0
+    assert held == [False]
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_rm_where_there_are_no_locks_says_how_to_do_without(
+    lmkit: Lmkit, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = make_run("a")
+
+    def none(path: Path) -> None:
+        raise NoLocksError(f"{path} is on a file system without locks", "train without one: run.lock=off")
+
+    monkeypatch.setattr(runs_command, "acquire", none)
+    assert lmkit("rm", "--yes", "a") == 6
+    said = capsys.readouterr().err
+    assert "without locks; nothing was removed; see that no process trains it, and remove the folder by hand" in said
+    assert "run.lock" not in said
+    assert a.exists()
 
 
 def test_rm_names_what_it_could_not_remove_by_the_place_where_it_lies_now(
