@@ -70,7 +70,7 @@ class RunSummary:
     step: int | None
     """Optimizer steps completed, as far as the log goes."""
     best_valid_loss: float | None
-    """Lowest validation loss so far, in ``loss_unit``."""
+    """Lowest validation loss so far (where the data changed, on the present ones), in ``loss_unit``."""
     objective: str
     """What was learnt; only ``lm`` is validated by exact likelihoods, so that only its runs have perplexities."""
     tokens_per_word: float | None
@@ -228,7 +228,9 @@ def read_summary(run_dir: Path) -> RunSummary:
     result = readable(read_result, run_dir)
     manifest, config = read_newest_config(run_dir)
     validations, last_step = _metrics(run_dir)
-    losses = [_number(row.get("valid_loss")) for row in validations] + [_number(result.get("best_valid_loss"))]
+    losses = [_number(row.get("valid_loss")) for row in validations if _is_of_present_data(row, config)]
+    if _is_of_present_data(result, config):
+        losses.append(_number(result.get("best_valid_loss")))
     steps = [last_step, None if manifest is None else manifest.step]
     dataset, model = section(config, "dataset"), section(config, "model")
     command, seed = info.get("command"), info.get("seed")
@@ -292,6 +294,12 @@ def _metrics(run_dir: Path) -> tuple[list[dict[str, Any]], int | None]:
         row["step"] for line in reversed(lines) if (row := parse_row(line)) is not None and type(row.get("step")) is int
     )
     return rows, next(steps, None)
+
+
+def _is_of_present_data(row: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics or a result is of the data that a run of this configuration goes on with."""
+    since, step = section(config, "data_order").get("first_step"), row.get("step")
+    return not (isinstance(since, int) and isinstance(step, int) and step <= since)
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -260,6 +260,17 @@ def test_a_summary_counts_what_a_run_has_reached(tmp_path: Path) -> None:
     assert summary.last_log is not None
 
 
+def test_the_best_loss_of_a_run_whose_data_changed_is_one_of_the_present_data(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a") as run:
+        for step, loss in ((1, 1.0), (2, 3.0), (3, 2.5)):
+            run.log_metrics({"step": step, "valid_loss": loss})
+        finish(run, step=1, best_valid_loss=1.0)
+        assert read_summary(run.path).best_valid_loss == 1.0
+        config = {"data_order": {"number": 1, "first_step": 1, "data": "new"}}
+        save_checkpoint(run, Snapshot(3, {"weight": torch.ones(2)}, {}, {}, config), ByteTokenizer(), keep=2)
+    assert read_summary(run.path).best_valid_loss == 2.5
+
+
 def test_perplexity_per_word_is_known_for_words_and_after_a_whole_validation(tmp_path: Path) -> None:
     with open_run(tmp_path / "bytes") as run:
         save(run, 1)
