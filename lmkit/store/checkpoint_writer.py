@@ -62,11 +62,11 @@ class CheckpointWriter:
     ``submit`` copies the snapshot into buffers that are reused from save to save (the only time that training waits,
     unless the save before is still running) and returns. The thread writes and syncs all files in a ``.tmp-``
     directory, commits by renaming it, re-reads from disk and re-hashes, and only then retires older checkpoints. Those
-    stay that are whole and among the newest ``keep``, or the best one (and
-    that of the present data, where they changed), or of every ``keep_every``-th step, or pinned.
-    What goes wrong there is raised by the next ``submit``, ``wait`` or ``close``; older checkpoints are whole all the
-    same, and the caller may catch the error and go on. Leaving the ``with`` block waits; on the way of another
-    exception a failed save is a warning. With ``background=False`` the same happens before ``submit`` returns.
+    stay that are whole and among the newest ``keep``, or the best one (and that of the present data, where they
+    changed), or of every ``keep_every``-th step, or pinned. What goes wrong there is raised by the next ``submit``,
+    ``wait`` or ``close``; older checkpoints are whole all the same, and the caller may catch the error and go on.
+    Leaving the ``with`` block waits; on the way of another exception a failed save is a warning. With
+    ``background=False`` the same happens before ``submit`` returns.
     ``submit`` is ``hold``, which makes the copy, and ``release``, which hands it over, again if it is called again.
     ``close`` writes what is held and was never released, unless a KeyboardInterrupt is on its way.
     How long the next copy had to wait for the save before is in the journal's ``save`` events (``waited_s``).
