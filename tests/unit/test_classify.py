@@ -185,6 +185,10 @@ def test_regression_scores_are_those_of_their_formulas() -> None:
     assert "r2" not in regress_summary(np.array([1.0, 2.0]), np.array([3.0, 3.0]))
 
 
+def test_targets_that_are_all_the_same_have_no_r2_whatever_their_mean_is_rounded_to() -> None:
+    assert "r2" not in regress_summary(np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.1, 0.1]))
+
+
 class Mean(nn.Module):
     """Says the mean of the target in the training rows, whatever it reads."""
 
