@@ -37,9 +37,16 @@ class Scale:
 
     @classmethod
     def of(cls, values: NDArray[np.float64], column: str) -> Scale:
-        """Raises DataError if the numbers are all the same."""
-        mean, std = float(values.mean()), float(values.std())
-        if not (std > 1e-12 * max(1.0, abs(mean)) and math.isfinite(std)):
+        """Raises DataError if the numbers are all the same, or too large for a standard deviation."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean, std = float(values.mean()), float(values.std())
+        if not math.isfinite(std):
+            raise DataError(
+                f"column '{column}' holds numbers of up to {np.abs(values).max():.3g} in the training rows, too large"
+                " for a standard deviation",
+                "repair or remove these rows",
+            )
+        if not std > 1e-12 * abs(mean):
             raise DataError(
                 f"column '{column}' does not vary in the training rows (standard deviation {std:.3g})",
                 "leave the column out, or name another one",

@@ -91,6 +91,16 @@ def test_numbers_are_standardised_by_the_training_rows_and_one_that_is_none_is_n
         Scale.of(np.array([4.0, 4.0]), "a")
 
 
+def test_whether_numbers_vary_is_told_by_their_own_size() -> None:
+    scale = Scale.of(np.array([1e-15, 3e-15]), "farads")
+    assert scale.standardise(np.array([1e-15, 2e-15, 3e-15])).tolist() == pytest.approx([-1, 0, 1])
+    for constant in (0.0, 0.1, -3e9, 7e-20):
+        with pytest.raises(DataError, match="column 'a' does not vary"):
+            Scale.of(np.full(7, constant), "a")
+    with pytest.raises(DataError, match=r"column 'a' holds numbers of up to 1e\+200 .*, too large"):
+        Scale.of(np.array([1.0, -1e200]), "a")
+
+
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
 def test_over_an_epoch_each_example_comes_once_and_epochs_differ_in_order_only(
     size: int, batch: int, epoch: int
