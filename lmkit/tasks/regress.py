@@ -147,7 +147,7 @@ def predictions(
     """What to add to each row; the numbers of the rows whose target is known, if any; and those for a table."""
     scale, _ = scales_of(config, fitted)
     predicted_N = outputs_N.numpy() * scale.std + scale.mean
-    added = [{"prediction": table_value(float(value))} for value in predicted_N]
+    added = [{"prediction": table_value(float(value), scale.std)} for value in predicted_N]
     numbers_found: dict[str, Any] = {"mean_prediction": float(predicted_N.mean())}
     rows = [("mean prediction", format_number(float(predicted_N.mean())))]
     known = [(i, value) for i, record in enumerate(records) if (value := _known(record, config.target)) is not None]

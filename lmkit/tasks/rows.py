@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -135,9 +136,11 @@ def split_notes(reader: RowReader, train: Examples, valid: Examples, *, of_texts
         yield f"{num_learnt} of {len(valid)} texts of valid stand in train, too"
 
 
-def table_value(value: Any) -> Any:
-    """A float of a table as it is written to a file: seven significant digits, as float32 has."""
-    return float(f"{value:.7g}")
+def table_value(value: float, size: float | None = None) -> float:
+    """A float of a table as it is written to a file: seven significant digits, as float32 has; where it is larger than
+    ``size``, in which it was predicted, seven of that."""
+    more = 0 if size is None or not abs(value) > size else math.ceil(min(10.0, math.log10(abs(value) / size)))
+    return float(f"{value:.{7 + more}g}")
 
 
 Fitted = Mapping[str, Any]

@@ -30,9 +30,9 @@ from lmkit.tasks.classify import (
     score_rows,
     summary,
 )
-from lmkit.tasks.regress import Regress
+from lmkit.tasks.regress import Regress, predictions
 from lmkit.tasks.regress import summary as regress_summary
-from lmkit.tasks.rows import split_notes
+from lmkit.tasks.rows import split_notes, table_value
 from lmkit.tokenizers import ByteTokenizer
 
 CPU = Device(torch.device("cpu"), Precision.fp32, False, False, "cpu")
@@ -206,6 +206,17 @@ def test_what_the_mean_is_worth_is_judged_on_the_rows_that_the_model_is_judged_o
     task = Regress(Mean(), config, ByteTokenizer(), train, valid, TrainConfig(batch_size=2), *scales, seed=1)
     shown = dict(task.validate(device=CPU, micro_batch_size=2, progress=lambda _: None).rows)
     assert shown["RMSE"] == shown["RMSE of always saying the mean of train"] == "8.2462"  # of errors 6 and 10
+
+
+def test_predictions_far_from_zero_keep_the_digits_in_which_they_differ() -> None:
+    config = RegressTaskConfig(data="x", target="sold_at", numeric=["a"])
+    fitted = {"target": {"mean": 1.7e9, "std": 100.0}, "numeric": {"a": {"mean": 0.0, "std": 1.0}}}
+    outputs = torch.tensor([0.0, 0.25, -1.5], dtype=torch.float64)
+    added, _, _ = predictions(config, fitted, outputs, [Record("x", {"a": "1"})] * 3)
+    assert [row["prediction"] for row in added] == [1_700_000_000.0, 1_700_000_025.0, 1_699_999_850.0]
+    assert table_value(1 / 3) == table_value(1 / 3, 1.0) == 0.3333333
+    assert math.isnan(table_value(math.nan, 1.0))
+    assert table_value(math.inf, 1.0) == math.inf
 
 
 def test_configurations_that_make_no_sense_are_refused_with_all_their_problems() -> None:
