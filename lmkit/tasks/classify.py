@@ -160,10 +160,10 @@ def find_labels(records: Sequence[Record], column: str) -> list[str]:
 def label_ids(records: Sequence[Record], column: str, labels: list[str], *, strict: bool) -> Counts:
     """(N,) the number of each row's label. A label that is not among them: DataError if strict, else UNKNOWN.
 
-    So is one that is null, as in rows still to be labelled.
+    So is one that is null or not there, as in rows still to be labelled.
     """
     known = {label: number for number, label in enumerate(labels)}
-    told = [strict or record.values[column] is not None for record in records]
+    told = [strict or record.values.get(column) is not None for record in records]
     found = [known.get(record.text(column), UNKNOWN) if t else UNKNOWN for record, t in zip(records, told, strict=True)]
     ids = np.array(found, dtype=np.int64)
     if strict and (ids == UNKNOWN).any():
@@ -243,7 +243,7 @@ def predictions(
     counts = Counter(labels[best] for best in best_N)
     rows = [(f"predicted {label[:30]!r}", f"{counts[label]} rows") for label in labels[:MOST_SHOWN]]
     numbers: dict[str, Any] = {"predicted": dict(counts)}
-    if all(config.label in record.values for record in records):
+    if any(config.label in record.values for record in records):
         targets_N = label_ids(records, config.label, labels, strict=False)
         known = targets_N != UNKNOWN
         numbers["num_labelled"] = int(known.sum())

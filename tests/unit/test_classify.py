@@ -27,10 +27,12 @@ from lmkit.tasks.classify import (
     f1_scores,
     find_labels,
     label_ids,
+    predictions,
     score_rows,
     summary,
 )
-from lmkit.tasks.regress import Regress, predictions
+from lmkit.tasks.regress import Regress
+from lmkit.tasks.regress import predictions as regress_predictions
 from lmkit.tasks.regress import summary as regress_summary
 from lmkit.tasks.rows import split_notes, table_value
 from lmkit.tokenizers import ByteTokenizer
@@ -154,6 +156,17 @@ def test_an_empty_label_is_refused_in_training_and_unknown_in_prediction() -> No
     assert label_ids(unlabelled, "label", ["a", "b"], strict=False).tolist() == [1, -1, -1]
 
 
+def test_rows_of_which_some_lack_the_label_are_judged_by_those_that_have_it() -> None:
+    config = ClassifyTaskConfig(data="x")
+    records = [*rows("a", "b"), Record("file.jsonl, line 3", {"text": "c"})]
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    added, numbers, shown = predictions(config, {"labels": ["a", "b"]}, logits, records)
+    assert [row["prediction"] for row in added] == ["a", "a", "b"]
+    assert (numbers["num_labelled"], numbers["accuracy"]) == (2, 0.5)
+    assert ("rows with a known label", "2 of 3") in shown
+    assert "num_labelled" not in predictions(config, {"labels": ["a", "b"]}, logits[2:], records[2:])[1]
+
+
 def test_a_label_that_neither_occurs_nor_is_predicted_has_no_f1_to_show() -> None:
     confusion_CC = confusion(np.array([0, 0]), np.array([0, 0]), 2)
     shown = score_rows(summary(confusion_CC), confusion_CC, ["a", "b"])
@@ -212,7 +225,7 @@ def test_predictions_far_from_zero_keep_the_digits_in_which_they_differ() -> Non
     config = RegressTaskConfig(data="x", target="sold_at", numeric=["a"])
     fitted = {"target": {"mean": 1.7e9, "std": 100.0}, "numeric": {"a": {"mean": 0.0, "std": 1.0}}}
     outputs = torch.tensor([0.0, 0.25, -1.5], dtype=torch.float64)
-    added, _, _ = predictions(config, fitted, outputs, [Record("x", {"a": "1"})] * 3)
+    added, _, _ = regress_predictions(config, fitted, outputs, [Record("x", {"a": "1"})] * 3)
     assert [row["prediction"] for row in added] == [1_700_000_000.0, 1_700_000_025.0, 1_699_999_850.0]
     assert table_value(1 / 3) == table_value(1 / 3, 1.0) == 0.3333333
     assert math.isnan(table_value(math.nan, 1.0))
