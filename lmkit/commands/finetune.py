@@ -68,6 +68,7 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
     _check_use(cfg)
     start = _started_alike(cfg, world, console)
     begin = world.first_alone(lambda: set_up(start, device, console))
+    cfg = replace(cfg, task=start.task)  # with the template of a chat written out
     corpus = None if begin.base is None else corpus_of(begin.base)
     dataset = cfg.dataset  # what eval-ppl takes by default
     if begin.base is not None and not isinstance(cfg.task, LmTaskConfig):

@@ -212,6 +212,18 @@ def test_preferences_take_over_the_template_and_are_learnt(
     assert result["preference_loss"] < 0.5
 
 
+def test_the_template_that_is_taken_over_is_stored_by_several_processes_too(
+    bases: dict[str, Path], questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one process plays: where there are several, what is set up has a configuration of its own."""
+    task = InstructTaskConfig(data=questions, template="Q {prompt} A {response}.", system="be kind")
+    finetune.run(tuning(task, bases["transformer"], tmp_path / "first", max_steps=2))
+    monkeypatch.setattr(finetune, "_started_alike", lambda cfg, world, console: replace(cfg, run=replace(cfg.run)))
+    finetune.run(tuning(InstructTaskConfig(data=questions), tmp_path / "first", tmp_path / "second", max_steps=2))
+    stored = load_checkpoint(latest_checkpoint(tmp_path / "second"), with_optimizer=False).config  # type: ignore[arg-type]
+    assert (stored["task"]["template"], stored["task"]["system"]) == ("Q {prompt} A {response}.", "be kind")
+
+
 def test_an_adapter_alone_on_the_base_answers_as_its_run_does(
     bases: dict[str, Path], questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
