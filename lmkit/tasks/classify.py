@@ -6,8 +6,9 @@ The labels are those of the training rows, as text, in sorted order; they are st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def build_task(
         reader.examples(records, label_ids(records, config.label, labels, strict=True))
         for records in (train_records, valid_records)
     )
-    for note in split_notes(reader, train, valid, of_texts=True):
+    for note in (*alike_notes(labels), *split_notes(reader, train, valid, of_texts=True)):
         console.warn(note)
     model = build_model(config, backbone, len(labels), seed=seed)
     return Classify(model, config, tokenizer, train, valid, train_config, labels, seed=seed)
@@ -155,6 +156,15 @@ def find_labels(records: Sequence[Record], column: str) -> list[str]:
             "name the column of the label (task.label), or use task=regress for numbers",
         )
     return sorted(counts)
+
+
+def alike_notes(labels: Sequence[str]) -> Iterator[str]:
+    """What to tell of labels that look alike: blanks around them, or characters composed otherwise, make them two."""
+    first: dict[str, str] = {}
+    for label in labels:
+        other = first.setdefault(normalize("NFC", label).strip(), label)
+        if other != label:
+            yield f"the labels {other!a} and {label!a} look alike but are two: write them alike if they are one"
 
 
 def label_ids(records: Sequence[Record], column: str, labels: list[str], *, strict: bool) -> Counts:

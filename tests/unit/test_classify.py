@@ -22,6 +22,7 @@ from lmkit.device import Device
 from lmkit.errors import ConfigError, DataError
 from lmkit.tasks.classify import (
     Classify,
+    alike_notes,
     class_weights,
     confusion,
     f1_scores,
@@ -147,6 +148,14 @@ def test_labels_are_sorted_and_one_that_training_has_not_is_refused_by_name_and_
     with pytest.raises(DataError, match=r"file\.csv, line 3: the label 'c' does not occur .*'a', 'b'"):
         label_ids(rows("a", "c"), "label", labels, strict=True)
     assert label_ids(rows("b", "c"), "label", labels, strict=False).tolist() == [1, -1]
+
+
+def test_labels_that_look_alike_are_told() -> None:
+    labels = find_labels(rows("spam", "ham", "spam ", "caf\u00e9", "cafe\u0301", "Spam"), "label")
+    first, second = alike_notes(labels)
+    assert first.startswith(r"the labels 'cafe\u0301' and 'caf\xe9' look alike but are two")
+    assert second.startswith("the labels 'spam' and 'spam ' look alike but are two")
+    assert list(alike_notes(["1", "10", "1.0", "Yes", "yes"])) == []
 
 
 def test_an_empty_label_is_refused_in_training_and_unknown_in_prediction() -> None:
