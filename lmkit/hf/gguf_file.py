@@ -272,11 +272,12 @@ def _merged_bytes(tokenizer: HfTokenizer) -> Vocabulary:
     """A byte-level BPE that cuts text in a way that llama.cpp knows."""
     spec = json.loads(hf_json(tokenizer))
     split, model, normalizer = _split_name(spec), spec["model"], spec.get("normalizer")
-    if model["type"] != "BPE" or split is None or normalizer not in (None, {"type": "NFC"}):
+    kind = model.get("type", "BPE" if "merges" in model else "the model")  # older files, such as GPT-2's, do not say it
+    if kind != "BPE" or split is None or normalizer not in (None, {"type": "NFC"}):
         cut = (spec.get("pre_tokenizer") or {}).get("type")
         raise ConfigError(
             f"format=gguf needs a tokenizer.json that cuts text as GPT-2's, Llama 3's, Qwen2's or SmolLM's does; {cut} "
-            f"and {model['type']} of this one do not",
+            f"and {kind} of this one do not",
             "use format=hf and llama.cpp's convert_hf_to_gguf.py",
         )
     tokens = [tokenizer.token_text(id) or f"<|unused_{id}|>" for id in range(tokenizer.vocab_size)]
@@ -292,7 +293,7 @@ def _merged_bytes(tokenizer: HfTokenizer) -> Vocabulary:
 def _split_name(spec: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for how a tokenizer.json cuts text into words; None if it has none."""
     cut = spec.get("pre_tokenizer") or {}
-    *before, last = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    *before, last = (cut["pretokenizers"] or [{}]) if cut.get("type") == "Sequence" else [cut]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(before) > 1:
         return None
     first = before[0] if before else {}

@@ -597,6 +597,21 @@ def test_gguf_refuses_what_llama_cpp_lacks(tmp_path: Path) -> None:
             export_as(ExportFormat.gguf, source_of(config, tokenizer), tmp_path)
 
 
+def test_a_tokenizer_json_that_does_not_say_what_its_model_is_becomes_gguf_too() -> None:
+    """As that of GPT-2 on the hub, which is older than the key."""
+    from lmkit.hf.gguf_file import _split_name, _vocabulary
+
+    spec = json.loads(convert.hf_json(ByteTokenizer()))
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    del spec["model"]["type"]
+    vocabulary = _vocabulary(HfTokenizer(json.dumps(spec).encode()))
+    assert (vocabulary.model, vocabulary.split, len(vocabulary.tokens)) == ("gpt2", "gpt-2", 257)
+    spec["pre_tokenizer"] = None
+    with pytest.raises(ConfigError, match="None and BPE of this one do not"):
+        _vocabulary(HfTokenizer(json.dumps(spec).encode()))
+    assert _split_name({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}, "model": {}}) is None
+
+
 @pytest.mark.extra("onnx")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "openai-gpt", "qwen3", "gemma", "vanilla"])
