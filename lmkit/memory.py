@@ -37,7 +37,7 @@ from lmkit.config.optimization import (
 from lmkit.data.batches import Batch
 from lmkit.device import Device
 from lmkit.heads import SoftmaxHead, rows_per_chunk
-from lmkit.models.adaptive import AdaptiveHead
+from lmkit.models.adaptive import AdaptiveHead, Tail
 from lmkit.models.base import LanguageModel
 from lmkit.models.mixture import MixtureHead
 from lmkit.train import Trainer
@@ -138,7 +138,8 @@ def _head_bytes(trainer: Trainer) -> int:
     adaptive softmax those of its largest part."""
     head = trainer.model.head if isinstance(trainer.model, LanguageModel) else None
     if isinstance(head, AdaptiveHead):
-        return max(map(_softmax_bytes, [head.weight, *(tail.weight for tail in head.tails)]))
+        tails = [tail.weight for tail in head.tails if isinstance(tail, Tail)]
+        return max(map(_softmax_bytes, [head.weight, *tails]))
     if isinstance(head, MixtureHead):
         return _softmax_bytes(head.weight, head.num_softmaxes)
     return _softmax_bytes(head.weight) if isinstance(head, SoftmaxHead) else 0

@@ -181,8 +181,8 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
 def _device_of(cfg: PretrainConfig | FinetuneConfig, console: Console) -> Device:
     """The run's device, or the CPU where there is no such one."""
     kind = cfg.device.type
-    here = {DeviceType.cuda: torch.cuda.is_available, DeviceType.mps: torch.backends.mps.is_available}
-    if kind not in here or here[kind]():
+    no_cuda = kind is DeviceType.cuda and not torch.cuda.is_available()
+    if not no_cuda and not (kind is DeviceType.mps and not torch.backends.mps.is_available()):
         return resolve_device(cfg.device)
     console.warn(
         f"device.type={kind.name} is not available here: replaying on the CPU, with other roundings and dropout"
