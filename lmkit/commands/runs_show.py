@@ -106,12 +106,11 @@ def _checkpoint_lines(run_dir: Path) -> list[str]:
     except CheckpointError:
         pinned = frozenset()
     found = {path.name: _loss_and_data(path) for path in paths}
-    losses = {name: loss for name, (loss, _) in found.items()}
-    known = comparable(paths[::-1], losses, {name: digest for name, (_, digest) in found.items()})
+    known = comparable(paths[::-1], found)
     best = best_first(paths[::-1], known)[0]
     rows = [["step", "size", "valid loss", "verified", ""]]
     for path in paths:
-        audit, loss, step = audit_checkpoint(path, hashes=False), losses[path.name], step_of(path.name) or 0
+        audit, loss, step = audit_checkpoint(path, hashes=False), found[path.name][0], step_of(path.name) or 0
         marks = ["best"] if path == best and known[path.name] is not None else []
         marks += ["pinned"] if step in pinned else []
         if audit.damage or audit.manifest is None:

@@ -154,16 +154,15 @@ def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
     Where the run went on with other data, only those of its present data count as evaluated.
     """
     newest_first = list_checkpoints(run_dir)[::-1]
-    losses: dict[str, float | None] = {}
-    data: dict[str, str | None] = {}
+    found: dict[str, tuple[float | None, str | None]] = {}
     for path in newest_first:
         try:
-            losses[path.name], data[path.name] = loss_and_data(path)
+            found[path.name] = loss_and_data(path)
         except NewerFormatError:
             raise
         except CheckpointError:
             continue  # _first_whole will say what is wrong with it
-    return _first_whole(run_dir, best_first(newest_first, comparable(newest_first, losses, data)), _verified, warn)
+    return _first_whole(run_dir, best_first(newest_first, comparable(newest_first, found)), _verified, warn)
 
 
 def _verified(path: Path) -> Path:

@@ -326,9 +326,8 @@ class CheckpointWriter:
         """
         newest_first = list_checkpoints(self._run.path)[::-1]
         kept = {*islice(filter(self._is_whole, newest_first), self._keep)}
-        losses = {path.name: self._loss_and_data(path)[0] for path in newest_first}
-        data = {path.name: self._loss_and_data(path)[1] for path in newest_first}
-        for known in (losses, comparable(newest_first, losses, data)):
+        found = {path.name: self._loss_and_data(path) for path in newest_first}
+        for known in ({name: loss for name, (loss, _) in found.items()}, comparable(newest_first, found)):
             kept |= {*islice(filter(self._is_whole, best_first(newest_first, known)), 1)}
         try:
             pinned = read_pins(self._run.path)

@@ -51,15 +51,16 @@ def best_first(newest_first: list[Path], losses: Mapping[str, float | None]) -> 
 
 
 def comparable(
-    newest_first: list[Path], losses: Mapping[str, float | None], data: Mapping[str, str | None]
+    newest_first: list[Path], found: Mapping[str, tuple[float | None, str | None]]
 ) -> dict[str, float | None]:
     """The losses of those checkpoints that are of the data of the newest one, and None for all others.
 
-    A run may go on with other data, and losses of different texts say nothing about which weights are better. losses,
-    data: directory name -> loss, and digest of the data; a checkpoint that names none is of any.
+    A run may go on with other data, and losses of different texts say nothing about which weights are better. found:
+    directory name -> ``loss_and_data``; a checkpoint that names no data is of any.
     """
-    present = next((digest for path in newest_first if (digest := data.get(path.name)) is not None), None)
-    return {name: loss if data.get(name) in (None, present) else None for name, loss in losses.items()}
+    digests = (found[path.name][1] for path in newest_first if path.name in found)
+    present = next((digest for digest in digests if digest is not None), None)
+    return {name: loss if digest in (None, present) else None for name, (loss, digest) in found.items()}
 
 
 def loss_and_data(path: Path) -> tuple[float | None, str | None]:
