@@ -8,6 +8,7 @@ is something in pieces: that takes a second.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     keep_in_place(model)
+    # outputs of recurrent models are views; the warning is of changes in place, and no output is changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "blocks" and isinstance(module, nn.ModuleList):

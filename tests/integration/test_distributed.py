@@ -230,6 +230,7 @@ def check_cases(
     words = torchrun(processes, __file__, parallel, str(several), str(corpus), *names)
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     monkeypatch.setattr(Trainer, "run_micro_batch", poisoned(Trainer.run_micro_batch))
     for name in names:
         if name in TWINS:
