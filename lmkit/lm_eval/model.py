@@ -60,7 +60,8 @@ class RunModel(LM):  # type: ignore[misc]
         self._device = self.where.torch_device
         stored = ExistingRunConfig(path=None if run is None else str(run), checkpoint=str(checkpoint))
         adapter = None if adapter is None else str(adapter)
-        self.loaded = load_run(stored, device=self.where, console=Console(), adapter=adapter)
+        self.console = Console()
+        self.loaded = load_run(stored, device=self.where, console=self.console, adapter=adapter)
         self.tokenizer = self.loaded.tokenizer
         self.reach = build_protocol(LmEvalWikitextProtocolConfig(), word_level=False).reach(
             None if context is None else _whole("context", context),
@@ -91,9 +92,17 @@ class RunModel(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(sum of log p, whether each token is the most probable) of each continuation behind its context.
 
-        A context longer than the model's is cut from the left.
+        A context longer than the model's is cut from the left. An empty continuation has probability one. Warns where
+        words of the continuations are not in the vocabulary: each of them has the probability of the unknown word.
         """
         pairs = [self._split(*request.args) for request in requests]
+        unknown = sum(int(np.count_nonzero(ids[at:] == self.tokenizer.unk_id)) for ids, at in pairs)
+        if unknown:
+            scored = sum(len(ids) - at for ids, at in pairs)
+            self.console.warn(
+                f"{unknown:,} of the {scored:,} tokens to be scored are not in the vocabulary (tokenizer="
+                f"{self.tokenizer.kind}); each has the probability of the unknown one, whatever it was"
+            )
         text = np.concatenate([ids for ids, _ in pairs]) if pairs else np.empty(0, dtype=np.int64)
         ends = np.cumsum([len(ids) for ids, _ in pairs])
         scores = self._score(text, self._continuations(pairs), disable_tqdm)
@@ -159,6 +168,8 @@ class RunModel(LM):  # type: ignore[misc]
         """
         bare = context.rstrip()
         whole = self.tokenizer.encode(context + continuation)
+        if bare == context + continuation:
+            return whole, len(whole)
         return whole, max(0, min(len(self.tokenizer.encode(bare)), len(whole) - 1))
 
     def _continuations(self, pairs: Sequence[tuple[Tokens, int]]) -> Windows:

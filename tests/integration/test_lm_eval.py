@@ -250,7 +250,24 @@ def test_empty_texts_have_probability_one(runs: Path) -> None:
     assert model.loglikelihood_rolling(requests(("",)), disable_tqdm=True) == [0.0]
     assert model.loglikelihood_rolling([], disable_tqdm=True) == []
     assert model.loglikelihood(requests(("", "")), disable_tqdm=True) == [(0.0, True)]
+    behind = model.loglikelihood(requests(("The cat", ""), ("The", " cat")), disable_tqdm=True)
+    assert behind[0] == (0.0, True)
+    assert behind[1][0] < 0.0
     assert model.loglikelihood([], disable_tqdm=True) == []
+
+
+def test_words_that_are_not_in_the_vocabulary_are_told(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of(runs / "words")
+    capsys.readouterr()
+    known, one, other = model.loglikelihood(
+        requests(("The unheard cat", " sat ."), ("The cat", " zebra ."), ("The cat", " okapi .")), disable_tqdm=True
+    )
+    assert one == other != known
+    assert "warning: 2 of the 6 tokens to be scored are not in the vocabulary (tokenizer=word)" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    model.loglikelihood(requests(("The unheard cat", " sat .")), disable_tqdm=True)
+    assert "vocabulary" not in capsys.readouterr().err
 
 
 def test_a_closed_vocabulary_has_no_perplexity_of_free_text(runs: Path) -> None:
