@@ -61,11 +61,19 @@ class Part:
 def find_files(folder: Path, suffix: str) -> list[Path]:
     """All files below ``folder`` that ``ends_in`` takes, sorted by relative path.
 
-    Hidden files and folders, and links to folders, are passed over. Raises DataError for a folder that cannot be read.
+    Links are followed, but no folder is read twice, nor one that ``folder`` lies in. What is hidden is passed over.
+    Raises DataError for a folder that cannot be read.
     """
     found = []
-    for place, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    start = Path(os.path.realpath(folder))
+    seen = {start, *start.parents}
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        visible, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+        for name in visible:
+            real = Path(os.path.realpath(Path(place, name)))
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
         for path in (Path(place, name) for name in names if ends_in(name, suffix)):
             with readable(path):
                 if path.is_file():

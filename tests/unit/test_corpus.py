@@ -579,6 +579,19 @@ def test_a_loop_of_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert sum(split.num_documents for split in found.values()) == 30
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    for name in ("elsewhere/a.txt", "elsewhere/deep/b.txt", "home/texts/c.txt", "home/secret.txt"):
+        write(tmp_path / name, f"the text of {name}\n")
+    texts = tmp_path / "home/texts"
+    aims = {"more": "elsewhere", "too": "elsewhere", "again": "elsewhere/deep", "self": "home/texts", "above": "home"}
+    for name, aim in aims.items():
+        (texts / name).symlink_to(tmp_path / aim)
+    (tmp_path / "elsewhere/deep/round").symlink_to(tmp_path / "elsewhere")
+    found = [path.relative_to(texts).as_posix() for path in textfiles.find_files(texts, ".txt")]
+    assert found == ["again/b.txt", "c.txt", "more/a.txt"]
+
+
 @pytest.mark.parametrize(
     ("names", "both"),
     [
