@@ -26,7 +26,7 @@ from lmkit.errors import CheckpointError, ConfigError, RunLockedError
 from lmkit.store import storage
 from lmkit.store.browse import PER_TOKEN, RunSummary, find_runs, named_run, read_summary
 from lmkit.store.listing import list_checkpoints
-from lmkit.store.lock import NoLocksError, acquire
+from lmkit.store.lock import LOOK_S, NoLocksError, acquire
 from lmkit.store.manifest import step_directory, step_of
 from lmkit.store.pins import read_pins, write_pins
 from lmkit.store.records import encode
@@ -157,7 +157,7 @@ def remove(runs: list[Path], *, ask: bool) -> None:
             if path.is_symlink():
                 raise ConfigError(f"{path} is a symbolic link", f"name what it points to: {path.resolve()}")
             try:
-                locks.append(acquire(path))
+                locks.append(acquire(path, patience_s=LOOK_S))
             except RunLockedError as error:
                 raise RunLockedError(error.problem, "stop it first; nothing was removed") from None
             except NoLocksError as error:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from lmkit.store.records import parse_row, read_rows
 
 MAX_DEPTH = 3
 """Folders below the root in which runs are looked for: a multirun makes a folder of runs."""
+PAUSE_S = 0.005
+"""After so long a lock is looked at again: another one who looked may have held it."""
 
 
 class Status(Enum):
@@ -210,11 +213,14 @@ def is_locked(run_dir: Path) -> bool:
     """Whether a process holds the run's lock. Raises ResourceError if that cannot be found out."""
     if not (run_dir / LOCK).exists():
         return False
-    try:
-        acquire(run_dir).release()
-    except RunLockedError:
-        return True
-    return False
+    for pause_s in (PAUSE_S, 0.0):
+        try:
+            acquire(run_dir).release()
+        except RunLockedError:
+            time.sleep(pause_s)
+        else:
+            return False
+    return True
 
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:

@@ -332,7 +332,7 @@ def test_rm_where_there_are_no_locks_says_how_to_do_without(
 ) -> None:
     a = make_run("a")
 
-    def none(path: Path) -> None:
+    def none(path: Path, patience_s: float) -> None:
         raise NoLocksError(f"{path} is on a file system without locks", "train without one: run.lock=off")
 
     monkeypatch.setattr(runs_command, "acquire", none)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lmkit.store.browse import (
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.found import read_info
-from lmkit.store.lock import NoLocksError
+from lmkit.store.lock import NoLocksError, acquire
 from lmkit.store.runs import Run
 
 
@@ -64,6 +65,15 @@ def test_a_run_is_running_exactly_while_its_lock_is_held(tmp_path: Path) -> None
         assert is_locked(run.path)
     assert status_of(run.path) is Status.crashed
     assert not is_locked(run.path)
+
+
+def test_two_who_look_at_once_do_not_take_each_other_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_run(tmp_path / "a").close()
+    looking = acquire(tmp_path / "a")
+    monkeypatch.setattr(time, "sleep", lambda seconds: looking.release())
+    assert not is_locked(tmp_path / "a")
 
 
 def test_asking_for_the_status_does_not_take_the_lock_away_nor_keep_it(tmp_path: Path) -> None:
