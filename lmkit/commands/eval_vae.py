@@ -86,6 +86,7 @@ def _refuse_what_needs_next_words(cfg: EvalPplConfig, loaded: LoadedRun) -> None
         "compare": cfg.compare or None,
         "word_probs": cfg.word_probs,
         "report": cfg.report,
+        "bootstrap": None if cfg.bootstrap in (0, EvalPplConfig.bootstrap) else cfg.bootstrap,
         "protocol": None if isinstance(cfg.protocol, SentenceProtocolConfig) else cfg.protocol,
     }
     refused = [key for key, value in given.items() if value is not None]

@@ -67,6 +67,8 @@ def _check_use(cfg: PretrainConfig) -> None:
     rule = f"has no use with {learner}: leave it out"
     with Problems() as check:
         cfg.train.note_unused(check)
+        if isinstance(cfg.objective, VaeObjectiveConfig):
+            cfg.objective.note_unused(check)
         if counts or cfg.objective.name != "lm":
             check.unused("train", cfg.train, STREAM_KEYS, rule)
             check.unused("eval", cfg.eval, ("sample_tokens",), rule)
@@ -78,6 +80,8 @@ def _check_use(cfg: PretrainConfig) -> None:
         if isinstance(cfg.softmax, AdaptiveSoftmaxConfig) and isinstance(cfg.model, HeadConfig):
             for name in ("cutoffs", "div_value"):
                 check.unused("model", cfg.model, (name,), f"is what softmax=adaptive sets: use softmax.{name}")
+        elif isinstance(cfg.model, HeadConfig) and not cfg.model.cutoffs:
+            check.unused("model", cfg.model, ("div_value",), "needs softmax=adaptive: set softmax.div_value with it")
         if cfg.init.weights is not None:
             beside = f"has no use with init.weights={cfg.init.weights}"
             transformer = isinstance(cfg.model, TransformerConfig)

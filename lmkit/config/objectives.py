@@ -61,6 +61,15 @@ class VaeObjectiveConfig(ObjectiveConfig):
             )
             check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
 
+    def note_unused(self, check: Problems) -> None:
+        """Note keys that would do nothing with this kind of growth. Asked of what is to be trained now only."""
+        for used, name, needed in (
+            (self.anneal is not Anneal.none, "anneal_share", "linear or cyclical"),
+            (self.anneal is Anneal.cyclical, "cycles", "cyclical"),
+        ):
+            rule = f"needs objective.anneal={needed}: set it, or leave this out"
+            check.unused("objective", self, () if used else (name,), rule)
+
     @property
     def name(self) -> str:
         return "vae"

@@ -239,6 +239,24 @@ def test_objective_and_model_must_fit(words: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("anneal", "needs"),
+    [
+        ("none", {"anneal_share=0.5": "linear or cyclical", "cycles=2": "cyclical"}),
+        ("linear", {"cycles=2": "cyclical"}),
+    ],
+)
+def test_how_the_kl_term_grows_is_refused_where_it_does_not(
+    anneal: str, needs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["dataset=ptb", f"dataset.path={tmp_path / 'none'}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
+    keys = ["objective.anneal_share=0.5", "objective.cycles=2", f"objective.anneal={anneal}"]
+    assert cli.main(["pretrain", "objective=vae", "model=vae_lstm", *place, *keys]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"objective.{key} needs objective.anneal={kind}" in found for key, kind in needs.items())
+    assert found.count("needs objective.anneal") == len(needs)
+
+
+@pytest.mark.parametrize(
     ("objective", "words"),
     [
         ("vae", ["recipe=ptb_vae"]),
@@ -262,8 +280,8 @@ def test_what_needs_the_probability_of_single_words_is_refused_by_name(trained: 
         eval_ppl.run(
             replace(base, temperature="2", mix=["kn5"], word_probs=str(tmp_path / "w"), protocol=StreamProtocolConfig())
         )
-    with pytest.raises(ConfigError, match=r"^weights cannot be used"):
-        eval_ppl.run(replace(base, weights="equal"))
+    with pytest.raises(ConfigError, match=r"^weights, bootstrap cannot be used"):
+        eval_ppl.run(replace(base, weights="equal", bootstrap=50))
     eval_ppl.run(replace(base, protocol=SentenceProtocolConfig(), temperature="1.0"))
 
 

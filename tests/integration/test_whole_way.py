@@ -137,6 +137,7 @@ def test_keys_that_do_nothing_without_another_are_refused_before_any_work(
             ["softmax=adaptive", "model.tie_embeddings=false", "model.div_value=2"],
             "model.div_value=2 is what softmax=adaptive sets: use softmax.div_value",
         ),
+        (["model.div_value=2"], "model.div_value=2 needs softmax=adaptive: set softmax.div_value with it"),
         (["softmax=adaptive", "objective=vae", "model=vae_lstm"], "softmax=adaptive cannot train model=vae_lstm"),
         (["softmax=adaptive", "init=hf:no/folder"], "cannot train a model that began with another softmax"),
         (["softmax=sampled", "model.num_softmaxes=2"], "cannot train a mixture of softmaxes"),
