@@ -259,10 +259,10 @@ def test_empty_texts_have_probability_one(runs: Path) -> None:
 def test_words_that_are_not_in_the_vocabulary_are_told(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of(runs / "words")
     capsys.readouterr()
-    known, one, other = model.loglikelihood(
-        requests(("The unheard cat", " sat ."), ("The cat", " zebra ."), ("The cat", " okapi .")), disable_tqdm=True
+    one, other, _ = model.loglikelihood(
+        requests(("The cat", " zebra ."), ("The cat", " okapi ."), ("The unheard cat", " sat .")), disable_tqdm=True
     )
-    assert one == other != known
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
     assert "warning: 2 of the 6 tokens to be scored are not in the vocabulary (tokenizer=word)" in (
         " ".join(capsys.readouterr().err.split())
     )
