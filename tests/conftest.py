@@ -1,4 +1,4 @@
-"""What every test finds: one thread, signals as a terminal leaves them, and saves whenever they are due.
+"""What every test finds: one thread, signals as a terminal leaves them, saves whenever they are due, and no plots.
 
 Tiny tensors gain nothing from more threads, and threads of several test processes take each other's cores. Under nohup
 or in the background SIGHUP and SIGINT come ignored.
@@ -31,6 +31,16 @@ def _cheap_saves() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "CHEAP_S", 1e9)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_plots() -> Iterator[None]:
+    """The plot at the end of a run takes longer than the runs here; the tests of plots draw."""
+    from lmkit.commands import training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "plot_run", lambda *_: None)
         yield
 
 

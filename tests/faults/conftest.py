@@ -15,7 +15,6 @@ from harness import Lmkit, Outcome, Start
 from snapshots import open_run
 
 from lmkit import cli
-from lmkit.commands import training
 from lmkit.store.runs import Run
 
 
@@ -33,7 +32,6 @@ def lmkit(
     monkeypatch.delenv("LMKIT_DATA", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(training, "plot_run", children.no_plot)
     threads = torch.get_num_threads()
 
     def run(*words: str | Path) -> Outcome:
@@ -72,7 +70,6 @@ def _trained(tmp_path_factory: pytest.TempPathFactory, small: list[str], session
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMKIT_CACHE", str(session_cache))
-        patch.setattr(training, "plot_run", children.no_plot)
         assert cli.main([*small, f"run.dir={run_dir}"]) == 0
     return run_dir
 

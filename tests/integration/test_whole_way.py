@@ -13,8 +13,8 @@ import pytest
 import torch
 from stopping import signal_after
 
-from lmkit import cli, judging, session, timing
-from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain
+from lmkit import cli, judging, plots, session, timing
+from lmkit.commands import eval_ppl, finetune, generate, place, prepare, pretrain, training
 from lmkit.config.commands import EvalPplConfig, FinetuneConfig, PrepareConfig, PretrainConfig
 from lmkit.config.data import SentencePieceTokenizerConfig, TextConfig, WordTokenizerConfig
 from lmkit.config.generation import GenerateConfig
@@ -165,7 +165,10 @@ def test_sampled_softmax_and_cooccurrence_start_learn_too(config: MakeConfig) ->
     assert pretrain.run(made)["token_ppl"] < 30
 
 
-def test_best_and_newest_checkpoints_are_kept(config: MakeConfig, tmp_path: Path) -> None:
+def test_best_and_newest_checkpoints_are_kept_and_the_losses_drawn(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "plot_run", plots.plot_run)
     pretrain.run(replace(config(), save=SaveConfig(keep=2)))
     kept = list_checkpoints(tmp_path / "run")
     losses = {row["step"]: row["valid_loss"] for row in read_metrics(tmp_path / "run") if "valid_loss" in row}
@@ -215,8 +218,9 @@ def test_a_time_budget_is_kept_and_the_rate_is_annealed(config: MakeConfig, tmp_
     assert rows[-1]["lr"] < 0.01 * max(row["lr"] for row in rows)
 
 
-@pytest.mark.usefixtures("clock", "_free_saves")
-def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_free_saves")
+def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(config: MakeConfig, clock: Clock, tmp_path: Path) -> None:
+    clock.tick_s = 0.1
     first = pretrain.run(config(max_steps=None, budget="20s"))
     same = pretrain.run(config(max_steps=None, budget="20s", resume=True))
     assert same["step"] == first["step"]
@@ -272,7 +276,7 @@ def test_a_mean_that_an_early_stop_has_forestalled_is_told(
 def test_a_time_budget_is_kept_where_the_last_evaluation_takes_a_fifth_longer_than_the_one_before(
     config: MakeConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock.tick_s = 5.0
+    clock.tick_s = 10.0
     judge_alone = judging._judge_alone
     took_s = [200.0]
 
