@@ -57,6 +57,8 @@ class Session:
     """The step behind which the data are the present ones; losses of other data before it are compared with none."""
     _window: Window = field(default_factory=Window)
     _last: Validation | None = None
+    _shown: dict[str, str] = field(default_factory=dict)
+    """What was logged last, for people."""
     _last_save_s: float = field(default_factory=time.monotonic)
     """When a state was last saved or offered."""
 
@@ -109,6 +111,7 @@ class Session:
         if due.evaluate:
             state.eval_pending = True
             if due.stop is None and self._evaluate():
+                self._show(bar)
                 done = done or self._out_of_patience()
         stop = due.stop or (self._stop_requested() if due.evaluate else None)
         if stop is not None and not (done and not state.eval_pending):
@@ -201,7 +204,7 @@ class Session:
             "memory_bytes": memory,
         }
         self.run.log_metrics(row)
-        fields = {
+        self._shown = {
             "step": str(row["step"]),
             "loss": f"{row['loss']:.3f}",
             **dict([self.task.shown(row["loss"])]),
@@ -210,7 +213,14 @@ class Session:
             "mem": f"{memory / 2**20:.0f}M",
         }
         if state.skipped_steps:
-            fields["skipped"] = str(len(state.skipped_steps))
+            self._shown["skipped"] = str(len(state.skipped_steps))
+        self._show(bar)
+
+    def _show(self, bar: Progress) -> None:
+        """What was logged last, beside the newest validation, which may be of a later moment."""
+        state, fields = self.state, dict(self._shown)
+        if not fields:
+            return
         if state.valid_losses:
             name, value = self.task.shown(state.valid_losses[-1])
             fields[f"valid {name}"] = value

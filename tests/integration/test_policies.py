@@ -39,7 +39,7 @@ from lmkit.config.training import (
     SaveConfig,
     TrainConfig,
 )
-from lmkit.console import Console
+from lmkit.console import Console, format_number
 from lmkit.data.batches import Batch
 from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from lmkit.session import Session
@@ -708,6 +708,17 @@ def test_the_steps_since_the_last_line_of_the_log_are_logged_when_a_run_is_stopp
     losses, means = ({r["step"]: r["loss"] for r in read_metrics(path_of(c)) if "loss" in r} for c in (each, cfg))
     parts = {5: range(1, 6), 7: range(6, 8), 10: range(8, 11), 12: range(11, 13)}
     assert means == {step: pytest.approx(fmean(losses[k] for k in steps)) for step, steps in parts.items()}
+
+
+def test_the_last_line_shows_the_validation_of_the_last_step(
+    config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is written after that one, and showed the one before."""
+    cfg = replace(config(max_steps=4), log=LogConfig(every_steps=1))  # validated at steps 2 and 4
+    pretrain.run(cfg)
+    loss = [row["valid_loss"] for row in read_metrics(path_of(cfg)) if "valid_loss" in row][-1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("training ")]
+    assert lines[-1].endswith(f"  valid ppl/token {format_number(math.exp(loss))}")
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGHUP"])
