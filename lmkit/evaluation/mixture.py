@@ -25,7 +25,7 @@ def averaged(nats_MN: Sequence[Nats]) -> NDArray[np.float32]:
     return mixed(nats_MN, [1 / len(nats_MN)] * len(nats_MN))
 
 
-def best_weights(nats_MN: Sequence[Nats], tolerance: float = 1e-9, max_rounds: int = 2000) -> list[float]:
+def best_weights(nats_MN: Sequence[Nats], tolerance: float = 1e-12, max_rounds: int = 2000) -> list[float]:
     """The weights that maximise the likelihood of a text, by expectation-maximisation from equal ones.
 
     The log-likelihood is concave in the weights, so what EM finds is the best (Jelinek & Mercer 1980). Stops when the

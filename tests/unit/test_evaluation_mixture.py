@@ -47,6 +47,20 @@ def test_the_weights_of_two_are_those_of_a_grid_search(seed: int) -> None:
     assert best_weights(members)[0] == pytest.approx(grid[int(np.argmin(costs))], abs=2e-3)
 
 
+def test_the_weights_of_two_that_are_much_alike_have_the_digits_that_are_shown() -> None:
+    """The nats hardly change around them, while the weights still do."""
+    first = nats(1, 2.0)
+    members = [first, (first + np.float32(0.2) * (nats(2, 2.0) - 2)).clip(0)]
+    probs = [np.exp(-m.astype(np.float64)) for m in members]
+    low, high = 0.0, 1.0
+    while high - low > 1e-6:  # where the slope of the likelihood, which is concave, is zero
+        w = (low + high) / 2
+        slope = ((probs[0] - probs[1]) / (w * probs[0] + (1 - w) * probs[1])).sum()
+        low, high = (w, high) if slope > 0 else (low, w)
+    assert 0.1 < low < 0.9
+    assert best_weights(members)[0] == pytest.approx(low, abs=1e-4)
+
+
 def test_no_weights_of_three_on_a_grid_are_better() -> None:
     members = [nats(1, 2.0), nats(2, 2.5), nats(3, 4.0)]
     found = cost(members, tuple(best_weights(members)))
