@@ -24,6 +24,7 @@ from lmkit.data.rows import Record, read_records
 from lmkit.errors import DataError
 from lmkit.rng import derive_key
 from lmkit.tokenizers import Tokenizer
+from lmkit.tokenizers.base import UNK
 
 Ids = NDArray[np.int64]
 
@@ -176,10 +177,13 @@ class RowReader:
 
     def _tokens(self, record: Record) -> Ids:
         columns = [name for name in (self._config.text, self._config.pair) if name is not None]
-        parts = [self._tokenizer.encode(record.text(name)) for name in columns]
+        texts = [record.text(name) for name in columns]
+        parts = [self._tokenizer.encode(text) for text in texts]
         self.num_read += sum(map(len, parts))
         if self._tokenizer.unk_id is not None:
             self.num_unknown += sum(int(np.count_nonzero(part == self._tokenizer.unk_id)) for part in parts)
+            if self._tokenizer.ends_lines:  # there <unk> is a word that a text may hold
+                self.num_unknown -= sum(text.split().count(UNK) for text in texts)
         room = self._max_tokens - 1 - len(parts)
         if sum(map(len, parts)) > room:
             if self._config.truncation is Truncation.refuse:
