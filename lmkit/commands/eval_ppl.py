@@ -103,7 +103,7 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         name: exp(nats * weight / head.count) if np.isfinite(nats) else None
         for name, nats in zip(outcome.members, outcome.member_nats, strict=True)
     }
-    result["num_unknown"] = _num_unknown(evaluator, passage)
+    result["num_unknown"] = _num_unknown(passage)
     rank = None
     may_rank = result["ppl"] is not None and cfg.adapter is None and not result["num_unknown"]
     if isinstance(evaluator.dataset, BenchmarkConfig) and may_rank:
@@ -130,10 +130,10 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
     }
 
 
-def _num_unknown(evaluator: Evaluator, passage: Passage) -> int:
-    """Tokens <unk> of a split that stand for words which the vocabulary lacks: in word-level sets, <unk> is a word."""
+def _num_unknown(passage: Passage) -> int:
+    """Tokens <unk> of a split that stand for what the vocabulary lacks: a word <unk> of the text itself is none."""
     source, number = passage.source, passage.source.split.num_unk
-    if number and evaluator.word_level and source.tokenizer.ends_lines:
+    if number and source.tokenizer.ends_lines:
         number -= sum(line.split().count(UNK) for line in source.read().split("\n"))
     return number
 

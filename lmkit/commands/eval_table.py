@@ -99,7 +99,8 @@ def _baseline_lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"{name} {found[f'{name}_bits_per_byte']:.3f}" for name in ("xz", "gzip") if f"{name}_bits_per_byte" in found
     ]
     if bits and result["bits_per_byte"] is not None:
-        yield f"bits per byte: this model {result['bits_per_byte']:.3f}, {', '.join(bits)}"
+        lacking = f" (of {lacks:,} tokens only that they are <unk>)" if (lacks := result["num_unknown"]) else ""
+        yield f"bits per byte: this model {result['bits_per_byte']:.3f}{lacking}, {', '.join(bits)}"
 
 
 def _comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -737,6 +737,19 @@ def test_baselines_are_of_the_same_protocol(runs: Folder) -> None:
     assert not {"kn5", "unigram"} & set(detokenised)
 
 
+def test_bits_per_byte_of_a_run_that_lacks_words_of_the_text_are_marked_beside_those_of_compressors(
+    runs: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such a run says less of the text than they do. <unk> in the text is a word that each knows."""
+    text = tmp_path / "text.txt"
+    for words, mark in (("the <unk> sat", ""), ("the <unk> zebra", " (of 9 tokens only that they are <unk>)")):
+        text.write_text(f"{words}\n" * 9, encoding="utf-8")
+        other = TextConfig(path=str(text), valid_fraction=0.0, test_fraction=0.0)
+        found = evaluate(runs, "lstm", baselines=True, dataset=other, split="train")
+        assert (found["num_unk"], found["num_unknown"]) == (9 + 9 * bool(mark), 9 * bool(mark))
+        assert f"this model {found['bits_per_byte']:.3f}{mark}, xz " in capfd.readouterr().out
+
+
 def test_no_baseline_is_counted_on_the_very_text_that_the_run_has_not_learnt(
     runs: Folder, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
