@@ -126,6 +126,8 @@ def units_of(scores: TokenScores, material: Material, source: Source, count: flo
     if len(material.document_ends) >= ENOUGH_DOCUMENTS:
         return _units("document", scores, material.document_ends, None, count)
     ends_U = np.flatnonzero(line_enders(source.tokenizer)[material.tokens]) + 1
+    if not source.tokenizer.ends_lines:  # the end of a document belongs to its last line
+        ends_U = ends_U + np.isin(ends_U, np.flatnonzero(material.tokens == source.tokenizer.eos_id))
     if len(ends_U) == 0 or ends_U[-1] != len(material.tokens):
         ends_U = np.append(ends_U, len(material.tokens))
     return _units("line", scores, ends_U, None, count)

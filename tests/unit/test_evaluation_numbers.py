@@ -262,6 +262,14 @@ def test_lines_of_a_byte_text_end_with_the_newline_and_the_rest_is_one_more() ->
     assert found.counts_U.tolist() == pytest.approx([3, 4, 2])
 
 
+def test_the_end_of_a_document_belongs_to_its_last_line() -> None:
+    src = source("ab\ncde\n", ByteTokenizer(), documents=2)
+    scores, nats = scores_of(src)
+    found = units(src, scores, 16)
+    assert found.nats_U.tolist() == pytest.approx([sum(nats[a:b]) for a, b in ((0, 3), (3, 8), (8, 11), (11, 16))])
+    assert found.counts_U.tolist() == pytest.approx([3, 5, 3, 5])
+
+
 def test_words_of_documents_are_the_counts_where_a_protocol_counts_them() -> None:
     src = source(TEXT, ByteTokenizer(), documents=40)
     scores, _ = scores_of(src)
