@@ -136,7 +136,7 @@ def _take_option(line: Line, name: str, value: str | None, words: list[str]) -> 
 
 def option_names(command: str) -> list[str]:
     """What may have been meant by an option that is not a key."""
-    texts = [name.removeprefix("--").replace("-", "_") for name in (*TEXT_OPTIONS, *GENERATE_OPTIONS) if name[1] == "-"]
+    texts = [name for name in (*TEXT_OPTIONS, *GENERATE_OPTIONS) if name[1] == "-"]
     return [*OPTIONS, *(texts if command == "generate" else [])]
 
 

@@ -78,17 +78,25 @@ def recipe_choices(recipe: str) -> dict[str, str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``did you mean a or b?``, or the list of what is known where nothing is near and the list is short."""
-    known = sorted(known)
-    near = [*difflib.get_close_matches(word, known, n=3, cutoff=0.6)]
+    """``did you mean a or b?``, or the list of what is known where nothing is near and the list is short.
+
+    Options are compared by their names, and shown as they are written.
+    """
+    spelt = {_plain(k): k for k in sorted(known)}
+    word = _plain(word)
+    near = [*difflib.get_close_matches(word, spelt, n=3, cutoff=0.6)]
     if near:
         best = _likeness(word, near[0])
         near = [k for k in near if _likeness(word, k) > best - 0.1]
     last = word.rpartition(".")[2]
-    near += [k for k in known if k.rpartition(".")[2] == last and k not in near][: 3 - len(near)]
+    near += [k for k in spelt if k.rpartition(".")[2] == last and k not in near][: 3 - len(near)]
     if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"choose from {', '.join(known)}" if len(known) <= 16 else "see --help"
+        return f"did you mean {' or '.join(spelt[k] for k in near)}?"
+    return f"choose from {', '.join(spelt.values())}" if len(spelt) <= 16 else "see --help"
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_") if name.startswith("--") else name
 
 
 def _likeness(a: str, b: str) -> float:
