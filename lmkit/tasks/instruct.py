@@ -132,7 +132,10 @@ class Instruct(Task):
     def _count_exact(
         self, examples: Sequence[Encoded], device: Device, micro_batch_size: int, progress: Callable[[int], None]
     ) -> int:
-        """How many last answers come out as they stand in the data, text for text, white space at their ends aside."""
+        """How many last answers come out as they stand in the data, text for text, white space at their ends aside.
+
+        One with the token of unknown text is none of them: whatever stands there in the data, it is not written.
+        """
         spans = [answers_of(example)[-1] for example in examples]
         right = [e.ids[start:end] for e, (start, end) in zip(examples, spans, strict=True)]
         answers = greedy_answers(
@@ -144,9 +147,11 @@ class Instruct(Task):
             batch_size=micro_batch_size,
             progress=progress,
         )
-        decode = self.tokenizer.decode
-        pairs = zip(answers, right, strict=True)
-        return sum(answer is not None and decode(answer).strip() == decode(ids).strip() for answer, ids in pairs)
+        decode, unk_id = self.tokenizer.decode, self.tokenizer.unk_id
+        return sum(
+            answer is not None and unk_id not in answer and decode(answer).strip() == decode(ids).strip()
+            for answer, ids in zip(answers, right, strict=True)
+        )
 
 
 def _read(forward: nn.Module, batch: ChatBatch) -> tuple[Tensor, State | None]:

@@ -186,6 +186,16 @@ def test_answers_that_were_cut_are_not_asked_for_word_for_word(
     assert "4 of 4 (2 cut ones left out)" in shown
 
 
+def test_an_answer_of_unknown_words_is_no_exact_match(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": p, "response": "zwölf Boxkämpfer" if p == "cat" else r} for p, r in ANSWERS.items()]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    task = InstructTaskConfig(data=path, valid=path)
+    cfg = tuning(task, bases["word"], tmp_path / "run", lr=1e-2, seq_len=32, batch_size=6, max_steps=200)
+    result = finetune.run(replace(cfg, eval=EvalConfig(every_steps=200)))
+    assert result["answer_accuracy"] == 1.0
+    assert (result["exact_match"], result["num_answered"]) == (5 / 6, 6)
+
+
 def test_the_dataset_of_the_first_run_stays_that_of_the_tuned_one(
     bases: dict[str, Path], questions: str, tmp_path: Path
 ) -> None:
