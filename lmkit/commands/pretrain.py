@@ -28,6 +28,7 @@ from lmkit.planning import plan
 from lmkit.tasks import Task
 from lmkit.tasks.gan import AdversarialSentences
 from lmkit.tasks.language import LanguageModelling
+from lmkit.tasks.sentences import SentenceTask
 from lmkit.tasks.vae import SentenceVae
 
 
@@ -56,6 +57,8 @@ def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
         del imported  # its weights are in the model now
         stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}
         task = build_task(cfg, model, prepared)
+        if isinstance(task, SentenceTask) and (note := task.cut_note()):
+            console.warn(note)
         job = Job(cfg, this_run, task, model, cfg.model, stored, device, console, stop, started, world)
         return execute(job)
 

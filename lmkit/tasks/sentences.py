@@ -51,7 +51,12 @@ class SentenceTask(Task):
         self.objective = build_objective(softmax, self.counts_V)
         first_part = config.plain_share if isinstance(config, VaeObjectiveConfig) else config.pretrain_share
         self.pace_changes_at = (*self.objective.changes_at, first_part)
+        whole = sentences_of(prepared.splits["train"], prepared.tokenizer)
         learnt = sentences_of(prepared.splits["train"], prepared.tokenizer, train.seq_len)
+        self.longest, self.num_sentences = train.seq_len, len(whole)
+        self.num_cut = int((whole.lengths_S > train.seq_len).sum())
+        self.num_left_out = int(whole.lengths_S.sum() - learnt.lengths_S.sum())
+        """Tokens of train that stand behind ``longest`` tokens of their sentence."""
         self.batches = SentenceBatches(learnt, train.batch_size, seed, pool_batches=self.pool_batches)
         self.num_targets = int(learnt.lengths_S.sum())
         self.valid = sentences_of(prepared.splits["valid"], prepared.tokenizer)
@@ -60,6 +65,15 @@ class SentenceTask(Task):
     def decoder(self) -> LanguageModel:
         """The part of the model whose embeddings and output layer may begin with what the text says."""
         return self.model
+
+    def cut_note(self) -> str | None:
+        """What is to be said of sentences of train that were cut; None: there are none."""
+        if not self.num_cut:
+            return None
+        return (
+            f"train: {self.num_cut} of {self.num_sentences} sentences (lines) were cut after"
+            f" train.seq_len={self.longest} tokens: {self.num_left_out} tokens are not learnt"
+        )
 
     def begin(self) -> None:
         if self.init is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_it_learns_what_a_sentence_is_about(trained: str) -> None:
     assert found["mutual_information_nats"] > 0.9
     assert found["active_units"] >= 2
     assert found["kl_nats"] > 1.2
+
+
+def test_what_is_cut_from_long_sentences_is_told(vae: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain.run(vae(max_steps=1, seq_len=7))
+    assert "were cut" not in capsys.readouterr().err
+    pretrain.run(vae(run="cut", max_steps=1, seq_len=5))
+    told = capsys.readouterr().err
+    found = re.search(r"(\d+) of (\d+) sentences \(lines\) were cut after train.seq_len=5 tokens: (\d+) tokens", told)
+    assert found is not None
+    assert found[1] == found[2]
+    assert int(found[3]) == 2 * int(found[1])
 
 
 def test_every_perplexity_of_it_is_marked_as_a_bound(
