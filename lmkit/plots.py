@@ -19,7 +19,8 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str = "token") -> None:
     """Draw the curves of a run's metrics.jsonl into its loss.png; a failure is only a warning.
 
-    unit: what the losses are of; perplexities go with those of tokens only.
+    unit: what the losses are of; perplexities go with those of tokens only, and validations of examples (classes,
+    numbers) are judged by another measure than what is learnt.
     """
     try:
         rows = read_metrics(run_dir)
@@ -27,20 +28,28 @@ def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str = "token") ->
             name: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
             for name, key in (("train loss", "loss"), ("valid loss", "valid_loss"), ("learning rate", "lr"))
         }
-        plot_curves(run_dir / "loss.png", curves, title=run_dir.name, per_token=unit == "token")
+        apart = unit == "example"
+        plot_curves(run_dir / "loss.png", curves, title=run_dir.name, per_token=unit == "token", apart=apart)
     except Exception as error:  # a broken matplotlib raises anything, and the run behind it may have taken days
         warn(f"no plot: {str(error) or type(error).__name__}")
 
 
 def plot_curves(
-    path: Path, curves: Mapping[str, Curve], *, title: str = "", x_label: str = "step", per_token: bool = True
+    path: Path,
+    curves: Mapping[str, Curve],
+    *,
+    title: str = "",
+    x_label: str = "step",
+    per_token: bool = True,
+    apart: bool = False,
 ) -> None:
     """Write a PNG of a run's curves, name -> (xs, ys): losses above, learning rate below.
 
     A name that begins with ``train`` is drawn thin, with its running mean on top; one that begins with ``valid`` with
     a mark at each point and its lowest value named; ``learning rate`` (or ``lr``) gets a panel of its own. Where there
-    are several of either, ``train X`` and ``valid X`` share the colour of X. Where losses are in
-    nats per token (``per_token``) the right axis reads as perplexity. Values that are not finite are left out; an empty
+    are several of either, ``train X`` and ``valid X`` share the colour of X. Where losses are in nats per token
+    (``per_token``) the right axis reads as perplexity; where those of validation are another measure than those of
+    training (``apart``) they have the right axis for themselves. Values that are not finite are left out; an empty
     curve or a single point is no error.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -63,7 +72,16 @@ def plot_curves(
     else:
         axes = figure.subplots()
         axes.set_xlabel(x_label)
-    _plot_losses(axes, losses, per_token=per_token)
+    train = {name: curve for name, curve in losses.items() if _is_train(name)}
+    if apart and 0 < len(train) < len(losses):
+        right = axes.twinx()
+        _plot_losses(axes, losses, train, per_token=False, title="loss in training", legend="upper center")
+        rest = {name: curve for name, curve in losses.items() if name not in train}
+        _plot_losses(right, losses, rest, per_token=False, title="valid loss (task.metric)", legend="upper right")
+        right.grid(visible=False)
+        right.spines["right"].set_visible(True)
+    else:
+        _plot_losses(axes, losses, losses, per_token=per_token)
     if title:
         axes.set_title(_drawable(title), loc="left", fontsize=11)
     drawn = io.BytesIO()
@@ -76,8 +94,17 @@ def _drawable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _plot_losses(axes: Any, losses: Mapping[str, Curve], *, per_token: bool) -> None:
-    own = _run_colors(losses)
+def _plot_losses(
+    axes: Any,
+    every: Mapping[str, Curve],
+    losses: Mapping[str, Curve],
+    *,
+    per_token: bool,
+    title: str = "loss",
+    legend: str = "upper right",
+) -> None:
+    """Some of the losses of a figure, or all of them."""
+    own = _run_colors(every)
     colors = iter(["#ef5675", "#2f9e77", "#ffa600", "#955196"])
     for name, (xs, ys) in losses.items():
         shared = own.get(name.partition(" ")[2])
@@ -94,10 +121,10 @@ def _plot_losses(axes: Any, losses: Mapping[str, Curve], *, per_token: bool) -> 
             axes.plot(xs, ys, color=color, linewidth=1.6, marker=marker, markersize=4, label=f"{name}, lowest {lowest}")
     low, high = _loss_limits(losses)
     axes.set_ylim(low, high)
-    axes.set_ylabel("loss (nats per token)" if per_token else "loss")
+    axes.set_ylabel("loss (nats per token)" if per_token else title)
     _plain_look(axes)
     if losses:
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc=legend)
     if not per_token:
         return
     right = axes.secondary_yaxis("right")

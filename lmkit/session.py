@@ -222,8 +222,8 @@ class Session:
         if not fields:
             return
         if state.valid_losses:
-            name, value = self.task.shown(state.valid_losses[-1])
-            fields[f"valid {name}"] = value
+            name, value = self.task.shown_valid(state.valid_losses[-1])
+            fields[name] = value
         if self.timing.budget is None:
             bar.update(state.step, **fields)
         else:

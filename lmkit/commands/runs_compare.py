@@ -239,11 +239,12 @@ def plot(run_dirs: Sequence[Path], to: str) -> str:
     runs = [read_facts(run_dir, "") for run_dir in run_dirs]
     groups = {run.tokens_key or str(run_dir) for run, run_dir in zip(runs, run_dirs, strict=True)}
     per_token = all(run.summary.loss_unit == PER_TOKEN for run in runs)
+    apart = any(run.summary.validates_otherwise for run in runs)
     title = names[0] if len(names) == 1 else ""
     if len(groups) > 1:
         title = "different data or tokenizers: losses cannot be compared"
     try:
-        plot_curves(path, curves, title=title, per_token=per_token)
+        plot_curves(path, curves, title=title, per_token=per_token, apart=apart)
     except OSError as error:
         raise ResourceError(f"cannot write to={path}: {error.strerror or error}", "name another file") from error
     return f"wrote {path}\n"

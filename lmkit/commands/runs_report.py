@@ -22,7 +22,7 @@ from lmkit.config.runs import DEFAULT_REPORT
 from lmkit.config.text import flatten, format_value
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError
-from lmkit.store.browse import PER_TOKEN, read_journal, read_newest_config, readable, section
+from lmkit.store.browse import PER_TOKEN, RunSummary, read_journal, read_newest_config, readable, section
 from lmkit.store.found import read_info, read_metrics
 
 ROUTINE = ("save", "verify", "retire", "finished", "start")
@@ -38,6 +38,12 @@ CHARTS = [
 ]
 """Id, heading, unit (empty: that of the run), name of each curve -> its key in metrics.jsonl, whether the axis begins
 at zero."""
+CHARTS_APART = [
+    ("loss", "Loss in training", "", {"train": "loss"}, False),
+    ("valid-loss", "Loss of validation", "", {"valid": "valid_loss"}, False),
+    *CHARTS[1:],
+]
+"""Of a run whose validation is another measure than what it learns."""
 
 
 def write_report(run_dir: Path, to: str | None) -> str:
@@ -61,7 +67,7 @@ def gather(run_dir: Path) -> RunPage:
         lead=f"{summary.status.name} at step {format_step(summary.step)}; begun {begun}, last log {last}",
         numbers=_numbers(facts),
         protocol=[*_protocol(facts), ("run id", str(info.get("run_id", NOTHING)))],
-        charts=_charts(run_dir, summary.loss_unit),
+        charts=_charts(run_dir, summary),
         samples=_samples(run_dir),
         incidents=_incidents(read_journal(run_dir)),
         environment=[(key, str(value)) for key, value in sorted(environment.items())],
@@ -110,7 +116,7 @@ def _protocol(facts: Facts) -> list[tuple[str, str]]:
     return rows + [(f"{name} digest", str(digest)) for name, digest in sorted(facts.digests.items())]
 
 
-def _charts(run_dir: Path, loss_unit: str) -> list[Chart]:
+def _charts(run_dir: Path, summary: RunSummary) -> list[Chart]:
     try:
         rows = read_metrics(run_dir)
     except CheckpointError:
@@ -121,8 +127,8 @@ def _charts(run_dir: Path, loss_unit: str) -> list[Chart]:
         return [x for x, _ in points], [y for _, y in points]
 
     return [
-        Chart(id, heading, unit or loss_unit, {name: curve(key) for name, key in keys.items()}, from_zero=from_zero)
-        for id, heading, unit, keys, from_zero in CHARTS
+        Chart(id, heading, unit or summary.loss_unit, {n: curve(key) for n, key in keys.items()}, from_zero=from_zero)
+        for id, heading, unit, keys, from_zero in (CHARTS_APART if summary.validates_otherwise else CHARTS)
     ]
 
 

@@ -90,6 +90,11 @@ class RunSummary:
         return _OTHER_LOSSES.get(self.objective, PER_TOKEN)
 
     @property
+    def validates_otherwise(self) -> bool:
+        """Whether a loss of validation is another measure than one of training."""
+        return self.objective in ("classify", "regress")
+
+    @property
     def token_ppl(self) -> float | None:
         """Best validation perplexity per token."""
         return None if self.best_valid_loss is None or self.objective != "lm" else _exp(self.best_valid_loss)

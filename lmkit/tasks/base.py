@@ -97,6 +97,11 @@ class Task(ABC):
         """Name and value of a loss in the progress line."""
         return "loss", f"{loss:.4f}"
 
+    def shown_valid(self, loss: float) -> tuple[str, str]:
+        """Name and value of a validation's loss in the progress line."""
+        name, value = self.shown(loss)
+        return f"valid {name}", value
+
     def fitted(self) -> dict[str, Any]:
         """What was learnt from the data beside parameters (labels, means), as JSON data; stored with the run."""
         return {}

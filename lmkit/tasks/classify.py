@@ -75,6 +75,10 @@ class Classify(RowsTask):
         losses: list[float] = self.losses(self.outputs(forward, batch), batch.targets_B).cpu().double().tolist()
         return losses
 
+    def shown_valid(self, loss: float) -> tuple[str, str]:
+        name = "accuracy" if self.config.metric is ClassifyMetric.accuracy else "macro F1"
+        return f"valid {name}", f"{100 * (1 - loss):.2f} %"
+
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         logits_NC = all_outputs(
             self.model, self.outputs, self.valid, device=device, batch_size=micro_batch_size, progress=progress

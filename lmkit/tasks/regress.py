@@ -60,6 +60,11 @@ class Regress(RowsTask):
     def losses(self, outputs: Tensor, targets_B: Tensor) -> Tensor:
         return (outputs - targets_B).square()
 
+    def shown_valid(self, loss: float) -> tuple[str, str]:
+        if self.config.metric is RegressMetric.mse:
+            return "valid RMSE", format_number(math.sqrt(loss))
+        return "valid MAE", format_number(loss)
+
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         y_N = all_outputs(
             self.model, self.outputs, self.valid, device=device, batch_size=micro_batch_size, progress=progress

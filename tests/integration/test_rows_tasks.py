@@ -29,7 +29,7 @@ from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.config.optimization import AdamwConfig, CosineConfig, SgdConfig
 from lmkit.config.tasks import ClassifyTaskConfig, NetworkActivation, NetworkConfig, RegressTaskConfig, TaskConfig
 from lmkit.config.training import EvalConfig, LogConfig, RunConfig, SaveConfig, TrainConfig
-from lmkit.console import Console
+from lmkit.console import Console, format_number
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError, ResourceError, StoppedError
 from lmkit.store.browse import read_summary
@@ -172,6 +172,8 @@ def test_from_labelled_texts_to_predictions_for_new_ones(
     shown = capsys.readouterr().err
     assert "macro F1" in shown
     assert "is 'good', predicted as" in shown
+    progress = [line for line in shown.splitlines() if line.startswith("training ")]
+    assert "  valid macro F1 " in progress[-1]
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert result["labels"] == ["bad", "good"]
     assert sum(map(sum, result["confusion"])) == result["num_examples"] == 24
@@ -191,7 +193,7 @@ def test_from_labelled_texts_to_predictions_for_new_ones(
 
 @pytest.mark.parametrize("activation", list(NetworkActivation))
 def test_a_network_trained_by_sgd_on_house_prices_comes_near_the_noise_it_cannot_explain(
-    activation: NetworkActivation, tmp_path: Path
+    activation: NetworkActivation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floors = house_maker().make_houses(tmp_path, num_train=1200, num_valid=800, seed=3)
     task = RegressTaskConfig(
@@ -210,6 +212,13 @@ def test_a_network_trained_by_sgd_on_house_prices_comes_near_the_noise_it_cannot
     errors = [row["prediction"] - float(row["price"]) for row in rows]
     rmse = (sum(e * e for e in errors) / len(errors)) ** 0.5
     assert rmse == pytest.approx(result["prediction"]["rmse"], rel=1e-5)
+    # What is learnt and what is judged are of different units: neither side by side nor on one axis.
+    judged = next(row["valid_rmse"] for row in read_metrics(tmp_path / "run") if "valid_rmse" in row)
+    assert f"  valid RMSE {format_number(judged)}" in capsys.readouterr().err
+    assert cli.main(["runs", "report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert '<figure id="loss">' in page
+    assert '<figure id="valid-loss">' in page
     assert abs(rmse - min(row["valid_rmse"] for row in read_metrics(tmp_path / "run") if "valid_rmse" in row)) < 1e-2
 
 

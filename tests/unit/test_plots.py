@@ -50,7 +50,7 @@ def test_a_plot_follows_no_link_that_waits_for_it(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-@pytest.mark.parametrize("unit", ["token", "example"])
+@pytest.mark.parametrize("unit", ["token", "pair", "example"])
 def test_only_losses_of_tokens_have_perplexities(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes._base import _AxesBase
 
@@ -59,8 +59,12 @@ def test_only_losses_of_tokens_have_perplexities(unit: str, tmp_path: Path, monk
     rows = ({"step": 1, "loss": 0.7, "lr": 0.1}, {"step": 1, "valid_loss": 0.25})
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     plot_run(tmp_path, pytest.fail, unit)
-    losses = ["loss (nats per token)", "perplexity"] if unit == "token" else ["loss"]
-    assert labels == ["learning rate", *losses]
+    losses = {
+        "token": ["loss (nats per token)", "perplexity"],
+        "pair": ["loss"],
+        "example": ["loss in training", "valid loss (task.metric)"],  # of other units: each has an axis
+    }
+    assert labels == ["learning rate", *losses[unit]]
     assert (tmp_path / "loss.png").is_file()
 
 
