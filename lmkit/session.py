@@ -250,13 +250,13 @@ class Session:
         found, sample, took_s = judge(self.trainer, self.stop, self.run, sample_tokens=self.eval.sample_tokens)
         state = self.state
         self.timing.count_validation(took_s)
-        if state.valid_steps[-1:] != [state.step]:
+        if state.valid_steps[-1:] != [state.step]:  # else it is done again, for the result of a run that was at its end
             state.valid_losses.append(found.loss)
             state.valid_steps.append(state.step)
-        row: dict[str, Any] = {"step": state.step, "valid_loss": found.loss, **found.metrics}
-        if sample is not None:
-            row["sample"] = sample
-        self.run.log_metrics({**row, "elapsed_s": state.elapsed_s})
+            row: dict[str, Any] = {"step": state.step, "valid_loss": found.loss, **found.metrics}
+            if sample is not None:
+                row["sample"] = sample
+            self.run.log_metrics({**row, "elapsed_s": state.elapsed_s})
         self.console.say(f"step {state.step}  {found.text}  ({format_duration(took_s)})")
         self._window.started += took_s
         self._last = found

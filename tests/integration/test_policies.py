@@ -692,6 +692,20 @@ def test_row_53_a_stop_after_the_last_step_resumes_to_the_same_result(
     assert_same(tensors_of(whole), tensors_of(pieces))
 
 
+def test_row_53_a_stop_between_the_last_save_and_the_result_leaves_one_row_of_the_last_validation(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, pieces = config(), config(run="other")
+    pretrain.run(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "plot_run", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(StoppedError, match="after the last step"):
+            pretrain.run(pieces)
+    pretrain.run(replace(pieces, resume=True))
+    rows = [[row["step"] for row in read_metrics(path_of(c)) if "valid_loss" in row] for c in (whole, pieces)]
+    assert rows[0] == rows[1]
+
+
 def test_the_steps_since_the_last_line_of_the_log_are_logged_when_a_run_is_stopped(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
