@@ -248,7 +248,7 @@ class CheckpointWriter:
                 path = self._write(staged)  # after a failed sync the file's pages are unknown: all of it again, once
         except OSError as error:
             target = self._folder / mf.step_directory(staged.step)
-            raise storage.resource_error("save checkpoint", target, error, staged.num_bytes) from error
+            raise storage.resource_error("save checkpoint", target, error, _space_for(staged)) from error
         seconds = round(time.monotonic() - started, 3)
         event = {"step": staged.step, "checkpoint": path.name, "bytes": staged.num_bytes, "seconds": seconds}
         self._run.journal("save", event | {"waited_s": round(staged.waited_s, 3)})
@@ -264,7 +264,7 @@ class CheckpointWriter:
 
     def _write(self, staged: Staged) -> Path:
         """Write and commit; on any error nothing but the older checkpoints is left. Raises OSError."""
-        if storage.free_bytes(self._folder) < staged.num_bytes * 1.1 + _DISK_RESERVE_BYTES:
+        if storage.free_bytes(self._folder) < _space_for(staged):
             raise OSError(errno.ENOSPC, "not enough free disk space")
         target = self._folder / mf.step_directory(staged.step)
         temporary = self._folder / storage.scratch_name(storage.TMP_PREFIX, target.name)
@@ -365,6 +365,11 @@ class CheckpointWriter:
             with contextlib.suppress(CheckpointError):
                 self._found[path.name] = loss_and_data(path)
         return self._found.get(path.name, (None, None))
+
+
+def _space_for(staged: Staged) -> int:
+    """Free bytes without which a save does not begin: its size, with what a file system adds, and a reserve."""
+    return round(staged.num_bytes * 1.1) + _DISK_RESERVE_BYTES
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:

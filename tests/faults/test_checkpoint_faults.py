@@ -201,12 +201,13 @@ def test_row_28_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with CheckpointWriter(run, ByteTokenizer(), keep=1, background=False) as writer:
-        monkeypatch.setattr(storage, "free_bytes", lambda path: 4000)
+        monkeypatch.setattr(storage, "free_bytes", lambda path: 1_000_000)
         monkeypatch.setattr(storage, "make_directory", lambda path: pytest.fail("started to write"))
         with pytest.raises(
             ResourceError, match=r"not enough free disk space; free some disk space, or lower save\.keep"
-        ):
+        ) as refused:
             writer.submit(snapshot(1))
+        assert "(1.1 MB needed, 1.0 MB free)" in str(refused.value)
 
 
 def test_rows_12_14_an_io_error_is_retried_once_in_a_new_directory_and_then_raised_at_the_next_call(
