@@ -254,7 +254,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     if forgetting is not None:
         forgetting.measure_before(job.task)
     trainer = build_trainer(cfg, job.task, job.model, job.device, snapshot, job.world)
-    job.run.cut_metrics(0 if snapshot is None else snapshot.step)
+    job.run.cut_metrics(trainer.state.step, validated=trainer.state.valid_steps[-1:] == [trainer.state.step])
     if job.world.is_first:
         attach_logger(cfg.logger, job.run, job.stored_config, job.console.warn)
     if snapshot is not None:

@@ -238,10 +238,11 @@ class Run:
         """From now on tell ``listener`` each row of metrics too, and in the end how this process's part has ended."""
         self._listeners.append(listener)
 
-    def cut_metrics(self, step: int) -> None:
+    def cut_metrics(self, step: int, *, validated: bool = True) -> None:
         """Cut metrics.jsonl back to the rows of steps <= ``step`` (that of the checkpoint that the run goes on from).
 
-        The rest, a torn last line included, is appended to metrics.jsonl.old. Raises ResourceError.
+        ``validated``: whether that checkpoint knows of a validation after its step; else the row of one, which comes
+        anew, is cut, too. The rest, a torn last line included, is appended to metrics.jsonl.old. Raises ResourceError.
         """
         path, old = self.path / METRICS, self.path / f"{METRICS}.old"
         self._metrics.close()
@@ -251,7 +252,8 @@ class Run:
         kept = 0
         for line in raw.splitlines(keepends=True):
             row = parse_row(line)
-            if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+            last = step - 1 if row is not None and "valid_loss" in row and not validated else step
+            if not line.endswith(b"\n") or (row is not None and row["step"] > last):
                 break
             kept += len(line)
         if kept < len(raw):
@@ -320,7 +322,7 @@ class SharedRun(Run):
     def attach(self, listener: Listener) -> None:
         return
 
-    def cut_metrics(self, step: int) -> None:
+    def cut_metrics(self, step: int, *, validated: bool = True) -> None:
         return
 
     def write_result(self, result: Mapping[str, Any], *, status: str = FINISHED) -> None:

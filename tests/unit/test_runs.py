@@ -272,6 +272,17 @@ def test_resuming_cuts_metrics_back_to_the_checkpoint_and_keeps_the_tail(tmp_pat
     assert [line[:10] for line in old] == ['{"step": 6', '{"step": 7', '{"step": 8']
 
 
+def test_the_row_of_a_validation_that_the_checkpoint_does_not_know_of_is_cut(tmp_path: Path) -> None:
+    with create(tmp_path) as run:
+        for step in (1, 2):
+            run.log_metrics({"step": step, "loss": 0.5})
+            run.log_metrics({"step": step, "valid_loss": 0.6})
+        run.cut_metrics(2)
+        assert len(read_metrics(run.path)) == 4
+        run.cut_metrics(2, validated=False)
+        assert read_metrics(run.path)[2:] == [{"step": 2, "loss": 0.5}]
+
+
 def test_a_line_that_another_thread_writes_meanwhile_leaves_no_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
