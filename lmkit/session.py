@@ -334,9 +334,14 @@ class Session:
         found = load_latest(self.run.path, self.console.warn, shared=self.world.local_size > 1)
         if found is None:
             raise DivergedError("there is no checkpoint to go back to", "set train.nonfinite=skip")
-        skipped, eval_s = self.state.skipped_steps, self.state.eval_s
-        self.trainer.state = state_in(found[1])
-        self.state.skipped_steps, self.state.eval_s = sorted({*self.state.skipped_steps, *skipped}), eval_s
+        before, self.trainer.state = self.state, state_in(found[1])
+        state = self.state
+        state.skipped_steps = sorted({*state.skipped_steps, *before.skipped_steps})
+        state.eval_s = before.eval_s
+        if state.eval_pending and state.step in before.valid_steps:  # the run was stopped before it, and has done it
+            known = before.valid_steps.index(state.step) + 1
+            state.valid_steps, state.valid_losses = before.valid_steps[:known], before.valid_losses[:known]
+            state.eval_pending = False
         restore_trainer(self.trainer, found[1].model, found[1].optimizer)
         self.run.cut_metrics(self.state.step)
         self.run.journal("rollback", {"step": self.state.step, "skipped": self.state.skipped_steps})

@@ -726,6 +726,23 @@ def test_row_53_a_validation_that_was_put_off_by_a_stop_is_one_row_also_if_the_r
     assert valid_rows(whole) == valid_rows(pieces)
 
 
+def test_row_60_a_rollback_to_a_stop_before_a_validation_keeps_that_validation(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"nonfinite": NonFinite.rollback, "max_skips": 2}
+    whole, pieces = (replace(config(run=name, **options), save=SaveConfig(every_steps=4)) for name in ("run", "other"))
+    poison(monkeypatch, 7)
+    pretrain.run(whole)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6)
+        with pytest.raises(StoppedError, match="after step 6"):
+            pretrain.run(pieces)
+    pretrain.run(replace(pieces, resume=True))
+    assert [row["step"] for row in journal(pieces, "rollback")] == [6]
+    assert valid_rows(whole) == valid_rows(pieces)
+    assert_same(tensors_of(whole), tensors_of(pieces))
+
+
 def test_the_steps_since_the_last_line_of_the_log_are_logged_when_a_run_is_stopped(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
