@@ -56,7 +56,14 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 def read_info(run_dir: Path) -> dict[str, Any] | None:
     """run.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
-    return read_object(run_dir / RUN_INFO)
+    info = read_object(run_dir / RUN_INFO)
+    for key, kind, what in (("digests", dict, "object"), ("former_data", list, "array")):
+        if info is not None and not isinstance(info.get(key) or kind(), kind):
+            raise CheckpointError(
+                f"{run_dir / RUN_INFO} is damaged: {key} must be a JSON {what}",
+                "remove it: a run that goes on writes it anew",
+            )
+    return info
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ from lmkit.store.found import (
     RUN_INFO,
     absolute,
     parse_row,
+    read_info,
 )
 from lmkit.store.lock import LOOK_S, NoLocksError, acquire
-from lmkit.store.records import LineFile, read_object, to_json
+from lmkit.store.records import LineFile, to_json
 
 Change = tuple[str, Any, Any]
 """What has changed, from what to what."""
@@ -133,7 +134,7 @@ class Run:
             storage.sweep(self.path / CHECKPOINTS)
         except OSError as error:
             raise storage.resource_error("write in", self.path, error) from error
-        info = read_object(self.path / RUN_INFO)
+        info = read_info(self.path)
         if info is not None:
             self.run_id = str(info.get("run_id", self.run_id))
             self.digests = {str(key): str(value) for key, value in (info.get("digests") or {}).items()}
@@ -158,7 +159,7 @@ class Run:
         """
         digests = dict(digests)
         base_path, base_sha256 = base or (None, None)
-        info = read_object(self.path / RUN_INFO)
+        info = read_info(self.path)
         if info is None:
             info = {
                 "run_id": self.run_id,
@@ -189,7 +190,7 @@ class Run:
 
         ``former``: digests of the data that it was trained on before, the oldest first. Raises ResourceError.
         """
-        info = read_object(self.path / RUN_INFO) or {}
+        info = read_info(self.path) or {}
         known, now, self.former_data = info.get("digests") or {}, self.digests["data"], list(former)
         if (known.get("data", now), info.get("former_data", [])) != (now, self.former_data):
             changed = {"digests": known | {"data": now}, "former_data": self.former_data}

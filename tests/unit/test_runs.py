@@ -416,6 +416,18 @@ def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path: Path) -> Non
         read_result(tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("digests", "abc"), ("former_data", {"a": 1})])
+def test_run_json_with_another_kind_of_value_is_an_error_that_names_file_and_key(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    with create(tmp_path, tmp_path / "run") as run:
+        begin(run)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), key: value}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"run\.json is damaged: {key} must be a JSON"):
+        create(tmp_path, tmp_path / "run", resume=True)
+
+
 def test_the_newest_finished_run_is_the_one_that_ended_last(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         with create(tmp_path, tmp_path / name) as run:
