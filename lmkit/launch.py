@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ def search(line: Line) -> int:
             raise
         # Optuna has no best trial where all have failed
     code = summed_up(trials.outcomes)
-    print(f"next: lmkit runs sweep {_root(line)}", file=sys.stderr)
+    print(f"next: lmkit runs sweep {shlex.quote(str(_root(line)))}", file=sys.stderr)
     return code
 
 

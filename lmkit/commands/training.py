@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -365,5 +366,5 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
     if "elapsed_s" in numbers:
         rows.insert(3, ("time", format_duration(numbers["elapsed_s"])))
     job.console.table("Result", rows)
-    job.console.say(f"next: {job.task.advice(job.run.path)}")
+    job.console.say(f"next: {job.task.advice(shlex.quote(str(job.run.path)))}")
     return result

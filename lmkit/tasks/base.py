@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,8 +109,8 @@ class Task(ABC):
         """The key that limits how many tokens a sequence has, and what to tell of it; None: there are no tokens."""
         return "train.seq_len", f"train.seq_len={train.seq_len}"
 
-    def advice(self, run: Path) -> str:
-        """Commands to go on with, for people."""
+    def advice(self, run: str) -> str:
+        """Commands to go on with, for people. ``run``: its path as a shell takes it."""
         return f"lmkit eval-ppl run={run}   lmkit generate run={run} --prompt TEXT"
 
     def row_losses(self, forward: nn.Module, batch: Any, state: State | None) -> list[float] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ class Instruct(Task):
         nats: list[float] = self.model.head.row_nats(hidden_BTD, batch.targets_BT).tolist()
         return nats
 
-    def advice(self, run: Path) -> str:
+    def advice(self, run: str) -> str:
         return f"lmkit generate run={run} --chat --prompt TEXT   lmkit generate run={run} --interactive"
 
     def shown(self, loss: float) -> tuple[str, str]:

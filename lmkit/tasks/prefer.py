@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ class Prefer(Task):
         self.data_digest = digest_of([e.ids, e.learnt] for e in examples)
         self.num_targets = len(train)
 
-    def advice(self, run: Path) -> str:
+    def advice(self, run: str) -> str:
         return f"lmkit generate run={run} --chat --prompt TEXT   lmkit generate run={run} --interactive"
 
     def loss(

@@ -75,7 +75,7 @@ class RowsTask(Task):
         longest = max(len(tokens) for examples in (self.train, self.valid) for tokens in examples.tokens)
         return "task.max_tokens", f"texts of up to {longest} tokens (task.max_tokens)"
 
-    def advice(self, run: Path) -> str:
+    def advice(self, run: str) -> str:
         return f"lmkit finetune run={run} predict=FILE"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -256,8 +257,11 @@ def test_row_118_odd_and_relative_paths_mean_what_they_say(
         (Path(name) / path.name).write_bytes(path.read_bytes())
     done = lmkit(*small, f"dataset.path={name}", f"run.dir=../{name} run", "train.max_steps=1")
     assert done.code == 0, done.err
-    assert (Path.cwd().parent / f"{name} run" / "result.json").is_file()
+    run_dir = Path.cwd().parent / f"{name} run"
+    assert (run_dir / "result.json").is_file()
     assert [path.name for path in Path.cwd().iterdir()] == [name]
+    if name.isprintable():
+        assert f"run={run_dir.parent / 'cwd' / '..' / run_dir.name}" in shlex.split(done.err.splitlines()[-1])
 
 
 def ask(**answers: object) -> Callable[[pytest.MonkeyPatch], None]:
