@@ -90,12 +90,16 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
             line.problems.append(f"{name} needs a value: for example {name} {example}")
             return
         value = words.pop(0)
-    text = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    try:
+        text = value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError:
+        line.problems.append(f"{name} {value.encode('utf-8', 'replace').decode()}: it is not UTF-8 text")
+        return
     if name == "--stop":
         line.stop.append(text)
     elif name == "--prompt-file":
         try:
-            line.prompts.append(prompt_in(Path(os.path.expanduser(value)).read_bytes().decode("utf-8")))
+            line.prompts.append(prompt_in(Path(os.path.expanduser(value)).read_bytes()))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             line.problems.append(f"--prompt-file {value}: {reason}")
@@ -103,10 +107,10 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
         line.prompts.append(None if text == "-" else text)
 
 
-def prompt_in(content: str) -> str:
+def prompt_in(content: bytes) -> str:
     """The prompt that a file or standard input holds, read as a corpus is (no mark at its start, "\\n" for CRLF), up to
-    its last line end."""
-    return content.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").removesuffix("\r")
+    its last line end. Raises UnicodeDecodeError."""
+    return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").removesuffix("\r")
 
 
 def _take_option(line: Line, name: str, value: str | None, words: list[str]) -> None:

@@ -161,7 +161,10 @@ def run_command(line: Line, config: Any) -> Any:
     if None in line.prompts:  # kept in the list, which the other jobs of a multirun have too
         from lmkit.arguments import prompt_in
 
-        piped = prompt_in(sys.stdin.buffer.read().decode("utf-8", "replace"))
+        try:
+            piped = prompt_in(sys.stdin.buffer.read())
+        except UnicodeDecodeError:
+            raise ConfigError("--prompt -: standard input is not UTF-8 text", "convert it: iconv -t UTF-8") from None
         line.prompts[:] = [piped if text is None else text for text in line.prompts]
     return module.run(config, line.prompts or ([] if config.chat or config.interactive else [""]))
 

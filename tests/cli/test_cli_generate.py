@@ -44,10 +44,10 @@ def test_without_a_prompt_the_text_starts_from_nothing(lmkit: Any) -> None:
 
 
 def test_a_dash_reads_standard_input(lmkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = io.BytesIO("${x}, {y}\n我喜欢\n".encode() + b"\xff\n")
+    raw = io.BytesIO("${x}, {y}\n我喜欢\n".encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="ascii"))
     assert lmkit("generate", "--prompt", "a", "--prompt", "-") == 0
-    assert lmkit.prompts == [["a", "${x}, {y}\n我喜欢\n\ufffd"]]
+    assert lmkit.prompts == [["a", "${x}, {y}\n我喜欢"]]
 
 
 def test_standard_input_is_read_once_and_its_text_is_not_interpreted(
@@ -90,9 +90,11 @@ def test_a_prompt_file_that_cannot_be_read_is_named(lmkit: Any, tmp_path: Path) 
     assert str(tmp_path) in lmkit.refused("generate", "--prompt-file", str(tmp_path))
 
 
-def test_a_prompt_of_bytes_that_are_not_utf8_is_made_valid(lmkit: Any) -> None:
-    assert lmkit("generate", "--prompt", "a\udcffb") == 0
-    assert lmkit.prompts == [["a\ufffdb"]]
+def test_a_prompt_of_bytes_that_are_not_utf8_is_refused(lmkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lmkit.refused("generate", "--prompt", "a\udcffb") == "--prompt a?b: it is not UTF-8 text"
+    assert lmkit.refused("generate", "--stop", "a\udcffb") == "--stop a?b: it is not UTF-8 text"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("我喜欢学习".encode("gbk"))))
+    assert "--prompt -: standard input is not UTF-8 text; convert it" in lmkit.refused("generate", "--prompt", "-")
 
 
 def test_the_usual_options_set_the_sampling_keys(lmkit: Any) -> None:
