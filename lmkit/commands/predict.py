@@ -138,6 +138,8 @@ def _output_path(cfg: FinetuneConfig) -> Path:
     source = cfg.predict or ""
     if cfg.output is not None:
         path = output_path(cfg.output)
+        if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
+            raise ConfigError(f"output={cfg.output}: predictions are JSON lines", "name it with .jsonl")
     elif source.startswith(HUB):
         raise ConfigError(f"predict={source} is no file", "set output=FILE")
     else:

@@ -477,6 +477,8 @@ def test_predictions_are_refused_where_there_is_no_classifier_or_not_what_it_rea
         finetune.run(replace(use, predict=str(write_jsonl(tmp_path / "y.jsonl", [{"text": "a", "prediction": "b"}]))))
     with pytest.raises(ConfigError, match="is the file that is read"):
         finetune.run(replace(use, output=str(good)))
+    with pytest.raises(ConfigError, match=r"predictions are JSON lines; name it with \.jsonl"):
+        finetune.run(replace(use, output=str(tmp_path / "out.CSV")))
     with pytest.raises(DataError, match="does not exist"):
         finetune.run(replace(use, predict=str(tmp_path / "none.jsonl")))
     with pytest.raises(ConfigError, match=r"output=.*needs predict=FILE"):
