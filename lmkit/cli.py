@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import ConfigError
-from lmkit.reporting import discard_stdout, open_missing_streams, reader_is_gone, report, show
+from lmkit.reporting import (
+    discard_stdout,
+    interrupted_at_once,
+    open_missing_streams,
+    reader_is_gone,
+    report,
+    show,
+)
 
 if TYPE_CHECKING:
     from lmkit.arguments import Line
@@ -47,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             execute(config)
             code = 0
         else:
-            from lmkit.arguments import parse
+            with interrupted_at_once():
+                from lmkit.arguments import parse
 
-            line = parse(command, args[1:])
+                line = parse(command, args[1:])
             debug = line.values.get("debug", "").lower() in ("true", "yes", "on", "y", "1")
             code = _run(line)
         sys.stdout.flush()
@@ -134,9 +142,10 @@ def _run(line: Line) -> int:
         from lmkit.sweep import sweep
 
         return sweep(line)
-    from lmkit.composing import compose, to_dataclass, to_yaml
+    with interrupted_at_once():
+        from lmkit.composing import compose, to_dataclass, to_yaml
 
-    config = compose(line, partial=line.help)
+        config = compose(line, partial=line.help)
     if line.help:
         from lmkit.help import command_help
 
@@ -151,10 +160,11 @@ def _run(line: Line) -> int:
 
 def run_command(line: Line, config: Any) -> Any:
     """Import the command and run it, if the libraries that it needs are there."""
-    from lmkit.requirements import check_installed
+    with interrupted_at_once():
+        from lmkit.requirements import check_installed
 
-    check_installed()
-    module = importlib.import_module(f"lmkit.commands.{line.command.replace('-', '_')}")
+        check_installed()
+        module = importlib.import_module(f"lmkit.commands.{line.command.replace('-', '_')}")
     if line.command != "generate":
         return module.run(config)
     config.stop += line.stop

@@ -6,7 +6,11 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 from lmkit.errors import LmkitError, ResourceError, is_out_of_memory, undetermined
 from lmkit.store.storage import MORE_FILES
@@ -19,6 +23,33 @@ LESS_MEMORY = {
     "generate": "lower num_samples or max_new_tokens",
 }
 """Command -> what makes it need less memory."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def interrupted_at_once() -> Iterator[None]:
+    """Context in which Ctrl-C ends the process on the spot; there is nothing yet to be saved or tidied up.
+
+    It is for imports and what else may lose an exception: libraries that go on without what they were kept from
+    importing abort, or fail later with an error that tells nothing of the interruption. Elsewhere than in the main
+    thread, and where somebody has set another handler, nothing changes.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"error: interrupted\n")  # a stream may be in the middle of a line
+    os._exit(INTERRUPTED)
 
 
 def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:
@@ -42,7 +73,7 @@ def _described(error: BaseException, command: str) -> tuple[str, int]:
             return f"{' '.join(error.problem.splitlines())}; {MORE_FILES}", ResourceError.exit_code
         return text, error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return "interrupted", INTERRUPTED
     if is_out_of_memory(error):
         return "; ".join(filter(None, ["out of memory", LESS_MEMORY.get(command)])), ResourceError.exit_code
     if (refused := undetermined(error)) is not None:

@@ -128,3 +128,25 @@ def test_a_terminal_without_unicode_gets_question_marks() -> None:
     assert done.stdout.count(b"root: ?") == 2
     assert b"[0, 0, 2]" in done.stdout
     assert b"seed=?" in done.stderr
+
+
+SWALLOWED = """
+import signal, sys
+from lmkit import cli
+
+class Swallowing:
+    def find_spec(self, name, path, target=None):
+        if name == "lmkit.commands.prepare":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+
+sys.meta_path.insert(0, Swallowing())
+sys.exit(cli.main(["prepare", "dataset=text", "dataset.path=none"]))
+"""
+
+
+def test_an_interruption_that_a_library_swallows_while_it_is_imported_ends_the_command() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "error: interrupted\n", "")
