@@ -9,6 +9,7 @@ from torch import nn
 from lmkit.averaging import WeightAverage, average_begins, build_average, is_nonmonotonic
 from lmkit.config.training import Average, TrainConfig
 from lmkit.errors import ConfigError
+from lmkit.horizon import Horizon
 
 
 def trajectory(num_steps: int) -> list[float]:
@@ -79,6 +80,15 @@ def test_nt_asgd_begins_when_the_authors_code_does() -> None:
         losses = losses + torch.randint(0, 4, (9,), generator=generator)
         for patience in (1, 2, 5):
             assert is_nonmonotonic(losses.tolist(), patience) is as_in_awd_lstm(losses.tolist(), patience)
+
+
+@pytest.mark.parametrize("fifths", [1, 2, 3, 4])
+def test_swa_begins_with_the_very_step_behind_its_share(fifths: int) -> None:
+    """Also where rounding has put the progress of that step a little below its share: 28 x (1 / 35) < 0.8."""
+    swa = TrainConfig(average=Average.swa, swa_start=fifths / 5)
+    for num_steps in range(5, 400, 5):
+        horizon, first = Horizon(1.0 / num_steps), fifths * num_steps // 5
+        assert [average_begins(swa, horizon.progress(step), []) for step in (first - 1, first)] == [False, True]
 
 
 def test_swa_begins_at_its_share_of_the_run_and_ema_needs_no_start() -> None:

@@ -16,6 +16,7 @@ from lmkit.config.optimization import (
     StepDecayConfig,
     WsdConfig,
 )
+from lmkit.horizon import Horizon
 from lmkit.schedules import lr_factor, num_plateaus
 
 ALL: list[ScheduleConfig] = [
@@ -56,6 +57,15 @@ def test_step_decay_halves_the_rate_of_each_epoch_after_the_fourth_of_thirteen()
             done = (epoch * steps_per_epoch + step) / (13 * steps_per_epoch)
             assert lr_factor(config, epoch * steps_per_epoch + step, done) == 0.5 ** max(0, epoch - 3)
     assert lr_factor(config, 13 * steps_per_epoch, 1.0) == 0.5**9
+
+
+@pytest.mark.parametrize("fifths", [1, 2, 3, 4])
+def test_the_first_fall_is_at_the_very_step_where_the_constant_part_ends(fifths: int) -> None:
+    """Also where rounding has put the progress of that step a little below its share: 7 x (1 / 35) < 0.2."""
+    config = StepDecayConfig(hold_ratio=fifths / 5, num_falls=3, warmup_ratio=0.0)
+    for num_steps in range(5, 400, 5):
+        horizon, first = Horizon(1.0 / num_steps), fifths * num_steps // 5
+        assert [lr_factor(config, step, horizon.progress(step)) for step in (first - 1, first)] == [1.0, 0.5]
 
 
 def test_wsd_is_constant_until_its_decay() -> None:
