@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from lmkit.config.training import Average, TrainConfig
 
@@ -138,5 +139,5 @@ def last_step(train: TrainConfig, steps_per_epoch: int) -> int | None:
     limits = [] if train.max_steps is None else [train.max_steps]
     epochs = train.epochs_limit
     if epochs is not None:
-        limits.append(max(1, math.ceil(epochs * steps_per_epoch)))
+        limits.append(max(1, math.ceil(Fraction(str(epochs)) * steps_per_epoch)))  # as floats 1.1 x 10 is above 11
     return min(limits) if limits else None

@@ -15,6 +15,7 @@ from lmkit.horizon import (
     SETTLING_STEPS,
     Budget,
     Horizon,
+    last_step,
     steps_between_evals,
 )
 
@@ -137,3 +138,13 @@ def test_validation_takes_its_share_of_the_time_and_is_spread_over_the_run() -> 
     assert not budget.allows_eval(0.1, 1, 3.0, 500.0)  # the second one is due at a fifth
     assert budget.allows_eval(0.2, 1, 3.0, 200.0)
     assert not budget.allows_eval(0.96, 3, 0.0, 570.0)  # the final one is near
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "steps"),
+    [(1.1, 10, 11), (0.07, 100, 7), (0.55, 100, 55), (2.2, 25, 55), (13.0, 2324, 30212), (0.5, 47, 24), (1e-7, 10, 1)],
+)
+def test_a_run_of_some_epochs_makes_no_step_more_because_of_rounding(
+    epochs: float, steps_per_epoch: int, steps: int
+) -> None:
+    assert last_step(TrainConfig(max_epochs=epochs), steps_per_epoch) == steps
