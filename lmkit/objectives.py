@@ -60,14 +60,15 @@ class Objective(ABC):
         if self.ar_alpha == 0.0 and self.tar_beta == 0.0:
             return None
         scored_BT1 = (targets_BT != IGNORE).unsqueeze(-1)
-        length, width = hidden_BTD.shape[1:]
+        width = hidden_BTD.shape[2]
         total = torch.zeros((), device=hidden_BTD.device)
         if self.ar_alpha > 0.0:
             total = total + self.ar_alpha / width * (hidden_BTD.float().square() * scored_BT1).sum()
-        if self.tar_beta > 0.0 and length > 1:
+        if self.tar_beta > 0.0:
             change_BTD = undropped_BTD[:, 1:].float() - undropped_BTD[:, :-1].float()
             both_BT1 = scored_BT1[:, 1:] & scored_BT1[:, :-1]
-            total = total + self.tar_beta / width * length / (length - 1) * (change_BTD.square() * both_BT1).sum()
+            share_B = scored_BT1.sum((1, 2)) / both_BT1.sum((1, 2)).clamp(min=1)  # targets for each change of a row
+            total = total + self.tar_beta / width * ((change_BTD.square() * both_BT1).sum((1, 2)) * share_B).sum()
         return total
 
 

@@ -154,6 +154,15 @@ def test_ar_and_tar_add_the_gradient_of_their_means_and_leave_the_shown_loss(con
         torch.testing.assert_close(ours[name] - plain[name], extra, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [1, 2, TIME - 1])
+def test_ar_and_tar_of_a_batch_that_is_not_full_are_those_of_its_targets_alone(length: int) -> None:
+    objective = build_objective(SoftmaxConfig(ar_alpha=2.0, tar_beta=1.0), COUNTS)
+    hidden_BTD, targets_BT = torch.randn(BATCH, TIME, 4), text()
+    alone = objective.penalty(hidden_BTD[:, :length], hidden_BTD[:, :length], targets_BT[:, :length])
+    targets_BT[:, length:] = IGNORE
+    torch.testing.assert_close(objective.penalty(hidden_BTD, hidden_BTD, targets_BT), alone)
+
+
 def test_tar_looks_at_the_output_before_its_dropout_and_ar_after_it() -> None:
     model = RecurrentConfig(d_embed=6, d_hidden=8, dropout_output=0.5).build(VOCAB, seed=0).train()
     dropped_BTD, state = model(text())
