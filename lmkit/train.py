@@ -176,10 +176,7 @@ class Trainer:
         self.model.train()
         state, step = self.state, self.state.step
         progress = state.horizon.progress(step)
-        if self.average_begins is None or not self.average_begins(state):
-            state.averaged_since = None  # a run that got longer has its beginning before it again
-        elif state.averaged_since is None:
-            state.averaged_since = step
+        self._see_if_averaged()
         factor = lr_factor(self.schedule, step, progress, state.valid_losses)
         set_lr(self.optimizer, factor * self.task.lr_scale(batch, progress))
         num_targets = batch.num_targets
@@ -194,10 +191,22 @@ class Trainer:
         self.carry = self._update(bad, norm, carry)
         self.optimizer.zero_grad(set_to_none=True)
         state.step, state.num_targets = step + 1, state.num_targets + num_targets
-        if self.average is not None:
-            self.average.update(self.model, state.step, state.averaged_since)
+        self._take_into_average()
         self.updating = False
         return StepReport(state.step, num_targets, self.lr(), state.horizon.progress(state.step), numbers, bad)
+
+    def _see_if_averaged(self) -> None:
+        """Begin a uniform average with the next step, if it is time for one."""
+        state = self.state
+        if self.average_begins is None or not self.average_begins(state):
+            state.averaged_since = None  # a run that got longer has its beginning before it again
+        elif state.averaged_since is None:
+            state.averaged_since = state.step
+
+    def _take_into_average(self) -> None:
+        """Fold the parameters after the step that is done into the average, if there is one."""
+        if self.average is not None:
+            self.average.update(self.model, self.state.step, self.state.averaged_since)
 
     def _drop_frozen(self, progress: float) -> None:
         """Drop the gradients of what is frozen until later, so that clipping and optimizer pass over it."""
@@ -239,9 +248,14 @@ class Trainer:
         return self.task.state_from_tensors(zeroed)
 
     def pass_over(self) -> StepReport:
-        """Go on to the next batch without looking at this one, which was found bad before."""
+        """Go on to the next batch without looking at this one, which was found bad before.
+
+        All is as after the ``train_step`` that left it out: an average takes the parameters in once more.
+        """
+        self._see_if_averaged()
         self.state.step += 1
         self.carry = []
+        self._take_into_average()
         progress = self.state.horizon.progress(self.state.step)
         unknown = torch.full((2,), torch.nan)
         return StepReport(self.state.step, 0, self.lr(), progress, unknown, torch.zeros((), dtype=torch.bool))

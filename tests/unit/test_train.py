@@ -404,6 +404,22 @@ def test_a_batch_that_is_passed_over_counts_as_a_step_without_targets() -> None:
     assert not reports[2].left_out
 
 
+@pytest.mark.parametrize("begins_at", [0, 2, 3])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_batch_that_is_passed_over_leaves_the_average_that_leaving_it_out_does(
+    decay: float | None, begins_at: int
+) -> None:
+    found = trainer(max_skips=1, average_begins=lambda state: state.step >= begins_at)
+    known = trainer(average_begins=lambda state: state.step >= begins_at)
+    poison(found, 3)
+    known.state.skipped_steps = [3]
+    for t in (found, known):
+        t.average = WeightAverage(t.model, decay)
+        list(fit(t, Random()))
+    assert found.state.averaged_since == known.state.averaged_since == begins_at
+    assert same(weights(found), weights(known))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_tensors_restore_a_trainer_whatever_its_micro_batch_size(size: int) -> None:
     first, second = trainer(2, optimizer=AdamwConfig()), trainer(size, optimizer=AdamwConfig())
