@@ -52,7 +52,7 @@ def average_begins(config: TrainConfig, progress: float, valid_losses: Sequence[
     """Whether a uniform average starts with the next step, as a function of the share of the run that is done and of
     the validation losses so far, oldest first."""
     if config.average is Average.swa:
-        return progress >= config.swa_start - 1e-9  # a progress of 28/35 is 0.7999999999999999 as a product
+        return progress >= config.swa_start
     return config.average is Average.nt_asgd and is_nonmonotonic(valid_losses, config.asgd_patience)
 
 

@@ -36,8 +36,11 @@ class Horizon:
     fit_progress: float = 0.0
 
     def progress(self, step: int) -> float:
-        """Share of the run (0 to 1) done after ``step`` updates."""
-        done = self.fit_progress + (step - self.fit_step) * self.per_step
+        """Share of the run (0 to 1) done after ``step`` updates.
+
+        To 12 digits, so that a share like 0.8 is reached by the very step: 28 times 1/35 is 0.7999999999999999.
+        """
+        done = round(self.fit_progress + (step - self.fit_step) * self.per_step, 12)
         return 1.0 if done > 1.0 - 1e-9 else max(0.0, done)
 
     def refit(self, step: int, steps_left: float) -> None:

@@ -67,8 +67,7 @@ def _warmup(config: ScheduleConfig, step: int, progress: float) -> float:
 def _num_falls(config: StepDecayConfig, progress: float) -> int:
     """How often the rate has fallen; the first fall is where the constant part ends."""
     share = (progress - config.hold_ratio) / (1.0 - config.hold_ratio)
-    share += 1e-9  # a progress of 28/140 is 0.19999999999999998 as a product
-    return 0 if share < 0.0 else min(config.num_falls, 1 + int(share * config.num_falls))
+    return 0 if share < 0.0 else min(config.num_falls, 1 + int(share * config.num_falls + 1e-9))
 
 
 def num_plateaus(valid_losses: Sequence[float], patience: int) -> int:

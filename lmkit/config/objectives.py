@@ -83,7 +83,7 @@ class VaeObjectiveConfig(ObjectiveConfig):
         if self.anneal is Anneal.none:
             return self.beta
         within = max(0.0, progress - self.plain_share) / (1.0 - self.plain_share)
-        within = within if self.anneal is Anneal.linear else within * self.cycles % 1.0
+        within = within if self.anneal is Anneal.linear else round(within * self.cycles, 9) % 1.0
         return self.beta * min(1.0, within / self.anneal_share)
 
 

@@ -18,6 +18,7 @@ from lmkit.errors import ConfigError
 from lmkit.evaluation.latent import LatentScores, score_sentences
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import score
+from lmkit.horizon import Horizon
 from lmkit.models.base import IGNORE
 from lmkit.models.recurrent import Recurrent
 from lmkit.models.vae import GivenLatent, Posterior, VaeLstm
@@ -256,6 +257,8 @@ def test_the_weight_of_the_kl_grows_as_configured() -> None:
     assert [linear.weight(p) for p in (0.0, 0.25, 0.5, 1.0)] == [0.0, 1.0, 2.0, 2.0]
     cyclical = VaeObjectiveConfig(anneal=Anneal.cyclical, cycles=2, anneal_share=0.5)
     assert [cyclical.weight(p) for p in (0.0, 0.125, 0.25, 0.49, 0.5, 0.625)] == [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
+    thirds = VaeObjectiveConfig(anneal=Anneal.cyclical, cycles=3, anneal_share=0.5)
+    assert [thirds.weight(Horizon(1 / n).progress(n // 3)) for n in range(3, 300, 3)] == [0.0] * 99
     assert VaeObjectiveConfig(anneal=Anneal.none).weight(0.0) == 1.0
     after = VaeObjectiveConfig(plain_share=0.5, anneal_share=0.5)
     assert [after.is_plain(p) for p in (0.0, 0.49, 0.5, 1.0)] == [True, True, False, False]
