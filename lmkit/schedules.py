@@ -36,7 +36,7 @@ def lr_factor(config: ScheduleConfig, step: int, progress: float, valid_losses: 
         return max(config.min_ratio, config.factor ** num_plateaus(valid_losses, config.patience))
     if isinstance(config, InverseSqrtConfig):
         if config.warmup_steps is not None:
-            return math.sqrt(max(config.warmup_steps, 1) / max(step + 1, config.warmup_steps, 1))
+            return math.sqrt((config.warmup_steps + 1) / (step + 1))
         start = max(config.warmup_ratio, 1e-3)
         return math.sqrt(start / max(progress, start))
     if isinstance(config, StepDecayConfig):

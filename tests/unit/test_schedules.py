@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from lmkit.config.optimization import (
@@ -75,8 +73,11 @@ def test_wsd_is_constant_until_its_decay() -> None:
 
 
 def test_inverse_sqrt_follows_vaswani() -> None:
-    config = InverseSqrtConfig(warmup_steps=100)
-    assert lr_factor(config, 399, 0.4) == pytest.approx(math.sqrt(100 / 400))
+    for warmup in (1, 2, 100):  # his counts the first update at the peak, too
+        config = InverseSqrtConfig(warmup_steps=warmup - 1)
+        for step in range(1, 401):
+            his = min(step**-0.5, step * warmup**-1.5) / warmup**-0.5
+            assert lr_factor(config, step - 1, step / 400) == pytest.approx(his)
 
 
 def test_warmup_steps_count_updates() -> None:
