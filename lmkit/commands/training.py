@@ -298,12 +298,16 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     except KeyboardInterrupt:
         job.run.journal("stopped", {"signal": job.stop.requested, "step": state.step})
         raise
+    losses = state.losses_behind(data_since) or state.valid_losses
+    if (best := min(losses)) < losses[-1]:
+        (name, value), at = job.task.shown_valid(best), state.valid_steps[state.valid_losses.index(best)]
+        validation = replace(validation, rows=[*validation.rows, (f"best {name}", f"{value} at step {at}")])
     numbers = {
         "step": state.step,
         "epochs": state.step / timing.steps_per_epoch,
         f"trained_{job.task.unit}s": state.num_targets,
         "elapsed_s": state.elapsed_s,
-        "best_valid_loss": min(state.losses_behind(data_since) or state.valid_losses),
+        "best_valid_loss": best,
     }
     return _finish(job, validation, numbers)
 

@@ -177,6 +177,25 @@ def test_best_and_newest_checkpoints_are_kept_and_the_losses_drawn(
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("grows", [True, False])
+def test_the_table_at_the_end_tells_of_a_better_validation_before_the_last(
+    grows: bool, config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judge_alone = judging._judge_alone
+    losses: list[float] = []
+
+    def judged(*args: Any) -> Any:
+        found, sample = judge_alone(*args)
+        losses.append(3.0 + len(losses) if grows else 9.0 - len(losses))
+        return replace(found, loss=losses[-1]), sample
+
+    monkeypatch.setattr(judging, "_judge_alone", judged)
+    result = pretrain.run(config())
+    assert result["best_valid_loss"] == min(losses)
+    said = [line.split() for line in capfd.readouterr().err.splitlines() if line.startswith("  best")]
+    assert said == ([["best", "valid", "ppl/token", "20.09", "at", "step", "2"]] if grows else [])
+
+
 def test_early_stopping_ends_a_run_that_does_not_improve(config: MakeConfig) -> None:
     made = replace(config(max_steps=200, patience=2), optimizer=SgdConfig(lr=1e-12))
     assert pretrain.run(made)["step"] < 200
