@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,7 +151,16 @@ def _about_rows(runs: Sequence[Facts]) -> list[list[str]]:
         value = run.summary.end.get("elapsed_s", run.last_row.get("elapsed_s"))
         return format_duration(value) if isinstance(value, int | float) else NOTHING
 
-    columns_of = {
+    units = list(dict.fromkeys(run.summary.unit for run in runs))
+
+    def counted(unit: str, run: Facts) -> str:
+        known = run.summary.end.get(f"trained_{unit}s", run.last_row.get("num_targets"))
+        return number(known) if run.summary.unit == unit else NOTHING
+
+    def speed(unit: str, run: Facts) -> str:
+        return number(run.tokens_per_s) if run.summary.unit == unit else NOTHING
+
+    columns_of: dict[str, Callable[[Facts], str]] = {
         "status": lambda run: run.summary.status.name,
         "dataset": lambda run: run.summary.dataset or NOTHING,
         "tokenizer": lambda run: str(section(run.config, "tokenizer").get("kind", NOTHING)),
@@ -158,9 +168,9 @@ def _about_rows(runs: Sequence[Facts]) -> list[list[str]]:
         "parameters": lambda run: number(run.summary.num_parameters),
         "steps": lambda run: format_step(run.summary.step),
         "epochs": lambda run: number(run.summary.end.get("epochs", run.last_row.get("epoch"))),
-        "tokens trained on": lambda run: number(run.summary.end.get("trained_tokens", run.last_row.get("num_targets"))),
+        **{f"{unit}s trained on": partial(counted, unit) for unit in units},
         "time": seconds,
-        "tokens/s (median)": lambda run: number(run.tokens_per_s),
+        **{f"{unit}s/s (median)": partial(speed, unit) for unit in units},
         "train loss, last": lambda run: number(run.last_row.get("loss")),
     }
     return [[name, *map(show, runs)] for name, show in columns_of.items()]

@@ -34,10 +34,10 @@ CHARTS = [
     ("loss", "Loss", "", {"train": "loss", "valid": "valid_loss"}, False),
     ("lr", "Learning rate", "of the first parameter group", {"learning rate": "lr"}, True),
     ("grad-norm", "Gradient norm", "before clipping", {"gradient norm": "grad_norm"}, True),
-    ("speed", "Speed", "training tokens per second", {"tokens/s": "tokens_per_s"}, True),
+    ("speed", "Speed", "training {unit}s per second", {"{unit}s/s": "tokens_per_s"}, True),
 ]
-"""Id, heading, unit (empty: that of the run), name of each curve -> its key in metrics.jsonl, whether the axis begins
-at zero."""
+"""Id, heading, unit (empty: that of the run's losses), name of each curve -> its key in metrics.jsonl, whether the axis
+begins at zero; ``{unit}`` is what the run counts."""
 CHARTS_APART = [
     ("loss", "Loss in training", "", {"train": "loss"}, False),
     ("valid-loss", "Loss of validation", "", {"valid": "valid_loss"}, False),
@@ -88,8 +88,8 @@ def _numbers(facts: Facts) -> list[tuple[str, str]]:
         "parameters": summary.num_parameters,
         "steps": summary.step,
         "epochs": end.get("epochs", facts.last_row.get("epoch")),
-        "tokens trained on": end.get("trained_tokens", facts.last_row.get("num_targets")),
-        "tokens per second, median": facts.tokens_per_s,
+        f"{summary.unit}s trained on": end.get(f"trained_{summary.unit}s", facts.last_row.get("num_targets")),
+        f"{summary.unit}s per second, median": facts.tokens_per_s,
     }
     rows = [(name, format_number(value)) for name, value in values.items() if isinstance(value, int | float)]
     elapsed_s = end.get("elapsed_s", facts.last_row.get("elapsed_s"))
@@ -126,8 +126,17 @@ def _charts(run_dir: Path, summary: RunSummary) -> list[Chart]:
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         return [x for x, _ in points], [y for _, y in points]
 
+    def named(text: str) -> str:
+        return text.format(unit=summary.unit)
+
     return [
-        Chart(id, heading, unit or summary.loss_unit, {n: curve(key) for n, key in keys.items()}, from_zero=from_zero)
+        Chart(
+            id,
+            heading,
+            named(unit) or summary.loss_unit,
+            {named(name): curve(key) for name, key in keys.items()},
+            from_zero=from_zero,
+        )
         for id, heading, unit, keys, from_zero in (CHARTS_APART if summary.validates_otherwise else CHARTS)
     ]
 

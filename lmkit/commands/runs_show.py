@@ -201,10 +201,10 @@ def _numbers(run_dir: Path) -> dict[str, str]:
         title: NOTHING if summary.best_valid_loss is None else f"{summary.best_valid_loss:.4f}",
     }
     if speeds:
-        values["tokens/s (median)"] = format_number(sorted(speeds)[len(speeds) // 2])
+        values[f"{summary.unit}s/s (median)"] = format_number(sorted(speeds)[len(speeds) // 2])
     if isinstance(result.get("elapsed_s"), float):
         values["time"] = format_duration(result["elapsed_s"])
-    for key in ("epochs", "trained_tokens", "word_ppl", "token_ppl", "bits_per_byte", *SCORES):
+    for key in ("epochs", f"trained_{summary.unit}s", "word_ppl", "token_ppl", "bits_per_byte", *SCORES):
         if key in result:
             values[f"result: {key}"] = _short(result[key])
     return values

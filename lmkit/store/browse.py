@@ -54,6 +54,8 @@ _OTHER_LOSSES = {
     "prefer": "nats per pair",
 }
 """Task whose losses are another thing than nats per token -> what they are."""
+_OTHER_UNITS = {"classify": "example", "regress": "example", "prefer": "pair"}
+"""Task that learns from other things than tokens -> what one of them is called."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class RunSummary:
     def loss_unit(self) -> str:
         """What the losses of training and validation are, for people."""
         return _OTHER_LOSSES.get(self.objective, PER_TOKEN)
+
+    @property
+    def unit(self) -> str:
+        """What is counted in training, in the singular."""
+        return _OTHER_UNITS.get(self.objective, "token")
 
     @property
     def validates_otherwise(self) -> bool:

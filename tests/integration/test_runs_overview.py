@@ -211,6 +211,31 @@ def test_losses_that_are_no_nats_per_token_are_not_called_so(lmkit: Lmkit, capsy
     assert (row["best_valid_loss"], row["best_valid_nats_per_token"]) == (0.25, None)
 
 
+def test_examples_and_pairs_are_not_called_tokens(lmkit: Lmkit, capsys: Output) -> None:
+    make_run("text", {2: 3.0})
+    for name, task in (("classes", "classify"), ("answers", "prefer")):
+        make_run(name, {2: 0.25}, command="finetune", config={"task": {"kind": task}}, words=None)
+        result = Path("runs", name, "result.json")
+        unit = {"classify": "examples", "prefer": "pairs"}[task]
+        result.write_text(json.dumps({**json.loads(result.read_text()), f"trained_{unit}": 60}), encoding="utf-8")
+    assert lmkit("compare", "text", "classes", "answers") == 0
+    out = capsys.readouterr().out
+    assert row_of(out, "tokens/s (median)") == ["101.50", "-", "-"]
+    assert row_of(out, "examples/s (median)") == ["-", "101.50", "-"]
+    assert row_of(out, "examples trained on") == ["-", "60", "-"]
+    assert row_of(out, "pairs trained on") == ["-", "-", "60"]
+    assert lmkit("diff", "text", "classes") == 0
+    out = capsys.readouterr().out
+    assert row_of(out, "tokens/s (median)")[1] == "-"
+    assert row_of(out, "examples/s (median)")[0] == "-"
+    assert row_of(out, "result: trained_examples") == ["-", "60"]
+    assert lmkit("report", "classes", "to=a.html") == 0
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert "examples trained on" in page
+    assert "training examples per second" in page
+    assert "tokens/s" not in page
+
+
 # plot
 
 
