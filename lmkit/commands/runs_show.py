@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lmkit.commands.runs_text import (
@@ -201,7 +202,7 @@ def _numbers(run_dir: Path) -> dict[str, str]:
         title: NOTHING if summary.best_valid_loss is None else f"{summary.best_valid_loss:.4f}",
     }
     if speeds:
-        values[f"{summary.unit}s/s (median)"] = format_number(sorted(speeds)[len(speeds) // 2])
+        values[f"{summary.unit}s/s (median)"] = format_number(median(speeds))
     if isinstance(result.get("elapsed_s"), float):
         values["time"] = format_duration(result["elapsed_s"])
     for key in ("epochs", f"trained_{summary.unit}s", "word_ppl", "token_ppl", "bits_per_byte", *SCORES):
