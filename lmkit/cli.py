@@ -62,10 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(line)
         sys.stdout.flush()
         return code
+    except SystemExit as error:
+        _leave_job(error.code)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         nobody_reads = isinstance(error, BrokenPipeError) and reader_is_gone()
         discard_stdout()
-        return 0 if nobody_reads else report(error, command, debug=debug)
+        code = 0 if nobody_reads else report(error, command, debug=debug)
+        _leave_job(code)
+        return code
+
+
+def _leave_job(code: object) -> None:
+    """Where several processes train together, and this one leaves them in the middle, end it."""
+    distributed = sys.modules.get("lmkit.distributed")  # imported by the commands that train
+    if distributed is not None and isinstance(code, int):
+        distributed.leave(code)
 
 
 def limit_spinning(command: str) -> None:

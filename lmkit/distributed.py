@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,19 +172,20 @@ class World:
         return agreed[: len(own)], [value > 0 for value in agreed[len(own) :]]
 
     def tell(self, make: Callable[[], str]) -> str:
-        """The text that ``make`` gives in the first process, told to all. Where it raises, the others leave."""
+        """The text that ``make`` gives in the first process, told to all. Where it raises, the others leave, with the
+        exit code of its error."""
         if self.size == 1:
             return make()
         text = b""
         if self.is_first:
             try:
                 text = make().encode("utf-8")
-            except BaseException:
-                self.agree([0.0, 0.0])
+            except BaseException as error:
+                self.agree([0.0, float(getattr(error, "exit_code", LmkitError.exit_code))])
                 raise
         (made, length), _ = self.agree([1.0, float(len(text))])
         if not made:
-            raise SystemExit(LmkitError.exit_code)
+            raise SystemExit(int(length))
         data = torch.tensor(list(text) or [0] * int(length), dtype=torch.uint8)
         with _lost():
             dist.broadcast(data, 0)
@@ -281,6 +283,18 @@ class World:
 
 SINGLE = World()
 """A process on its own."""
+
+
+def leave(code: int) -> None:
+    """End a process that an error has left joined to others on the spot, with this exit code; else do nothing.
+
+    What connects it to them runs in threads, which would now and then abort it while Python shuts down.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def find_world(config: ParallelConfig) -> World:

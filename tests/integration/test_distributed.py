@@ -43,7 +43,7 @@ from lmkit.config.training import (
 )
 from lmkit.device import resolve_device
 from lmkit.distributed import SINGLE, World, find_world
-from lmkit.errors import CheckpointError, ConfigError, StoppedError
+from lmkit.errors import CheckpointError, ConfigError, DataError, StoppedError
 from lmkit.sharding import is_sharded
 from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
@@ -337,6 +337,42 @@ def test_a_world_of_one_is_bit_identical_to_no_parallel(
 
 
 # What is refused
+
+
+def test_the_others_leave_with_the_exit_code_of_the_first_one_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[float]] = []
+
+    def agree(world: World, decision: Sequence[float], requests: Sequence[bool] = ()) -> tuple[list[float], list[bool]]:
+        told.extend([list(decision)] if world.is_first else [])
+        return told[-1], []
+
+    def missing() -> str:
+        raise DataError("no such file")
+
+    monkeypatch.setattr(World, "agree", agree)
+    with pytest.raises(DataError):
+        World(rank=0, size=2).tell(missing)
+    with pytest.raises(SystemExit) as left:
+        World(rank=1, size=2).tell(missing)
+    assert left.value.code == DataError.exit_code
+
+
+JOINED = """
+import atexit, sys
+import torch.distributed as dist
+import lmkit.distributed
+from lmkit import cli
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(print, "shut down")
+sys.exit(cli.main(["prepare", "dataset=text", "dataset.path=none"]))
+"""
+
+
+def test_a_process_that_an_error_leaves_joined_to_others_does_not_shut_python_down() -> None:
+    """The threads that connect it to them would abort it at times, and the exit code with it."""
+    done = subprocess.run([sys.executable, "-c", JOINED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    assert done.stderr.startswith("error: ")
 
 
 def test_row_18_processes_that_find_the_checkpoints_of_different_steps_are_refused() -> None:
