@@ -99,7 +99,7 @@ class RunSummary:
     @property
     def validates_otherwise(self) -> bool:
         """Whether a loss of validation is another measure than one of training."""
-        return self.objective in ("classify", "regress")
+        return self.unit == "example"
 
     @property
     def token_ppl(self) -> float | None:
