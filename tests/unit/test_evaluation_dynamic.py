@@ -251,13 +251,14 @@ def test_learning_nothing_gives_the_static_scores(family: Callable[[], LanguageM
 def test_the_model_gets_its_weights_and_its_mode_back_bit_for_bit(
     family: Callable[[], LanguageModel], rule: type[DynamicConfig], training: bool
 ) -> None:
+    """With a rate of 1e-3 the losses of RMS go up and down by 70 nats, and on some CPUs beyond all bounds."""
     model, tokens = family().float().train(training), text(60)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    first = dynamic(model, tokens, rule(lr=1e-3))
+    first = dynamic(model, tokens, rule(lr=1e-5))
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert model.training is training
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    second = dynamic(model, tokens, rule(lr=1e-3))
+    second = dynamic(model, tokens, rule(lr=1e-5))
     assert np.array_equal(first.nats_N, second.nats_N)
 
 
