@@ -68,6 +68,7 @@ class SwigluDown(torch.autograd.Function):
     """y = (silu(gate) * up) W^T + b; keeps gate and up, and makes their product again in the backward pass.
 
     Some rows at a time: what lies between two products stays in the cache, and needs little memory beside what is kept.
+    The gradient takes the place of gate and up, so that there is one backward pass; torch refuses a second one.
     """
 
     @staticmethod
@@ -87,20 +88,20 @@ class SwigluDown(torch.autograd.Function):
         gate_up_BTF, weight_DF = ctx.saved_tensors
         needs_gate_up, needs_weight, needs_bias = ctx.needs_input_grad
         gate_up_NF, dy_ND = gate_up_BTF.flatten(0, -2), dy_BTD.flatten(0, -2)
-        d_gate_up_NF = torch.empty_like(gate_up_NF) if needs_gate_up else None
         d_weight_DF: Tensor | None = None
         for rows in row_blocks(gate_up_NF):
             gate_RF, up_RF = gate_up_NF[rows].chunk(2, dim=-1)
             active_RF = F.silu(gate_RF)
-            if d_gate_up_NF is not None:
-                d_gate_RF, d_up_RF = d_gate_up_NF[rows].chunk(2, dim=-1)
-                d_inner_RF = products.times(dy_ND[rows], weight_DF)
-                torch.mul(d_inner_RF, active_RF, out=d_up_RF)
-                torch.ops.aten.silu_backward.grad_input(d_inner_RF.mul_(up_RF), gate_RF, grad_input=d_gate_RF)
+            inner_RF = active_RF * up_RF
             if needs_weight:
-                d_weight_DF = products.add_outer(d_weight_DF, dy_ND[rows], active_RF.mul_(up_RF), weight_DF.dtype)
+                d_weight_DF = products.add_outer(d_weight_DF, dy_ND[rows], inner_RF, weight_DF.dtype)
+            if needs_gate_up:
+                d_inner_RF = products.times(dy_ND[rows], weight_DF)
+                d_active_RF = torch.mul(d_inner_RF, up_RF, out=inner_RF)
+                torch.mul(d_inner_RF, active_RF, out=up_RF)
+                torch.ops.aten.silu_backward.grad_input(d_active_RF, gate_RF, grad_input=gate_RF)
         return (
-            None if d_gate_up_NF is None else d_gate_up_NF.view(gate_up_BTF.shape),
+            gate_up_BTF.detach() if needs_gate_up else None,
             d_weight_DF,
             dy_ND.sum(0) if needs_bias else None,
         )

@@ -263,6 +263,16 @@ def test_a_norm_keeps_its_result_and_not_its_input() -> None:
     assert x.data_ptr() not in kept
 
 
+def test_the_gradient_of_gate_and_up_takes_their_place_so_that_a_second_backward_pass_is_refused() -> None:
+    gate_up, places = (torch.randn(2, 3, 8, requires_grad=True) * 2.0), []
+    gate_up.register_hook(lambda grad: places.append(grad.data_ptr()))
+    y = lmkit.models.by_hand.SwigluDown.apply(gate_up, torch.randn(5, 4), None)  # type: ignore[no-untyped-call]
+    y.sum().backward(retain_graph=True)
+    assert places == [gate_up.data_ptr()]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_under_autocast_what_branches_are_added_to_stays_in_fp32() -> None:
     model, seen = randomised(llama()).train(), []
     for block in model.blocks:
