@@ -2,14 +2,14 @@
 
 At one token a time most of Transformer.forward is the cost of calling, and products of few rows with (out, in) matrices
 read them slowly. Here every matrix is copied once into an order that is read fast, with the gain of the RMSNorm before
-it and the scale of the queries, and queries and keys are rotated together. The result is that of Transformer.forward
-up to rounding.
+it and the scale of the queries, and queries and keys are rotated together, as complex numbers. The result is that of
+Transformer.forward up to rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from lmkit import products
 from lmkit.config.model import Positions
 from lmkit.heads import SoftmaxHead
 from lmkit.models.base import LanguageModel
+from lmkit.models.by_hand import reordered, unit_turns
 from lmkit.models.dropout import Dropout, DropPath, LockedDropout
 from lmkit.models.transformer import Attention, Block, FeedForward, KVCache, RMSNorm, Transformer, activate
 from lmkit.pages import Shelf
@@ -33,41 +34,72 @@ KNOWN_PARTS = {Block, Attention, FeedForward, nn.Linear, RMSNorm, nn.LayerNorm, 
 KNOWN_PARTS |= {nn.Sequential, nn.Identity}
 
 
-Product = Callable[[Tensor], Tensor]
-"""x W + b: (B, I) -> (B, O)."""
+class Product(ABC):
+    """x W + b: (B, I) -> (B, O), with a copy of W in the order in which it is read fastest."""
+
+    @abstractmethod
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        """The product, in new memory."""
+
+    def add_to(self, total_BO: Tensor, x_BI: Tensor) -> Tensor:
+        """``total_BO``, to which the product is added in place."""
+        return total_BO.add_(self(x_BI))
 
 
 def product(weight_OI: Tensor, bias_O: Tensor | None, batch: int, shelf: Shelf) -> Product:
-    """x W + b with a copy of W in the order in which products of ``batch`` rows read it fastest."""
+    """x W + b for products of ``batch`` rows."""
     weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()
     if not products.by_onednn(weight_OI, products.MIN_ROWS):
-        weight_IO = shelf.copy(weight_OI.T)
-        if bias_O is None:
-            return lambda x_BI: x_BI @ weight_IO
-        return lambda x_BI: torch.addmm(bias_O, x_BI, weight_IO)
+        return ByMkl(weight_OI, bias_O, shelf)
     if batch > 1:
-        packed_OI = products.packed(weight_OI, batch)
-        return lambda x_BI: products.onednn(x_BI, packed_OI, bias_O)
+        return ByOnednn(weight_OI, bias_O, batch)
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return one_row_by_parts(weight_OI, bias_O, shelf)
+        return OneRowByParts(weight_OI, bias_O, shelf)
     return OneRow(weight_OI, bias_O, shelf)
 
 
-def one_row_by_parts(weight_OI: Tensor, bias_O: Tensor | None, shelf: Shelf) -> Product:
-    """x W + b for one row, where W's columns are cut into a part for each thread: MKL shares out several products, but
-    not a single one. With AVX2 alone (AMD's Zen 3) it takes 0.7 to 0.8 times as long as ``OneRow``."""
-    parts = math.gcd(torch.get_num_threads(), len(weight_OI))
-    weight_PIO = shelf.copy(weight_OI.T.reshape(weight_OI.shape[1], parts, -1).transpose(0, 1))
+class ByMkl(Product):
+    """W as (in, out), which MKL reads fastest; it adds the product where it is to go."""
 
-    def times(x_1I: Tensor) -> Tensor:
-        y_1O = torch.bmm(x_1I.expand(parts, -1, -1), weight_PIO).view(1, -1)
-        return y_1O if bias_O is None else y_1O.add_(bias_O)
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, shelf: Shelf) -> None:
+        self.weight_IO, self.bias_O = shelf.copy(weight_OI.T), bias_O
 
-    return times
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        if self.bias_O is None:
+            return torch.mm(x_BI, self.weight_IO)
+        return torch.addmm(self.bias_O, x_BI, self.weight_IO)
+
+    def add_to(self, total_BO: Tensor, x_BI: Tensor) -> Tensor:
+        total_BO.addmm_(x_BI, self.weight_IO)
+        return total_BO if self.bias_O is None else total_BO.add_(self.bias_O)
 
 
-class OneRow:
-    """x W + b for one row: the sum of the rows of W, each times its x, as torch sums the embeddings of a bag.
+class ByOnednn(Product):
+    """W in the order that oneDNN wants."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, batch: int) -> None:
+        self.packed_OI, self.bias_O = products.packed(weight_OI, batch), bias_O
+
+    def __call__(self, x_BI: Tensor) -> Tensor:
+        return products.onednn(x_BI, self.packed_OI, self.bias_O)
+
+
+class OneRowByParts(Product):
+    """For one row: W's columns are cut into a part for each thread. MKL shares out several products, but not a single
+    one. With AVX2 alone (AMD's Zen 3) it takes 0.7 to 0.8 times as long as ``OneRow``."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, shelf: Shelf) -> None:
+        self.parts, self.bias_O = math.gcd(torch.get_num_threads(), len(weight_OI)), bias_O
+        columns_PIO = weight_OI.T.reshape(weight_OI.shape[1], self.parts, -1).transpose(0, 1)
+        self.weight_PIO = shelf.copy(columns_PIO)
+
+    def __call__(self, x_1I: Tensor) -> Tensor:
+        y_1O = torch.bmm(x_1I.expand(self.parts, -1, -1), self.weight_PIO).view(1, -1)
+        return y_1O if self.bias_O is None else y_1O.add_(self.bias_O)
+
+
+class OneRow(Product):
+    """For one row: the sum of the rows of W, each times its x, as torch sums the embeddings of a bag.
 
     MKL and oneDNN, made for more rows, take 1.1 to 2 times as long (AMD with AVX-512, torch 2.13). The columns of W are
     cut into S stripes, a bag for each, which the threads share.
@@ -106,7 +138,7 @@ class Norm:
         if isinstance(norm, RMSNorm):
             assert norm.eps is not None
             self.width, self.gain_D = norm.normalized_shape[0], norm.weight.detach() if gain else None
-            self.eps = torch.tensor(norm.eps)
+            self.eps_111 = torch.full((1, 1, 1), norm.eps)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         norm = self.norm
@@ -115,8 +147,12 @@ class Norm:
         if not isinstance(norm, RMSNorm):
             y_BD: Tensor = norm(x_BD)
             return y_BD
-        squares_B1 = torch.linalg.vecdot(x_BD, x_BD).unsqueeze(1)
-        rate_B1 = torch.add(self.eps, squares_B1, alpha=1 / self.width).rsqrt_()
+        if len(x_BD) == 1:  # one operation less than for several rows
+            rate_B1 = torch.addmm(self.eps_111[0], x_BD, x_BD.T, alpha=1 / self.width).rsqrt_()
+        else:
+            rows_B1D = x_BD.unsqueeze(1)
+            squares_B11 = torch.baddbmm(self.eps_111, rows_B1D, rows_B1D.transpose(1, 2), alpha=1 / self.width)
+            rate_B1 = squares_B11.rsqrt_().squeeze(2)
         normed_BD = x_BD * rate_B1
         return normed_BD if self.gain_D is None else normed_BD.mul_(self.gain_D)
 
@@ -126,10 +162,16 @@ def with_gain(weight_OI: Tensor, norm: nn.Module) -> Tensor:
     return weight_OI * norm.weight if isinstance(norm, RMSNorm) else weight_OI
 
 
-def with_scale(qkv: Tensor, attention: Attention) -> Tensor:
-    """Rows of queries, keys and values, those of the queries divided by the square root of the channels."""
-    num_rows = attention.num_heads * attention.channels
-    return torch.cat([qkv[:num_rows] * attention.channels**-0.5, qkv[num_rows:]])
+def prepared(qkv: Tensor, attention: Attention, *, paired: bool) -> Tensor:
+    """Rows of queries, keys and values, those of the queries divided by the square root of the channels.
+
+    paired: whether the two channels of a pair that is rotated become neighbours, as in ``by_hand.RotaryProjection``.
+    """
+    num_queries, channels = attention.num_heads * attention.channels, attention.channels
+    rows = torch.cat([qkv[:num_queries] * channels**-0.5, qkv[num_queries:]])
+    if not paired:
+        return rows
+    return reordered(rows, num_queries + attention.num_kv_heads * channels, (-1, 2, channels // 2))
 
 
 @dataclass(frozen=True)
@@ -145,17 +187,22 @@ class Layer:
     down: Product
 
     @classmethod
-    def of(cls, block: Block, batch: int, shelf: Shelf) -> Layer:
+    def of(cls, block: Block, batch: int, shelf: Shelf, *, rotary: bool) -> Layer:
         attention, feed_forward = block.attention, block.feed_forward
         rise = feed_forward.first
-        qkv_weight, qkv_bias = with_scale(attention.qkv.weight, attention), attention.qkv.bias
+        qkv_weight, qkv_bias = attention.qkv.weight, attention.qkv.bias
         rise_weight = rise.weight
         if block.pre_norm:
             qkv_weight = with_gain(qkv_weight, block.attention_norm)
             rise_weight = with_gain(rise_weight, block.feed_forward_norm)
         return cls(
             Norm(block.attention_norm, gain=not block.pre_norm),
-            product(qkv_weight, None if qkv_bias is None else with_scale(qkv_bias, attention), batch, shelf),
+            product(
+                prepared(qkv_weight, attention, paired=rotary),
+                None if qkv_bias is None else prepared(qkv_bias, attention, paired=rotary),
+                batch,
+                shelf,
+            ),
             product(attention.out.weight, attention.out.bias, batch, shelf),
             Norm(block.feed_forward_norm, gain=not block.pre_norm),
             product(rise_weight, rise.bias, batch, shelf),
@@ -174,52 +221,77 @@ def token_step(model: LanguageModel, batch: int, num_tokens: int) -> TokenStep |
     return TokenStep(model, model.head, batch, num_tokens) if parts <= KNOWN_PARTS else None
 
 
+@dataclass(frozen=True)
+class StepCache:
+    """Keys and values of the tokens read so far in one buffer, so that those of a token are written in one operation.
+
+    N = B x K. Only the first ``length`` of the S slots are filled. Channels of rotary keys are in pairs.
+    """
+
+    heads_L2NSC: Tensor
+    length: int
+
+
 class TokenStep:
     """Logits of the next token of each text, from one token of each and the cache. Holds a copy of the matrices."""
 
     def __init__(self, model: Transformer, head: SoftmaxHead, batch: int, num_tokens: int) -> None:
         """The model must not change while this is in use; see ``token_step`` for which can be given."""
         self.model, self.config, self.num_tokens = model, model.config, num_tokens
-        shelf = Shelf()
-        self.layers = [Layer.of(block, batch, shelf) for block in model.blocks]  # type: ignore[arg-type]
+        config, shelf = model.config, Shelf()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        rotary = config.positions is Positions.rotary
+        self.layers = [Layer.of(block, batch, shelf, rotary=rotary) for block in model.blocks]  # type: ignore[arg-type]
         self.head = product(with_gain(head.weight, model.final_norm), head.bias, batch, shelf)
         self.final_norm = Norm(model.final_norm, gain=False)
-        self.num_heads = model.config.num_heads
-        self.num_kv_heads = model.config.num_kv_heads or model.config.num_heads
-        if model.config.positions is Positions.rotary:
-            half = model.config.channels // 2
-            self.signed_sin_TC = torch.cat([-model.sin_TC[:, :half], model.sin_TC[:, half:]], 1)
+        self.turns_TM: Tensor | None = None
+        """Complex: what the pairs of channels of queries, keys and values are multiplied by, values by 1."""
+        if rotary:
+            turns_TP = unit_turns(model.cos_TC, model.sin_TC, self.num_heads + self.num_kv_heads)
+            self.turns_TM = F.pad(turns_TP, (0, self.num_kv_heads * config.channels // 2), value=1.0)
 
-    def __call__(self, tokens_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        """(logits_BV, cache with one more token). The buffers of the given cache are written to."""
-        position = cache.length
-        if cache.keys_LBKSC.shape[3] == position:
-            room = min(self.num_tokens, MAX_ROOM, self.config.context - position)
-            cache = cache.with_room(room, self.config.context)
+    def __call__(self, tokens_B: Tensor, cache: KVCache | StepCache) -> tuple[Tensor, StepCache]:
+        """(logits_BV, cache with one more token). cache: the model's own, or what this has returned, which is written
+        to."""
+        if isinstance(cache, KVCache):
+            cache = self._taken_over(cache)
+        heads_L2NSC, position = cache.heads_L2NSC, cache.length
+        if heads_L2NSC.shape[3] == position:
+            heads_L2NSC = F.pad(heads_L2NSC, (0, 0, 0, self._room(position)))
         x_BD = self._embed(tokens_B, position)
-        turn = None
-        if self.config.positions is Positions.rotary:
-            turn = self.model.cos_TC[position], self.signed_sin_TC[position]
-        keys_LNSC, values_LNSC = cache.keys_LBKSC.flatten(1, 2), cache.values_LBKSC.flatten(1, 2)
+        turns_M = None if self.turns_TM is None else self.turns_TM[position]
+        seen_L2NTC = heads_L2NSC[:, :, :, : position + 1]
         layers = zip(
             self.layers,
-            keys_LNSC[:, :, : position + 1].transpose(2, 3).unbind(0),
-            keys_LNSC[:, :, position].unbind(0),
-            values_LNSC[:, :, : position + 1].unbind(0),
-            values_LNSC[:, :, position].unbind(0),
+            seen_L2NTC[:, 0].transpose(2, 3).unbind(0),
+            seen_L2NTC[:, 1].unbind(0),
+            heads_L2NSC[:, :, :, position].unbind(0),
             strict=True,
         )
         for layer, *slot in layers:
             if self.config.pre_norm:
-                x_BD += layer.out(self._attend(layer.qkv(layer.attention_norm(x_BD)), turn, *slot))
-                x_BD += layer.down(self._activate(layer.up(layer.feed_forward_norm(x_BD))))
+                x_BD = layer.out.add_to(x_BD, self._attend(layer.qkv(layer.attention_norm(x_BD)), turns_M, *slot))
+                x_BD = layer.down.add_to(x_BD, self._activate(layer.up(layer.feed_forward_norm(x_BD))))
             else:
-                seen_BD = self._attend(layer.qkv(x_BD), turn, *slot)
-                x_BD = layer.attention_norm(x_BD + layer.out(seen_BD))
-                x_BD = layer.feed_forward_norm(x_BD + layer.down(self._activate(layer.up(x_BD))))
+                seen_BD = self._attend(layer.qkv(x_BD), turns_M, *slot)
+                x_BD = layer.attention_norm(layer.out.add_to(x_BD, seen_BD))
+                x_BD = layer.feed_forward_norm(layer.down.add_to(x_BD, self._activate(layer.up(x_BD))))
         if self.config.pre_norm:
             x_BD = self.final_norm(x_BD)
-        return self.head(x_BD).float(), KVCache(cache.keys_LBKSC, cache.values_LBKSC, position + 1)
+        return self.head(x_BD).float(), StepCache(heads_L2NSC, position + 1)
+
+    def _room(self, length: int) -> int:
+        """Slots to be made for tokens behind the first ``length``."""
+        return min(self.num_tokens, MAX_ROOM, self.config.context - length)
+
+    def _taken_over(self, cache: KVCache) -> StepCache:
+        keys_LNTC, values_LNTC = (
+            heads_LBKSC[:, :, :, : cache.length].flatten(1, 2) for heads_LBKSC in (cache.keys_LBKSC, cache.values_LBKSC)
+        )
+        if self.turns_TM is not None:
+            keys_LNTC = keys_LNTC.reshape(*keys_LNTC.shape[:3], 2, -1).transpose(3, 4).flatten(3)
+        heads_L2NTC = torch.stack([keys_LNTC, values_LNTC], 1)
+        return StepCache(F.pad(heads_L2NTC, (0, 0, 0, self._room(cache.length))), cache.length)
 
     def _embed(self, tokens_B: Tensor, position: int) -> Tensor:
         config = self.config
@@ -233,27 +305,15 @@ class TokenStep:
         return x_BD
 
     def _attend(
-        self,
-        qkv_BM: Tensor,
-        turn: tuple[Tensor, Tensor] | None,
-        keys_NCT: Tensor,
-        key_NC: Tensor,
-        values_NTC: Tensor,
-        value_NC: Tensor,
+        self, qkv_BM: Tensor, turns_M: Tensor | None, keys_NCT: Tensor, values_NTC: Tensor, slot_2NC: Tensor
     ) -> Tensor:
-        """What each query sees (B, H x C); N = B x K. New key and value go to their place, the last of the T."""
-        batch, heads, kv_heads = len(qkv_BM), self.num_heads, self.num_kv_heads
-        heads_BMC = qkv_BM.view(batch, heads + 2 * kv_heads, -1)
-        if turn is None:
-            q_BHC, k_BKC, v_BKC = heads_BMC.split_with_sizes((heads, kv_heads, kv_heads), 1)
-        else:
-            qk_BMC, v_BKC = heads_BMC.split_with_sizes((heads + kv_heads, kv_heads), 1)
-            cos_C, sin_C = turn
-            qk_BMC = torch.addcmul(qk_BMC * cos_C, qk_BMC.roll(qk_BMC.shape[2] // 2, -1), sin_C)
-            q_BHC, k_BKC = qk_BMC.split_with_sizes((heads, kv_heads), 1)
-        key_NC.view(k_BKC.shape).copy_(k_BKC)
-        value_NC.view(v_BKC.shape).copy_(v_BKC)
-        q_NGC = q_BHC.reshape(batch * kv_heads, heads // kv_heads, -1)  # G = H / K queries share a key
+        """What each query sees (B, H x C). New key and value go to the slot, the last of the T."""
+        batch, heads, kv_heads, channels = len(qkv_BM), self.num_heads, self.num_kv_heads, slot_2NC.shape[2]
+        if turns_M is not None:
+            torch.view_as_complex(qkv_BM.view(batch, -1, 2)).mul_(turns_M)
+        q_BD, kv_BM = qkv_BM.split_with_sizes((heads * channels, 2 * kv_heads * channels), 1)
+        slot_2NC.view(2, batch, kv_heads, channels).copy_(kv_BM.view(batch, 2, kv_heads, channels).transpose(0, 1))
+        q_NGC = q_BD.reshape(batch * kv_heads, heads // kv_heads, channels)  # G = H / K queries share a key
         share_NGT = torch.bmm(q_NGC, keys_NCT)
         torch.softmax(share_NGT, 2, out=share_NGT)
         return torch.bmm(share_NGT, values_NTC).view(batch, -1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkit import products
-from lmkit.models.stepping import OneRow, Product, one_row_by_parts, product
+from lmkit.models.stepping import OneRow, OneRowByParts, Product, product
 from lmkit.pages import Shelf
 
 
@@ -48,7 +48,7 @@ def test_the_library_and_the_cut_of_a_matrix(
     assert sums_rows is (onednn and instructions == "AVX512")
 
 
-@pytest.mark.parametrize("way", [OneRow, one_row_by_parts])
+@pytest.mark.parametrize("way", [OneRow, OneRowByParts])
 @pytest.mark.parametrize("num_out", [6, 7])
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_row_times_a_matrix_is_the_plain_product_whichever_way_it_is_cut(

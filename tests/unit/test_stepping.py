@@ -56,7 +56,7 @@ def build(kind: str) -> Transformer:
 @pytest.mark.parametrize("batch", [1, 9])
 @pytest.mark.parametrize(("threads", "onednn"), [(1, False), (1, True), (2, True), (3, True)])
 @torch.no_grad()
-def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(
+def test_a_step_gives_the_logits_of_the_whole_model(
     kind: str, batch: int, threads: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matrices cut for several threads or not, multiplied by either library."""
@@ -67,25 +67,23 @@ def test_a_step_gives_the_logits_and_the_cache_of_the_whole_model(
     model = build(kind)
     tokens_BT = torch.randint(VOCAB, (batch, 12), generator=torch.Generator().manual_seed(3))
     expected = model.head.logits(model(tokens_BT)[0].flatten(0, 1)).view(batch, 12, VOCAB)
-    step = token_step(model, batch, 6)
+    step = token_step(model, batch, 6)  # so that there is room for six tokens at a time
     assert step is not None
     _, cache = model(tokens_BT[:, :4], use_state=True)
-    for t in range(4, 10):
+    for t in range(4, 12):
         logits_BV, cache = step(tokens_BT[:, t], cache)
         torch.testing.assert_close(logits_BV, expected[:, t], rtol=1e-4, atol=1e-4)
-    hidden_BTD, _ = model(tokens_BT[:, 10:], cache)
-    torch.testing.assert_close(model.head.logits(hidden_BTD[:, -1]), expected[:, -1], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_room_is_made_for_what_is_asked_for_but_never_for_more_than_a_thousand() -> None:
     model = TransformerConfig(**(SMALL | {"context": 5000})).build(VOCAB, seed=1).eval()
-    for num_tokens, room in ((9, 64), (100, 164), (4000, 64 + MAX_ROOM)):
+    for num_tokens, room in ((9, 73), (100, 164), (4000, 64 + MAX_ROOM)):
         step = token_step(model, 1, num_tokens)
         assert step is not None
         _, cache = model(torch.zeros(1, 64, dtype=torch.int64), use_state=True)
         _, cache = step(torch.tensor([3]), cache)
-        assert cache.keys_LBKSC.shape[3] == max(room, 128)
+        assert cache.heads_L2NSC.shape[3] == room
         assert cache.length == 65
 
 
