@@ -30,6 +30,7 @@ from lmkit.data.batches import ORDER, Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.horizon import Horizon, last_step
+from lmkit.store.browse import Status, read_summary
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_info, read_metrics
 from lmkit.store.incidents import BATCH_FILE
@@ -93,8 +94,8 @@ def replay(run_dir: Path, step: int, console: Console) -> dict[str, Any]:
 
     ``rows`` hold ``row``, ``text``, ``ids`` (the targets) and, where a row has a loss of its own (not in task=regress,
     task=prefer and objective=gan), ``nats_per_token`` under the exact softmax, with the step's own dropout. Raises
-    ConfigError for a step that the run has no configuration for, CheckpointError or DataError if what the run was
-    trained on is not there any more.
+    ConfigError for a step that the run has no configuration for, or that lies behind its end, CheckpointError or
+    DataError if what the run was trained on is not there any more.
     """
     if step < 1:
         raise ConfigError(f"step={step} must be >= 1")
@@ -123,13 +124,19 @@ def replay(run_dir: Path, step: int, console: Console) -> dict[str, Any]:
 
 def _find_start(run_dir: Path, step: int, console: Console) -> _Start:
     """The newest whole checkpoint before ``step``, and the configuration in force at ``step``."""
+    record = read_object(run_dir / BATCH_FILE.format(step=step)) or {}
+    known = read_summary(run_dir)
+    has_ended = known.status in (Status.finished, Status.stopped)  # else it may have made more steps than it has logged
+    if has_ended and not record and known.step is not None and step > known.step:
+        raise ConfigError(
+            f"the last step of {run_dir} is {known.step}: it has made no step {step}", f"name one up to {known.step}"
+        )
     paths = list_checkpoints(run_dir)
     before = [p for p in paths if (step_of(p.name) or 0) < step]
     after = paths[len(before) :]
     snapshot = _first_whole(before[::-1], console, with_optimizer=True)
     next_one = _first_whole(after, console, with_optimizer=False)
     newest = _first_whole(after[::-1], console, with_optimizer=False) or snapshot
-    record = read_object(run_dir / BATCH_FILE.format(step=step)) or {}
     configs = [record.get("config"), *(found.config for found in (next_one, snapshot) if found is not None)]
     config = next((c for c in configs if isinstance(c, dict)), None)
     if config is None:

@@ -398,6 +398,23 @@ def test_a_step_that_no_run_has_is_refused(tmp_path: Path) -> None:
         replay(tmp_path, 0, Console())
 
 
+def test_a_step_behind_the_end_of_a_run_is_refused(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config()
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6)
+        with pytest.raises(StoppedError):
+            pretrain.run(cfg)
+    for last in (6, 12):
+        assert replay(path_of(cfg), last, Console())["step"] == last
+        capsys.readouterr()
+        with pytest.raises(ConfigError, match=rf"last step of .* is {last}: it has made no step {last + 1}; name one"):
+            replay(path_of(cfg), last + 1, Console())
+        assert capsys.readouterr().err == ""  # nothing was trained first
+        pretrain.run(replace(cfg, resume=True))
+
+
 # Saves that fail
 
 
