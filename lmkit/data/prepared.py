@@ -2,7 +2,7 @@
 
 The folder of a result is named by the SHA-256 of the text of all splits, the tokenizer, the cleaning options and the
 format version, so data is never stale and is shared between runs. It appears by one rename when it is complete; what a
-killed process leaves is a ``.tmp-`` folder that the next one removes. Peak memory does not depend on the size of the
+killed process leaves begins with ``.tmp-``, and the next one removes it. Peak memory does not depend on the size of the
 corpus.
 """
 
@@ -116,7 +116,7 @@ class _Preparation:
             if survey is None:
                 survey = self._survey()
                 if fingerprint == self._fingerprint():
-                    remember(self.root / "surveys", fingerprint, survey)
+                    remember(self.root / "surveys", fingerprint, survey, self._scratch())
                 if found := self._find(survey):
                     return found
             return self._build(survey)
@@ -147,7 +147,12 @@ class _Preparation:
     def _note(self, survey: Survey, tokenizer: Tokenizer, key: str) -> None:
         """Let what was prepared for a configuration be found by the tokenizer that was trained, which runs ask for."""
         (self.root / "same").mkdir(exist_ok=True)
-        storage.replace_file(self.root / "same" / self._key(survey, tokenizer.digest), key.encode())
+        note = self.root / "same" / self._key(survey, tokenizer.digest)
+        storage.replace_file(note, key.encode(), self._scratch())
+
+    def _scratch(self) -> Path:
+        """A name for what is not whole yet, where ``_sweep`` finds it and can tell whose it is."""
+        return self.folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
 
     def _find(self, survey: Survey | None, *, warn: bool = True) -> PreparedData | None:
         if survey is None or self.force:
@@ -203,7 +208,7 @@ class _Preparation:
         if self.config is not None:
             vouch(self.tokenizer)  # it was trained here, just now
         key = self._key(survey)
-        temporary = self.folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
+        temporary = self._scratch()
         temporary.mkdir()
         try:
             splits = self._encode(survey, self.tokenizer, temporary)

@@ -223,15 +223,15 @@ def recall(folder: Path, fingerprint: Mapping[str, Any] | None) -> Survey | None
         return None
 
 
-def remember(folder: Path, fingerprint: Mapping[str, Any] | None, survey: Survey) -> None:
-    """Keep a survey for ``recall``."""
+def remember(folder: Path, fingerprint: Mapping[str, Any] | None, survey: Survey, temporary: Path) -> None:
+    """Keep a survey for ``recall``; temporary: see ``storage.replace_file``."""
     if fingerprint is None:
         return
     counts = {split: vars(counts) for split, counts in survey.counts.items()}
     data = {"fingerprint": fingerprint, "counts": counts, "cleaning": survey.cleaning, "repeats": survey.repeats}
     text = json.dumps(data | {"digest": _digest(data)}, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    storage.replace_file(folder / _name(fingerprint), text.encode())
+    storage.replace_file(folder / _name(fingerprint), text.encode(), temporary)
 
 
 def digest_of(data: Any) -> str:

@@ -139,9 +139,12 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace the content of ``path`` atomically: after a crash it holds the old bytes or the new ones."""
-    temporary = path.with_name(scratch_name(TMP_PREFIX, path.name))
+def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Replace the content of ``path`` atomically: after a crash it holds the old bytes or the new ones.
+
+    temporary: the name that it has until it is whole, on the same file system; None: one beside ``path``.
+    """
+    temporary = temporary or path.with_name(scratch_name(TMP_PREFIX, path.name))
     try:
         write_file(temporary, data)
         replace(temporary, path)

@@ -505,6 +505,33 @@ def test_a_killed_preparation_leaves_nothing_that_counts(folder: Path, cache: Pa
     assert [path.name for path in (cache / "prepared").iterdir()] == [data.key]
 
 
+KILLED_IN_A_NOTE = """
+import os, sys
+from lmkit.config.data import TextConfig, WordTokenizerConfig
+from lmkit.data import textfiles
+from lmkit.data.prepared import prepare
+from lmkit.store import storage
+textfiles._SETTLED_NS = 0
+def replace(source, target):
+    if target.parent.name == sys.argv[2]:
+        os._exit(9)
+    os.replace(source, target)
+storage.replace = replace
+prepare(TextConfig(path=sys.argv[1]), WordTokenizerConfig())
+"""
+
+
+@pytest.mark.parametrize("notes", ["surveys", "same"])
+def test_what_a_preparation_leaves_that_is_killed_while_it_writes_a_note_is_removed(
+    folder: Path, cache: Path, notes: str
+) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED_IN_A_NOTE, str(folder), notes], check=False)
+    assert done.returncode == 9
+    assert [path.name[:5] for path in cache.rglob(".*")] == [".tmp-"]
+    prepared(folder, CharTokenizerConfig())
+    assert list(cache.rglob(".*")) == []
+
+
 def test_processes_that_prepare_the_same_data_do_it_once(folder: Path, cache: Path) -> None:
     command_line = [sys.executable, "-c", SCRIPT, str(folder)]
     processes = [subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True) for _ in range(3)]
