@@ -149,7 +149,10 @@ def set_pin(run_dir: Path, word: str, *, pin: bool) -> None:
 
 
 def remove(runs: list[Path], *, ask: bool) -> None:
-    """Remove runs; all of them or, where one is in use or a link, none. Raises RunLockedError, ConfigError and such."""
+    """Remove runs; all of them or, where one is in use or a link, none. Raises RunLockedError, ConfigError and such.
+
+    What an rm that was killed has left beside them is removed, too.
+    """
     summaries = [read_summary(path) for path in runs] if ask else []
     locks = []
     try:
@@ -176,6 +179,8 @@ def remove(runs: list[Path], *, ask: bool) -> None:
             except OSError as error:
                 raise storage.resource_error("remove", Path(error.filename or path), error) from error  # what is left
             write_text(f"removed {path}\n")
+        for folder in sorted({path.absolute().parent for path in runs}):
+            storage.empty_trash(folder)
     finally:
         for lock in locks:
             lock.release()

@@ -128,7 +128,8 @@ ACTIONS = {
         words="RUN [RUN ...]",
         most=None,
         options={"--yes": "do not ask"},
-        details="A run that is in use is refused, and then nothing is removed.",
+        details="A run that is in use is refused, and then nothing is removed. An rm that was killed leaves a folder "
+        "whose name begins with .trash-: the next rm beside it removes the rest.",
     ),
 }
 """Name -> action, in the order in which they are listed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -23,6 +24,8 @@ TMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 OLD_PREFIX = ".old-"
 _LEFT_BEHIND = (TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)
+_TRASH = re.compile(re.escape(TRASH_PREFIX) + r".+-\d+-[0-9a-f]{8}", re.DOTALL)
+"""What ``scratch_name`` makes."""
 MORE_FILES = "raise the limit of open files (ulimit -n)"
 """What to do where a process has no descriptors left."""
 PIECE_BYTES = 4 << 20
@@ -156,13 +159,17 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all it holds without following links; a plain file or link is removed too."""
-    if path.is_symlink() or not path.is_dir():
-        remove_file(path)
-        return
-    for entry in sorted(path.iterdir()):
-        remove_tree(entry)
-    remove_directory(path)
+    """Remove a directory and all it holds without following links; a plain file or link is removed too.
+
+    What another process removes meanwhile, or all of it, is no error.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            remove_file(path)
+            return
+        for entry in sorted(path.iterdir()):
+            remove_tree(entry)
+        remove_directory(path)
 
 
 def put_away(path: Path) -> Path:
@@ -176,6 +183,14 @@ def put_away(path: Path) -> Path:
 def discard(path: Path) -> None:
     """Delete a directory so that no reader ever sees half of it: first a rename out of sight, then the removal."""
     remove_tree(put_away(path))
+
+
+def empty_trash(folder: Path) -> None:
+    """Remove what a ``discard`` in a folder that is not lmkit's own has not come to the end of, as far as possible."""
+    with contextlib.suppress(OSError):
+        for entry in sorted(p for p in folder.iterdir() if _TRASH.fullmatch(p.name)):
+            with contextlib.suppress(OSError):
+                remove_tree(entry)
 
 
 def replace_directory(source: Path, target: Path) -> None:

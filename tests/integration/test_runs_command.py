@@ -360,6 +360,38 @@ def test_rm_names_what_it_could_not_remove_by_the_place_where_it_lies_now(
     assert f"cannot remove {left.absolute() / 'metrics.jsonl'}: Permission denied" in capsys.readouterr().err
 
 
+def test_rm_removes_what_one_that_was_killed_has_left_and_no_other_hidden_folder(
+    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        make_run(name)
+    for name in (".trash-1000", ".trash-mine", ".tmp-a-1-0123abcd"):
+        (Path("runs") / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove_directory", lambda path: signal.raise_signal(signal.SIGINT))
+        assert lmkit("rm", "--yes", "a") == 130
+    assert len(list(Path("runs").glob(".trash-a-*"))) == 1
+    assert lmkit("rm", "--yes", "b") == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == [".tmp-a-1-0123abcd", ".trash-1000", ".trash-mine"]
+
+
+def test_two_that_remove_a_run_together_do_not_disturb_each_other(
+    lmkit: Lmkit, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a")
+    remove_file, others = storage.remove_file, [True]
+
+    def together(path: Path) -> None:
+        if path.name == "metrics.jsonl" and others and others.pop():
+            storage.empty_trash(Path("runs"))
+        remove_file(path)
+
+    monkeypatch.setattr(storage, "remove_file", together)
+    assert lmkit("rm", "--yes", "a") == 0
+    assert list(Path("runs").iterdir()) == []
+    assert capsys.readouterr().out.replace(os.sep, "/") == "removed runs/a\n"
+
+
 def test_rm_touches_nothing_that_is_not_a_run(lmkit: Lmkit, capsys: Output) -> None:
     a = make_run("a")
     Path("data").mkdir()
