@@ -31,11 +31,12 @@ class _Row:
 
     @property
     def state(self) -> str:
-        """done, running, failed (with what), or not started."""
+        """done, running, stopped (on request), failed (with what), or not started."""
         if self.facts is None:
             return "not started"
         status = self.facts.summary.status
-        return {Status.finished: "done", Status.running: "running"}.get(status, f"failed ({status.name})")
+        states = {Status.finished: "done", Status.running: "running", Status.stopped: "stopped"}
+        return states.get(status, f"failed ({status.name})")
 
     @property
     def loss(self) -> float | None:
@@ -53,10 +54,11 @@ def sweep_table(root: Path) -> str:
     failures = read_failures(root)
     lines = _job_lines(rows, groups, failures)
     lines += ["", *_folded_lines(rows, groups)]
-    counts = {state: sum(row.state.startswith(state) for row in rows) for state in ("done", "running", "failed", "not")}
+    states = ("done", "running", "stopped", "failed", "not")
+    counts = {state: sum(row.state.startswith(state) for row in rows) for state in states}
     counted = [f"{number} {state.replace('not', 'not started')}" for state, number in counts.items() if number]
     lines += ["", f"{len(rows)} jobs: {', '.join(counted)}"]
-    if sweep is not None and counts["failed"] + counts["not"]:
+    if sweep is not None and counts["stopped"] + counts["failed"] + counts["not"]:
         words = [word for word in sweep.command if not word.startswith(("resume=", "run.dir="))]
         words += [f"run.dir={root}", "resume=true"]  # where it is now
         lines += ["retry what is not done:", f"  {shlex.join(words)}"]
@@ -89,7 +91,7 @@ def _job_lines(rows: Sequence[_Row], groups: Sequence[str], failures: dict[str, 
     for number, (row, group) in enumerate(zip(rows, groups, strict=True)):
         summary = None if row.facts is None else row.facts.summary
         note = f"best of {group}" if several and number in best else "best" if number in best else ""
-        if row.state != "done" and row.job.folder in failures:
+        if row.state.startswith(("failed", "not")) and row.job.folder in failures:
             note = failures[row.job.folder][:MOST_PROBLEM]
         table.append(
             [

@@ -433,6 +433,23 @@ def test_a_sweep_shows_each_job_the_best_and_the_seeds_folded(lmkit: Lmkit, caps
     assert lines[-1].strip() == "lmkit pretrain -m optimizer.lr=1,2,3 seed=1,2 run.dir=runs resume=true"
 
 
+def test_a_job_that_was_stopped_on_request_has_not_failed_and_is_one_to_go_on_with(
+    lmkit: Lmkit, capsys: Output
+) -> None:
+    jobs = [Job(str(seed), {"seed": str(seed)}) for seed in (1, 2)]
+    begin(Path("runs"), ["lmkit", "pretrain", "-m", "seed=1,2", "run.dir=runs"], jobs)
+    make_run("1", {2: 2.0})
+    note_failure(Path("runs"), jobs[1], 6, "the disk was full", pytest.fail)  # before it was started again
+    path = make_run("2", {2: 2.0}, seed=2, finished=False)
+    with Run.create(path, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail) as run:
+        run.journal("stopped", {"signal": "SIGTERM", "step": 2})
+    assert lmkit("sweep", "runs") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^2 +seed=2 +stopped +2 +2\.0000 +7\.3891$", out, re.MULTILINE)
+    assert "2 jobs: 1 done, 1 stopped" in out
+    assert out.endswith(" -m seed=1,2 run.dir=runs resume=true\n")
+
+
 def test_the_command_that_retries_a_sweep_names_the_folder_that_it_is_in_now(lmkit: Lmkit, capsys: Output) -> None:
     make_sweep()
     Path("runs").rename("moved")
