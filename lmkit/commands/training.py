@@ -354,8 +354,10 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
         **numbers,
         **validation.result,
     }
+    job.stop.deferring = True  # these two take a moment, and one without the other would be no end
     job.run.journal("finished", {"step": numbers["step"]})
     job.run.write_result(result)
+    job.stop.deferring = False
     counted = job.model_config.trains_by_counting
     length = "counted" if counted else f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
     whole = all(p.requires_grad for p in job.model.parameters())

@@ -48,6 +48,7 @@ from lmkit.store import checkpoint_writer, saving, storage
 from lmkit.store.browse import Status, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
+from lmkit.store.runs import Run
 from lmkit.tasks import Validation
 from lmkit.tasks.language import LanguageModelling
 from lmkit.timing import Timing
@@ -250,6 +251,38 @@ def test_row_50_a_signal_after_the_last_step_ends_the_command_and_loses_nothing(
     assert status_of(path_of(cfg)) is Status.stopped
     assert pretrain.run(replace(cfg, resume=True))["step"] == 12
     assert [row["step"] for row in read_metrics(path_of(cfg)) if "loss" in row][-1] == 12
+
+
+def test_row_50_a_signal_between_the_end_in_the_journal_and_the_result_waits_for_the_result(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, write = config(), Run.write_result
+
+    def asked(self: Run, *args: Any, **keys: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        write(self, *args, **keys)
+
+    monkeypatch.setattr(Run, "write_result", asked)
+    pretrain.run(cfg)
+    assert (read_result(path_of(cfg)) or {})["step"] == 12
+    assert status_of(path_of(cfg)) is Status.finished
+
+
+def test_a_run_that_ended_without_its_result_writes_it_when_it_goes_on(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_result", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretrain.run(cfg)
+    assert len(journal(cfg, "finished")) == 1
+    before = tensors_of(cfg)
+    pretrain.run(replace(cfg, resume=True))
+    assert (read_result(path_of(cfg)) or {})["step"] == 12
+    assert status_of(path_of(cfg)) is Status.finished
+    assert len({step for step, _ in valid_rows(cfg)}) == len(valid_rows(cfg))
+    assert_same(before, tensors_of(cfg))
 
 
 def test_row_60_a_run_that_fails_before_its_first_checkpoint_rolls_back_to_its_start(
