@@ -21,6 +21,7 @@ LOCK = "LOCK"
 LOCK_INFO = "LOCK.info"
 FINISHED = "finished"
 """``status`` in result.json of a run that came to its end."""
+_REMEDY = "remove it: a run that goes on writes it anew"
 
 
 def absolute(path: str | Path) -> Path:
@@ -51,18 +52,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """result.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
-    return read_object(run_dir / RESULT)
+    return read_object(run_dir / RESULT, _REMEDY)
 
 
 def read_info(run_dir: Path) -> dict[str, Any] | None:
     """run.json, or None if the run has not written one. Raises CheckpointError if it is damaged."""
-    info = read_object(run_dir / RUN_INFO)
+    info = read_object(run_dir / RUN_INFO, _REMEDY)
     for key, kind, what in (("digests", dict, "object"), ("former_data", list, "array")):
         if info is not None and not isinstance(info.get(key) or kind(), kind):
-            raise CheckpointError(
-                f"{run_dir / RUN_INFO} is damaged: {key} must be a JSON {what}",
-                "remove it: a run that goes on writes it anew",
-            )
+            raise CheckpointError(f"{run_dir / RUN_INFO} is damaged: {key} must be a JSON {what}", _REMEDY)
     return info
 
 

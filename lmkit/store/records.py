@@ -85,17 +85,24 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None if the file is missing. Raises CheckpointError naming the file if it cannot be read."""
+def read_object(path: Path, remedy: str = "mend it, or remove it") -> dict[str, Any] | None:
+    """A JSON object, None if the file is missing. Raises CheckpointError naming the file if it cannot be read.
+
+    remedy: what to do if it is damaged.
+    """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise unreadable(path, error) from None
-    value = decode(parse_json(read_small_file(path), path))
+    raw = read_small_file(path)
+    try:
+        value = decode(parse_json(raw, path))
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, remedy) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}", remedy)
     return value
 
 

@@ -30,7 +30,7 @@ from lmkit.store import lock, records, runs, storage
 from lmkit.store.browse import newest_finished_run
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.found import FoundRun, open_run, read_metrics, read_result
+from lmkit.store.found import FoundRun, open_run, read_info, read_metrics, read_result
 from lmkit.store.runs import Run
 
 
@@ -410,10 +410,17 @@ def test_a_value_that_utf8_lacks_is_written_and_read_back(tmp_path: Path) -> Non
     assert records.read_object(tmp_path / "a.json") == value
 
 
-def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text('{"a": 1, "a": 2}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"result\.json is not valid JSON \(duplicate key\)"):
-        read_result(tmp_path)
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [('{"a": 1, "a": 2}', r"is not valid JSON \(duplicate key\)"), ("[]", "must hold a JSON object, found list")],
+)
+def test_a_damaged_result_or_run_json_is_an_error_that_names_the_file_and_the_remedy(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    for name, read in (("result.json", read_result), ("run.json", read_info)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=rf"{name} {problem}; remove it: a run that goes on writes it anew$"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("digests", "abc"), ("former_data", {"a": 1})])
