@@ -48,12 +48,13 @@ def check_schedule_free(optimizer: OptimizerConfig, schedule: ScheduleConfig, tr
         )
 
 
-def average_begins(config: TrainConfig, progress: float, valid_losses: Sequence[float]) -> bool:
+def average_begins(config: TrainConfig, progress: float, valid_losses: Sequence[Sequence[float]]) -> bool:
     """Whether a uniform average starts with the next step, as a function of the share of the run that is done and of
-    the validation losses so far, oldest first."""
+    the validation losses so far, oldest first, apart by the data they are of."""
     if config.average is Average.swa:
         return progress >= config.swa_start
-    return config.average is Average.nt_asgd and is_nonmonotonic(valid_losses, config.asgd_patience)
+    patience = config.asgd_patience
+    return config.average is Average.nt_asgd and any(is_nonmonotonic(losses, patience) for losses in valid_losses)
 
 
 def is_nonmonotonic(valid_losses: Sequence[float], patience: int) -> bool:

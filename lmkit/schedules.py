@@ -22,10 +22,13 @@ from lmkit.config.optimization import (
 )
 
 
-def lr_factor(config: ScheduleConfig, step: int, progress: float, valid_losses: Sequence[float] = ()) -> float:
+def lr_factor(
+    config: ScheduleConfig, step: int, progress: float, valid_losses: Sequence[Sequence[float]] = ()
+) -> float:
     """Factor (0 to 1) of the peak learning rate for the update number ``step`` (from 0).
 
-    ``valid_losses``: validation losses so far, oldest first; only the plateau schedule looks at them.
+    ``valid_losses``: validation losses so far, oldest first, apart by the data they are of; only the plateau schedule
+    looks at them.
     """
     warm = _warmup(config, step, progress)
     if warm < 1.0:
@@ -33,7 +36,8 @@ def lr_factor(config: ScheduleConfig, step: int, progress: float, valid_losses: 
     if isinstance(config, ConstantConfig):
         return 1.0
     if isinstance(config, PlateauConfig):
-        return max(config.min_ratio, config.factor ** num_plateaus(valid_losses, config.patience))
+        plateaus = sum(num_plateaus(losses, config.patience) for losses in valid_losses)
+        return max(config.min_ratio, config.factor**plateaus)
     if isinstance(config, InverseSqrtConfig):
         if config.warmup_steps is not None:
             return math.sqrt((config.warmup_steps + 1) / (step + 1))

@@ -53,8 +53,6 @@ class Session:
     stop: StopRequests
     command: Sequence[str]
     """The command line, for the advice on how to go on."""
-    data_since: int = -1
-    """The step behind which the data are the present ones; losses of other data before it are compared with none."""
     _window: Window = field(default_factory=Window)
     _last: Validation | None = None
     _shown: dict[str, str] = field(default_factory=dict)
@@ -172,7 +170,7 @@ class Session:
         )
 
     def _out_of_patience(self) -> bool:
-        losses = self.state.losses_behind(self.data_since)
+        losses = self.state.losses_by_data()[-1]
         patience = self.train.patience
         out = patience is not None and bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
         if out:
@@ -264,7 +262,7 @@ class Session:
 
     def _is_best(self) -> bool:
         """Whether the last validation was of this step, and none on these data was better."""
-        state, losses = self.state, self.state.losses_behind(self.data_since)
+        state, losses = self.state, self.state.losses_by_data()[-1]
         return bool(losses) and state.valid_steps[-1:] == [state.step] and losses[-1] == min(losses)
 
     def _snapshot(self) -> Snapshot:
@@ -337,7 +335,7 @@ class Session:
         before, self.trainer.state = self.state, state_in(found[1])
         state = self.state
         state.skipped_steps = sorted({*state.skipped_steps, *before.skipped_steps})
-        state.eval_s = before.eval_s
+        state.eval_s, state.data_changes = before.eval_s, before.data_changes
         if state.eval_pending and state.step in before.valid_steps:  # the run was stopped before it, and has done it
             known = before.valid_steps.index(state.step) + 1
             state.valid_steps, state.valid_losses = before.valid_steps[:known], before.valid_losses[:known]

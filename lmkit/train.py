@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ class TrainState:
     """``Validation.loss`` of each validation so far, oldest first: nats per token, where the task has no other loss."""
     valid_steps: list[int] = field(default_factory=list)
     """The steps they belong to."""
+    data_changes: list[int] = field(default_factory=list)
+    """The steps behind which the data were others than before, in order."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
     averaged_since: int | None = None
@@ -60,9 +64,13 @@ class TrainState:
     eval_pending: bool = False
     """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 
-    def losses_behind(self, step: int) -> list[float]:
-        """The validation losses of the steps behind this one, oldest first."""
-        return [loss for loss, at in zip(self.valid_losses, self.valid_steps, strict=False) if at > step]
+    def losses_by_data(self) -> list[list[float]]:
+        """The validation losses, oldest first, apart by the data they are of: those of the present ones are the last.
+
+        Losses of different texts are not to be compared.
+        """
+        edges = [0, *(bisect_right(self.valid_steps, step) for step in self.data_changes), len(self.valid_losses)]
+        return [self.valid_losses[begin:end] for begin, end in pairwise(edges)]
 
     def to_json(self) -> dict[str, Any]:
         """JSON data for a checkpoint."""
@@ -177,7 +185,7 @@ class Trainer:
         state, step = self.state, self.state.step
         progress = state.horizon.progress(step)
         self._see_if_averaged()
-        factor = lr_factor(self.schedule, step, progress, state.valid_losses)
+        factor = lr_factor(self.schedule, step, progress, state.losses_by_data())
         set_lr(self.optimizer, factor * self.task.lr_scale(batch, progress))
         num_targets = batch.num_targets
         total, carry = self._accumulate(batch, num_targets, progress)

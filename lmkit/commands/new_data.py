@@ -41,6 +41,12 @@ class DataOrder:
         """The batches in this order."""
         return Restarted(batches, number=self.number, first_step=self.first_step)
 
+    def note_in(self, snapshot: Snapshot) -> None:
+        """Let a run that goes on behind a checkpoint in this order know since when its losses are of these data."""
+        changes = snapshot.state.setdefault("data_changes", [])
+        if self.first_step not in changes:
+            changes.append(self.first_step)
+
 
 def order_of(stored: Mapping[str, Any]) -> DataOrder | None:
     """The order that a stored configuration names; None: the one that the run began with. Raises ConfigError."""
@@ -82,6 +88,7 @@ def follow(job: Job, order: DataOrder | None, snapshot: Snapshot, before: str, f
         )
     if order is not None:
         job.task.batches = order.of(job.task.batches)
+        order.note_in(snapshot)
         remember(former, before, order.data)
     job.run.take_data(former)
     if order is None or not anew:

@@ -178,6 +178,8 @@ def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
         raise DataError(f"{' and '.join(changed)} of {run_dir} changed since", "bring back what the run was trained on")
     if order is not None:
         task.batches = order.of(task.batches)
+        if start.snapshot is not None:
+            order.note_in(start.snapshot)
     trainer = build_trainer(cfg, task, model, device, start.snapshot)
     trainer.reads_late = False
     if cfg.train.budget_s is None:

@@ -236,7 +236,7 @@ def build_trainer(
         micro_batch_size=train.micro_batch_size or train.batch_size,
         state=TrainState() if snapshot is None else state_in(snapshot),
         average=build_average(train, model, optimizer),
-        average_begins=lambda state: average_begins(train, state.horizon.progress(state.step), state.valid_losses),
+        average_begins=lambda state: average_begins(train, state.horizon.progress(state.step), state.losses_by_data()),
         max_skips=train.max_skips if train.nonfinite is NonFinite.skip else 0,
         spike_nats=train.spike_nats,
         frozen_until=unfreezing(model, tune),
@@ -262,7 +262,6 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
     reserve_s = 0.0 if forgetting is None else forgetting.seconds
     timing = Timing(trainer, cfg.train, job.started, longer=longer, reserve_s=reserve_s)
-    data_since = job.stored_config.get(DATA_ORDER, {}).get("first_step", -1)
     session = Session(
         run=job.run,
         trainer=trainer,
@@ -275,7 +274,6 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         console=job.console,
         stop=job.stop,
         command=command_line(job.world),
-        data_since=data_since,
     )
     _say_plan(job, timing)
     with attention_of_any_shape() if job.task.shapes_vary else contextlib.nullcontext():
@@ -298,7 +296,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     except KeyboardInterrupt:
         job.run.journal("stopped", {"signal": job.stop.requested, "step": state.step})
         raise
-    losses = state.losses_behind(data_since) or state.valid_losses
+    losses = state.losses_by_data()[-1] or state.valid_losses
     if (best := min(losses)) < losses[-1]:
         (name, value), at = job.task.shown_valid(best), state.valid_steps[state.valid_losses.index(best)]
         validation = replace(validation, rows=[*validation.rows, (f"best {name}", f"{value} at step {at}")])

@@ -353,6 +353,46 @@ def test_row_70_losses_of_the_data_before_neither_end_a_run_early_nor_are_its_be
     assert (result["step"], result["best_valid_loss"]) == (28, 72.0)
 
 
+@pytest.mark.parametrize(
+    ("before", "share", "since"),
+    [([1.0, 2.0, 0.5], 0.5, None), ([1.0, 2.0, 3.0], 0.25, 12)],
+    ids=["no average yet", "averaging"],
+)
+def test_row_70_plateaus_and_the_beginning_of_an_average_go_by_losses_of_one_text(
+    small: list[str],
+    lmkit: Lmkit,
+    own_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[float],
+    share: float,
+    since: int | None,
+) -> None:
+    """The losses of the new text are above those before, and fall: the rate stays where it was, and so does the mean.
+
+    ``share``: what the plateaus before have left of the rate.
+    """
+    losses, judge_alone = [*before, 9.0, 8.0, 7.0, 6.0], judging._judge_alone
+
+    def given(trainer: Trainer, *others: Any) -> Any:
+        found, sample = judge_alone(trainer, *others)
+        return replace(found, loss=losses[trainer.state.step // 4 - 1]), sample
+
+    monkeypatch.setattr(judging, "_judge_alone", given)
+    words = [
+        *small, f"dataset.path={own_corpus}", "schedule=plateau", "schedule.patience=0", "schedule.warmup_ratio=0",
+        "train.average=nt_asgd", "train.asgd_patience=1", f"run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    assert lmkit(*words).code == 0
+    (own_corpus / "03.txt").unlink()
+    assert lmkit(*words, "resume=true", "train.max_steps=24", NEW_DATA).code == 0
+    assert lmkit(*words, "resume=true", "train.max_steps=28").code == 0
+    rates = {row["step"]: row["lr"] for row in read_metrics(tmp_path / "run") if "lr" in row}
+    assert {rates[step] / rates[1] for step in range(13, 29)} == {share}
+    state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1], with_optimizer=False).state
+    assert (state["averaged_since"], state["data_changes"]) == (since, [12])
+
+
 def test_row_70_the_key_changes_nothing_where_the_data_did_not(
     small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path
 ) -> None:

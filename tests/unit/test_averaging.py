@@ -60,7 +60,8 @@ def test_an_average_of_floating_ulps_loses_nothing_it_should_keep() -> None:
 def test_nt_asgd_begins_as_in_algorithm_1_and_never_ends(losses: list[float], patience: int, begins: bool) -> None:
     assert is_nonmonotonic(losses, patience) is begins
     config = TrainConfig(average=Average.nt_asgd, asgd_patience=patience)
-    assert average_begins(config, 0.5, losses) is begins
+    assert average_begins(config, 0.5, [losses]) is begins
+    assert average_begins(config, 0.5, [losses, [9.0, 8.0, 7.0, 6.0]]) is begins, "of other data, which they are above"
 
 
 def as_in_awd_lstm(losses: list[float], patience: int) -> bool:
@@ -93,8 +94,8 @@ def test_swa_begins_with_the_very_step_behind_its_share(fifths: int) -> None:
 
 def test_swa_begins_at_its_share_of_the_run_and_ema_needs_no_start() -> None:
     swa = TrainConfig(average=Average.swa, swa_start=0.5)
-    assert [average_begins(swa, p, [9.0, 1.0, 5.0, 8.0]) for p in (0.0, 0.49, 0.5, 1.0)] == [False, False, True, True]
-    assert not average_begins(TrainConfig(ema_decay=0.9), 1.0, [1.0, 2.0, 3.0])
+    assert [average_begins(swa, p, [[9.0, 1.0, 5.0, 8.0]]) for p in (0.0, 0.49, 0.5, 1.0)] == [False, False, True, True]
+    assert not average_begins(TrainConfig(ema_decay=0.9), 1.0, [[1.0, 2.0, 3.0]])
 
 
 @pytest.mark.parametrize(

@@ -99,5 +99,11 @@ def test_plateau_falls_once_per_stretch_without_improvement() -> None:
     assert num_plateaus([5.0, 4.0, 3.0], patience=1) == 0
     assert num_plateaus([5.0, 5.1, 5.2], patience=1) == 1
     assert num_plateaus([5.0, 5.1, 5.2, 5.3, 5.4], patience=1) == 2
-    assert lr_factor(PlateauConfig(factor=0.5, patience=0), 9, 0.9, [3.0, 3.1]) == 0.5
-    assert lr_factor(PlateauConfig(factor=0.5, patience=0, min_ratio=0.3), 9, 0.9, [3.0] + [3.1] * 9) == 0.3
+    assert lr_factor(PlateauConfig(factor=0.5, patience=0), 9, 0.9, [[3.0, 3.1]]) == 0.5
+    assert lr_factor(PlateauConfig(factor=0.5, patience=0, min_ratio=0.3), 9, 0.9, [[3.0] + [3.1] * 9]) == 0.3
+
+
+def test_plateaus_of_other_data_stay_and_losses_are_not_compared_with_those_before() -> None:
+    config = PlateauConfig(factor=0.5, patience=0)
+    for losses, factor in (([], 0.5), ([9.0], 0.5), ([9.0, 8.0], 0.5), ([9.0, 8.0, 8.5], 0.25), ([1.0, 2.0], 0.25)):
+        assert lr_factor(config, 9, 0.9, [[3.0, 3.1], losses]) == factor

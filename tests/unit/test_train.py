@@ -462,6 +462,13 @@ def test_train_state_survives_json() -> None:
     assert TrainState.from_json(state.to_json()) == state
 
 
+def test_losses_are_told_apart_by_their_data() -> None:
+    state = TrainState(valid_losses=[3.0, 2.0, 9.0, 5.0], valid_steps=[4, 8, 12, 20])
+    assert state.losses_by_data() == [[3.0, 2.0, 9.0, 5.0]]
+    state.data_changes = [8, 10, 20]
+    assert state.losses_by_data() == [[3.0, 2.0], [], [9.0, 5.0], []]
+
+
 def test_the_average_of_constant_weights_is_those_weights_and_swapping_restores() -> None:
     model = Toy()
     average = WeightAverage(model, 0.9)
