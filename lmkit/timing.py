@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from lmkit.config.training import TrainConfig
-from lmkit.horizon import Budget, Horizon, last_step, steps_between_evals
+from lmkit.horizon import NUM_EVALS, Budget, Horizon, last_step, steps_between_evals
 from lmkit.sharding import unsharded
 from lmkit.train import Trainer, TrainState
 
@@ -54,6 +54,7 @@ class Timing:
             state.horizon = Horizon(1e-9)
         elif self.longer and state.horizon.progress(state.step) >= 1.0:
             state.horizon = self.budget.prolonged(state.step, state.elapsed_s)
+            state.evals_ahead = len(state.valid_losses) - round(NUM_EVALS * state.horizon.progress(state.step))
 
     def measure_validation(self) -> None:
         """Under a time budget, find out how long a validation takes; called in all processes at once."""
@@ -106,8 +107,8 @@ class Timing:
             return state.step % every_steps == 0
         if self.budget is None:
             return state.step % steps_between_evals(self.train, self.max_steps, self.steps_per_epoch) == 0
-        progress = state.horizon.progress(state.step)
-        return self.budget.allows_eval(progress, len(state.valid_losses), state.eval_s, state.elapsed_s)
+        progress, num_evals = state.horizon.progress(state.step), len(state.valid_losses) - state.evals_ahead
+        return self.budget.allows_eval(progress, num_evals, state.eval_s, state.elapsed_s)
 
     def restart(self) -> None:
         """Go on after the trainer has been put back to an earlier step."""

@@ -61,6 +61,8 @@ class TrainState:
     """The batches, by the step they belong to, that changed nothing because of train.nonfinite, in order."""
     step_s: float = 0.0
     """Under a time budget, the time of a step as it was last known; 0: not known."""
+    evals_ahead: int = 0
+    """Validations beyond one for each tenth of the run that were done when it was given more time after its end."""
     eval_pending: bool = False
     """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from lmkit.config.training import TrainConfig
+from lmkit.horizon import Horizon
 from lmkit.timing import Timing
 from lmkit.train import StepReport, TrainState
 from lmkit.window import Window
 
 
-def timing_of(state: TrainState) -> Timing:
+def timing_of(state: TrainState, budget: str | None = None, *, longer: bool = False) -> Timing:
     task = SimpleNamespace(batches=SimpleNamespace(steps_per_epoch=10), pace_changes_at=[])
     trainer: Any = SimpleNamespace(state=state, task=task, frozen_until={})
-    return Timing(trainer=trainer, train=TrainConfig(max_steps=20), started=100.0)
+    train = TrainConfig(max_steps=20) if budget is None else TrainConfig(budget=budget)
+    return Timing(trainer=trainer, train=train, started=100.0, longer=longer)
 
 
 def test_time_counts_on_through_sessions_and_a_rollback_gives_none_of_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +36,25 @@ def test_time_counts_on_through_sessions_and_a_rollback_gives_none_of_it_back(mo
     monkeypatch.setattr(time, "monotonic", lambda: 110.0)
     timing.follow()
     assert timing.last_step_s == 1.0
+
+
+@pytest.mark.parametrize(("num_evals", "stopped_at"), [(10, 100), (3, 100), (10, 75)])
+def test_a_run_that_gets_more_time_after_its_end_is_validated_at_each_tenth_of_what_is_left(
+    num_evals: int, stopped_at: int
+) -> None:
+    """It had 1180 s, is at its end there, and gets 2400: each step is a hundredth of them. It may be stopped on the
+    way."""
+    state = TrainState(step=49, elapsed_s=1180.0, horizon=Horizon(0.0, 49, 1.0), valid_losses=[3.0] * num_evals)
+    timing, found = timing_of(state, "40m", longer=True), list[int]()
+    assert state.horizon.progress(49) == pytest.approx(1180 / 2400)
+    for step in range(50, 100):
+        if step == stopped_at:
+            timing = timing_of(TrainState.from_json(timing.state.to_json()), "40m")
+        timing.state.step, timing.state.horizon = step, Horizon(0.01)
+        if timing.eval_due(None):
+            found.append(step)
+            timing.state.valid_losses.append(3.0)
+    assert found == [60, 70, 80, 90]
 
 
 def test_the_speed_after_a_rollback_is_that_of_the_steps_behind_it() -> None:
