@@ -301,7 +301,8 @@ class Trainer:
         """Summed loss and new state of one micro-batch of the next step, with its dropout."""
         part, state = self.micro_batch(batch, micro)
         with self.device.autocast():
-            return self.task.loss(self.forward, part, state, progress)
+            loss, state = self.task.loss(self.forward, part, state, progress)
+        return loss * self.task.loss_scale(batch, progress), state
 
     def micro_batch(self, batch: TrainingBatch, micro: int) -> tuple[TrainingBatch, State | None]:
         """One micro-batch of the next step and the state before it; sets torch's generator for its dropout."""

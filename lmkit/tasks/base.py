@@ -66,6 +66,11 @@ class Task(ABC):
         generator, which the loop keys by (seed, step, micro-batch). ``progress`` is the share of the run that is done.
         """
 
+    def loss_scale(self, batch: Any, progress: float) -> float:
+        """What the summed loss of each micro-batch is multiplied by, where it is no sum over the targets of ``batch``,
+        by whose number the loop divides it."""
+        return 1.0
+
     def lr_scale(self, batch: Any, progress: float) -> float:
         """What the learning rate of the update from this batch is multiplied by, beside the schedule's factor."""
         return 1.0

@@ -63,6 +63,10 @@ class AdversarialSentences(SentenceTask):
         ends_V[self.tokenizer.eos_id] = True
         return torch.from_numpy(ends_V)
 
+    def loss_scale(self, batch: Batch, progress: float) -> float:
+        """The losses of the adversarial part are means over sentences, however many tokens these have."""
+        return batch.num_targets / batch.num_rows if self.config.is_adversarial(progress) else 1.0
+
     def lr_scale(self, batch: Batch, progress: float) -> float:
         return self.config.generator_lr if self.config.is_adversarial(progress) else 1.0
 
@@ -75,7 +79,7 @@ class AdversarialSentences(SentenceTask):
     def loss(
         self, forward: nn.Module, batch: Batch, state: State | None, progress: float
     ) -> tuple[Tensor, State | None]:
-        """Nats of all targets; in the adversarial part the two losses per sentence, times the number of targets."""
+        """Nats of all targets; in the adversarial part the two losses of all sentences."""
         if not self.config.is_adversarial(progress):
             hidden_BTD, read = forward(batch.inputs_BT)
             return self.objective.at(progress).of_batch(self.model.head, hidden_BTD, read, batch.targets_BT), None
@@ -87,7 +91,7 @@ class AdversarialSentences(SentenceTask):
             self.config.inverse_temperature(progress),
             to_device(self.ends_V, batch.inputs_BT.device),
         )
-        return (generator + discriminator) * (batch.targets_BT != IGNORE).sum(), None
+        return (generator + discriminator) * batch.num_rows, None
 
     def length_limit(self, train: TrainConfig) -> tuple[str, str]:
         both = f"train.seq_len={train.seq_len} and objective.length={self.config.length}"

@@ -97,6 +97,22 @@ def test_a_run_stopped_in_either_part_and_resumed_ends_with_the_same_bits(
         assert_same(weights(whole), weights(cut))
 
 
+def test_adversarial_losses_are_means_over_the_sentences_of_a_batch_however_it_is_cut(
+    gan: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the noise of what is drawn, which each micro-batch draws anew."""
+    monkeypatch.setattr(Tensor, "exponential_", lambda self: self.fill_(1.0))
+    found = []
+    for size in (16, 4, 1):
+        cfg = gan(pretrain_share=0.0, micro_batch_size=size)
+        prepared, _ = pretrain.prepare_data(cfg, Console())
+        model = pretrain.build_model(cfg, None, prepared.tokenizer.vocab_size)
+        trainer = build_trainer(cfg, pretrain.build_task(cfg, model, prepared), model, resolve_device(cfg.device), None)
+        report = trainer.train_step(trainer.task.batches[0])
+        found.append((report.loss, report.grad_norm))
+    assert found[1:] == [pytest.approx(found[0], rel=1e-4)] * 2
+
+
 def test_a_plan_counts_and_times_the_adversarial_part(gan: MakeConfig) -> None:
     found = []
     for share in (0.5, 1.0):
