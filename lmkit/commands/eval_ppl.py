@@ -141,8 +141,9 @@ def _num_unknown(passage: Passage) -> int:
 def _units(evaluator: Evaluator, passage: Passage, outcome: Outcome, nats_N: NDArray[np.float32]) -> Units:
     """Parts of the text that give the protocol's own number; of tokens without nats, neither nats nor count."""
     head = evaluator.protocol.headline(outcome.scores.nats_N, outcome.windows, passage.material)
-    count = head.count * (~np.isnan(nats_N)).sum() / outcome.scores.scored_N.sum()
-    weighted_N = (nats_N * evaluator.protocol.weights(outcome.windows, len(nats_N))).astype(np.float32)
+    weights_N = evaluator.protocol.weights(outcome.windows, len(nats_N))
+    count = head.count * weights_N[~np.isnan(nats_N)].sum() / weights_N[outcome.scores.scored_N].sum()
+    weighted_N = (nats_N * weights_N).astype(np.float32)
     return units_of(TokenScores(weighted_N, outcome.scores.correct_N), passage.material, passage.source, float(count))
 
 
@@ -330,6 +331,8 @@ def _paired(
     cfg = evaluator.cfg
     ours_N = np.where(np.isnan(theirs_N), np.nan, outcome.scores.nats_N).astype(np.float32)
     theirs_N = np.where(np.isnan(ours_N), np.nan, theirs_N).astype(np.float32)
+    if not evaluator.protocol.weights(outcome.windows, len(ours_N))[~np.isnan(ours_N)].any():
+        return {"name": name, "not_comparable": ["no token that both score counts"]}
     weight, mixture_N = best_mixture(ours_N, theirs_N)
     ours, theirs, mixture = (_units(evaluator, passage, outcome, nats_N) for nats_N in (ours_N, theirs_N, mixture_N))
     compared = compare_units(name, ours, theirs, cfg.bootstrap, cfg.seed)

@@ -522,6 +522,30 @@ def test_a_file_without_the_first_token_compares_the_others(runs: Folder, tmp_pa
     assert found["nats_per_count"] == pytest.approx(math.log(ppl(probs[1:]) / ppl(own[1:])), abs=1e-5)
 
 
+def test_tokens_that_weigh_unlike_others_are_compared_by_their_weights(runs: Folder, tmp_path: Path) -> None:
+    """The first window of hf-strided weighs a token by 1, later ones of n new tokens by (n - 1) / n."""
+    protocol, path = HfStridedProtocolConfig(max_length=8, stride=4), tmp_path / "all.txt"
+    ours, theirs = (-np.log(probs_of(runs, run, path, protocol=protocol)) for run in ("lstm", "lstm2"))
+    weights = np.full(len(ours), 3 / 4)
+    weights[:7] = 1.0
+    if rest := (len(ours) - 7) % 4:
+        weights[-rest:] = (rest - 1) / rest
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    found = evaluate(runs, "lstm", protocol=protocol, compare=[str(path)], checks=False)["comparisons"][0]
+    for name, nats in (("ppl", ours), ("other_ppl", theirs)):
+        assert found[name] == pytest.approx(math.exp(np.average(nats[1:], weights=weights[1:])), rel=1e-5)
+
+
+def test_where_no_token_that_both_score_counts_there_is_nothing_to_compare(runs: Folder, tmp_path: Path) -> None:
+    """In windows of one new token, hf-strided only counts that of the first one."""
+    fields: dict[str, Any] = {"protocol": HfStridedProtocolConfig(max_length=2, stride=1), "checks": False}
+    path = tmp_path / "all.txt"
+    probs_of(runs, "lstm2", path, **fields)
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    found = evaluate(runs, "lstm", compare=[str(path)], **fields)["comparisons"][0]
+    assert found == {"name": str(path), "not_comparable": ["no token that both score counts"]}
+
+
 def test_a_file_of_another_text_and_a_name_of_nothing_are_errors(runs: Folder, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("0.5\n0.5\n", encoding="utf-8")
     with pytest.raises(DataError, match="has 2 lines"):
