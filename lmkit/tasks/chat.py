@@ -20,6 +20,8 @@ from lmkit.device import Device, attention_of_any_shape
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.loading import LoadedRun
 from lmkit.models.base import LanguageModel
+from lmkit.tokenizers import Tokenizer
+from lmkit.tokenizers.base import UNK
 
 Config = TypeVar("Config", bound=ChatTaskConfig)
 
@@ -82,8 +84,8 @@ def encode_all(
     unknown = unknown_prompts = 0
     for conversation in conversations:
         encoded = template.encode(conversation, tokenizer)
-        told = {learnt for i, learnt in zip(encoded.ids, encoded.learnt, strict=True) if i == tokenizer.unk_id}
-        unknown, unknown_prompts = unknown + (True in told), unknown_prompts + (False in told)
+        in_answers, in_prompts = _num_unknown(encoded, conversation, template, tokenizer)
+        unknown, unknown_prompts = unknown + (in_answers > 0), unknown_prompts + (in_prompts > 0)
         try:
             found.append(fitted(encoded, seq_len, policy))
         except ValueError as error:
@@ -102,6 +104,20 @@ def encode_all(
     if unknown_prompts:
         console.warn(f"{split}: {unknown_prompts} prompts hold text that the tokenizer does not know, read as <unk>")
     return found
+
+
+def _num_unknown(
+    encoded: Encoded, conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer
+) -> tuple[int, int]:
+    """Tokens of the answers, and of the rest, that stand for what the tokenizer does not know."""
+    found = [learnt for i, learnt in zip(encoded.ids, encoded.learnt, strict=True) if i == tokenizer.unk_id]
+    in_answers, in_prompts = found.count(True), found.count(False)
+    if found and tokenizer.ends_lines:  # there <unk> is a word that a text may hold
+        turns, system = conversation.turns, conversation.system
+        in_answers -= sum(turn.response.split().count(UNK) for turn in turns)
+        in_prompts -= sum(turn.prompt.split().count(UNK) for turn in turns)
+        in_prompts -= ((template.system if system is None else system) or "").split().count(UNK)
+    return in_answers, in_prompts
 
 
 @torch.no_grad()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmkit.commands.chat import Chat
-from lmkit.config.chat import TEMPLATES, InstructTaskConfig, PreferTaskConfig
+from lmkit.config.chat import TEMPLATES, InstructTaskConfig, PreferTaskConfig, TooLong
 from lmkit.config.data import SentencePieceTokenizerConfig
 from lmkit.config.generation import GenerateConfig
 from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Turn, answers_of
 from lmkit.errors import ConfigError
+from lmkit.loading import LoadedRun
+from lmkit.tasks.chat import encode_all
 from lmkit.tokenizers import ByteTokenizer, Tokenizer
 from lmkit.tokenizers.basic import CharTokenizer, WordTokenizer
 from lmkit.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -49,6 +52,23 @@ def test_the_answers_and_their_ends_are_learnt_token_by_token() -> None:
     end = ByteTokenizer.eos_id
     assert encoded.ids == [end if c is None else ord(c) for c, _ in expected]
     assert encoded.learnt == [learnt for _, learnt in expected]
+
+
+def test_a_word_unk_of_a_text_is_not_told_as_one_that_the_tokenizer_does_not_know() -> None:
+    talks = [
+        Conversation((Turn("two <unk> two", "four"),), "<unk>"),
+        Conversation((Turn("<unk>", "<unk> is"), Turn("<unk>", "six <unk>"))),
+        Conversation((Turn("two minus <unk>", "four <unk>"),)),
+        Conversation((Turn("two <unk>", "zero <unk>"),)),
+    ]
+    said, base = io.StringIO(), cast(LoadedRun, SimpleNamespace(tokenizer=WORDS))
+    options: dict[str, Any] = {"seq_len": 100, "policy": TooLong.error, "split": "train", "console": Console(said)}
+    encode_all(talks[:2], template("plain"), base, **options)
+    assert said.getvalue() == ""
+    encode_all(talks, template("plain"), base, **options)
+    shown = " ".join(said.getvalue().split())
+    assert "train: 1 answers hold text that the tokenizer does not know" in shown
+    assert "train: 1 prompts hold text that the tokenizer does not know" in shown
 
 
 def test_with_word_tokens_an_answer_ends_in_one_line_end() -> None:
