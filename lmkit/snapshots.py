@@ -96,7 +96,7 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
             carried.setdefault(slot, []).append((int(micro), tensor))
         elif part == "raw":
             parameters[name].data.copy_(pieced(tensor, parameters[name]))
-        elif part == "guard":
+        elif part == "guard" and trainer.state.data_changes[-1:] != [trainer.state.step]:  # else of the data before
             trainer.mean_nats = tensor.to(device)
     trainer.optimizer.state.clear()
     load_optimizer_tensors(trainer.optimizer, parameters, optimizer)

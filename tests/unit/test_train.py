@@ -433,6 +433,16 @@ def test_tensors_restore_a_trainer_whatever_its_micro_batch_size(size: int) -> N
     assert len(second.carry) == 6 // size
 
 
+@pytest.mark.parametrize(("data_changes", "kept"), [([], True), ([1], True), ([1, 3], False)])
+def test_the_running_mean_of_the_loss_is_not_kept_for_other_data(data_changes: list[int], kept: bool) -> None:
+    first, second = trainer(spike_nats=1.0), trainer(spike_nats=1.0)
+    for step in range(3):
+        first.train_step(Random()[step])
+    second.state = TrainState.from_json(first.state.to_json() | {"data_changes": data_changes})
+    restore_trainer(second, *trainer_tensors(first))
+    assert float(second.mean_nats) == (float(first.mean_nats) if kept else math.inf)
+
+
 def test_clipping_bounds_the_update() -> None:
     t = trainer(optimizer=SgdConfig(lr=1.0, clip_norm=0.01))
     before = torch.cat([p.detach().flatten().clone() for p in t.model.parameters()])
