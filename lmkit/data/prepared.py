@@ -107,7 +107,13 @@ class _Preparation:
     def _run(self) -> PreparedData:
         if found := self._find(self._recall(), warn=False):  # it may be replaced just now
             return found
-        with self._lock():
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._lock())
+            except OSError:  # what cannot be written may still hold the same text, of files with other dates
+                if self.force or (found := self._find(self._survey(), warn=False)) is None:
+                    raise
+                return found
             self._sweep()
             fingerprint = self._fingerprint()
             survey = None if self.force else recall(self.root / "surveys", fingerprint)

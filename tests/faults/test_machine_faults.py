@@ -453,6 +453,24 @@ def test_row_120_the_environment_of_a_bare_machine(
     assert list(home.iterdir()) == []
 
 
+def test_row_120_a_read_only_cache_gives_what_it_holds_though_the_dates_of_the_files_have_changed(
+    ended: Lmkit, tmp_path: Path
+) -> None:
+    cache, text = tmp_path / "cache", tmp_path / "text.txt"
+    text.write_text("one line of the text\n" * 100, encoding="utf-8")
+    words = ["prepare", "dataset=text", f"dataset.path={text}", "tokenizer=char"]
+    mine = environment(LMKIT_CACHE=str(cache))
+    os.utime(text, (1, 1))
+    assert ended(*words, setup=[mine]).code == 0
+    os.utime(text, (2, 2))
+    done = ended(*words, setup=[mine, namespace(), read_only(cache)])
+    assert done.code == 0, done.err
+    text.write_text("another line of text\n" * 100, encoding="utf-8")
+    done = ended(*words, setup=[mine, namespace(), read_only(cache)])
+    assert done.code == 6, done.err
+    assert f"cannot write prepared data to {cache}" in done.error
+
+
 @pytest.mark.parametrize("mask", [0o077, 0o000])
 def test_row_120_files_follow_the_umask(small: list[str], start: Start, tmp_path: Path, mask: int) -> None:
     child = start(*small, f"run.dir={tmp_path}/run", setup=[partial(os.umask, mask)])
