@@ -15,6 +15,7 @@ from lmkit.reporting import (
     open_missing_streams,
     reader_is_gone,
     report,
+    said_by_first,
     show,
 )
 
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, debug = args[0] if args else "", False
     limit_spinning(command)
     try:
-        if _answered(args):
+        with said_by_first():
+            answered = _answered(args)
+        if answered:
             code = 0
         elif command == RUNS:
             from lmkit.runs_line import execute, parse_runs
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             execute(config)
             code = 0
         else:
-            with interrupted_at_once():
+            with said_by_first(), interrupted_at_once():
                 from lmkit.arguments import parse
 
                 line = parse(command, args[1:])
@@ -154,25 +157,25 @@ def _run(line: Line) -> int:
         from lmkit.sweep import sweep
 
         return sweep(line)
-    with interrupted_at_once():
+    with said_by_first(), interrupted_at_once():
         from lmkit.composing import compose, to_dataclass, to_yaml
 
         config = compose(line, partial=line.help)
+        made = None if line.help else to_dataclass(config)
     if line.help:
         from lmkit.help import command_help
 
         show(command_help(line.command, COMMANDS[line.command], config, line.groups))
     elif line.show_config:
-        to_dataclass(config)
         show(to_yaml(config), end="")
     else:
-        run_command(line, to_dataclass(config))
+        run_command(line, made)
     return 0
 
 
 def run_command(line: Line, config: Any) -> Any:
     """Import the command and run it, if the libraries that it needs are there."""
-    with interrupted_at_once():
+    with said_by_first(), interrupted_at_once():
         from lmkit.requirements import check_installed
 
         check_installed()

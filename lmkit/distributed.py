@@ -316,9 +316,7 @@ def find_world(config: ParallelConfig) -> World:
         own_rank, num_processes, local_rank, local_size = (int(os.environ[key]) for key in keys[:4])
         return World(own_rank, num_processes, local_rank, local_size, shards=isinstance(config, FsdpConfig))
     if not missing and int(os.environ["WORLD_SIZE"]) > 1:
-        rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-        if rank != "0":
-            raise SystemExit(ConfigError.exit_code)  # the first process says it
+        size = os.environ["WORLD_SIZE"]
         raise ConfigError(f"torchrun has started {size} processes, but parallel=none", "add parallel=ddp or fsdp")
     return SINGLE
 

@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -25,6 +26,8 @@ LESS_MEMORY = {
 """Command -> what makes it need less memory."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+FIRST_S = 30.0
+"""So long a process of several waits for the first one to say what is wrong before they have joined each other."""
 
 
 @contextlib.contextmanager
@@ -50,6 +53,20 @@ def _end(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(OSError):
         os.write(2, b"error: interrupted\n")  # a stream may be in the middle of a line
     os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def said_by_first() -> Iterator[None]:
+    """Context of what processes do before they join each other; what is wrong in all of them is said by the first one.
+
+    When that one has left, torchrun ends the others on its machine. One that is still there has met the error alone.
+    """
+    try:
+        yield
+    except LmkitError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(FIRST_S)
+        raise
 
 
 def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:

@@ -44,6 +44,7 @@ from lmkit.config.training import (
 from lmkit.device import resolve_device
 from lmkit.distributed import SINGLE, World, find_world
 from lmkit.errors import CheckpointError, ConfigError, DataError, StoppedError
+from lmkit.reporting import FIRST_S
 from lmkit.sharding import is_sharded
 from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
@@ -424,15 +425,41 @@ def test_ddp_without_torchrun_says_the_command_to_use(monkeypatch: pytest.Monkey
         find_world(DdpConfig())
 
 
-def test_row_123_torchrun_without_ddp_is_refused_by_one_process_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_123_torchrun_without_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {**ENVIRONMENT, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ConfigError, match=r"has started 2 processes, but parallel=none; add parallel=ddp or fsdp"):
         find_world(ParallelConfig())
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as caught:
-        find_world(ParallelConfig())
-    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train.max_step=3"], "unknown key 'train.max_step'"),
+        (["parallel=ddp", "optimizer=schedule_free"], "optimizer=schedule_free "),  # not installed, or not so
+    ],
+)
+def test_what_is_wrong_in_all_processes_is_said_by_the_first_one(
+    words: list[str], problem: str, tmp_path: Path
+) -> None:
+    command = torchrun(2, "-m", "lmkit", "pretrain", f"run.root={tmp_path}", "device=cpu", *words)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith(f"error: {problem}")
+
+
+def test_a_process_says_late_what_only_it_has_met(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert main(["pretrain", "train.max_step=3"]) == 2
+    assert waited == []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["pretrain", "train.max_step=3"]) == 2
+    assert waited == [FIRST_S]
+    assert capfd.readouterr().err.count("error: unknown key") == 2
 
 
 @pytest.mark.parametrize(
