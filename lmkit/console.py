@@ -259,6 +259,11 @@ def _is_number(value: str) -> bool:
     return len(value) <= 20 and (value == "-" or text[:1].isdigit() or text in ("nan", "inf"))
 
 
+def plural(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``, ``1,234 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def format_count(number: float) -> str:
     """``1,234``, from 100,000 on in three or four digits with k, M, B or T: ``123.5k``, ``1.21M``."""
     if abs(number) < 99_999.5:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from lmkit.config.machine import DeviceConfig, DeviceType, Precision, Switch
+from lmkit.console import plural
 from lmkit.distributed import SINGLE, World
 from lmkit.errors import ConfigError, ResourceError
 
@@ -120,7 +121,7 @@ def resolve_device(config: DeviceConfig, world: World = SINGLE) -> Device:
     else:
         if precision is Precision.fp16:
             raise ResourceError("device.precision=fp16 needs a GPU", "use device.precision=fp32")
-        name = f"cpu, {torch.get_num_threads()} threads"
+        name = f"cpu, {plural(torch.get_num_threads(), 'thread')}"
     compiled = config.compile is Switch.on
     if compiled and kind is DeviceType.cpu:
         _refuse_lack(compiler_lack(on_card=False))

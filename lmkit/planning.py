@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from lmkit.config.training import EvalConfig, SaveConfig, TrainConfig
-from lmkit.console import format_count, format_duration
+from lmkit.console import format_count, format_duration, plural
 from lmkit.horizon import EVAL_SHARE, NUM_EVALS, Budget, Horizon, last_step, steps_between_evals
 from lmkit.memory import Memory, checkpoint_bytes, estimate_memory, largest_fitting, room_bytes
 from lmkit.train import Trainer
@@ -70,14 +70,14 @@ class Plan:
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Name and value of everything, for people."""
-        memory = self.memory
+        memory, rows = self.memory, plural(self.micro_batch_size, "row")
         yield "parameters", format_count(self.num_parameters)
         peak = f"{_bytes(memory.peak(self.micro_batch_size))} of {_bytes(self.room_bytes)}"
         yield "memory at the peak of a step", peak + (f", {_from(self.peak_from)}" if self.peak_from else "")
         yield "  weights", _bytes(memory.weights + memory.average)
         yield "  gradients", _bytes(memory.gradients)
         yield "  optimizer", _bytes(memory.optimizer)
-        yield f"  activations of {self.micro_batch_size} rows", _bytes(memory.activations(self.micro_batch_size))
+        yield f"  activations of {rows}", _bytes(memory.activations(self.micro_batch_size))
         yield "  backward pass", _bytes(memory.working(self.micro_batch_size))
         if memory.process:
             yield "  the process itself", _bytes(memory.process)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmkit.config.training import EvalConfig, LogConfig, NonFinite, SaveConfig, TrainConfig
-from lmkit.console import Console, Progress, format_duration, format_number
+from lmkit.console import Console, Progress, format_duration, format_number, plural
 from lmkit.data.batches import Ahead
 from lmkit.device import give_back_freed_memory
 from lmkit.due import ANOTHER, Due
@@ -163,7 +163,7 @@ class Session:
         """Tell people of a time budget that was over before the learning rate could be fitted to it."""
         if not self.timing.was_too_short():
             return
-        steps = "1 step" if self.state.step == 1 else f"{self.state.step} steps"
+        steps = plural(self.state.step, "step")
         self.console.warn(
             f"train.budget={self.train.budget} was over after {steps}, too soon to fit the learning rate to it (the run"
             f" has taken {format_duration(self.state.elapsed_s)} so far): give it more time"

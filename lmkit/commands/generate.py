@@ -9,7 +9,7 @@ from lmkit.commands import generate_vae
 from lmkit.commands.chat import Chat, answer_prompts, check_words, converse
 from lmkit.commands.output import write_text
 from lmkit.config.generation import GenerateConfig
-from lmkit.console import Console, format_number
+from lmkit.console import Console, format_number, plural
 from lmkit.device import resolve_device
 from lmkit.generate import Prompt, generate, read_prompt
 from lmkit.loading import load_run
@@ -65,7 +65,7 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
             write_text("\n" if streams else f"{prompt.text}{sample.text}\n")
     seconds = time.monotonic() - start
     num_tokens = sum(result["num_tokens"] for result in results)
-    console.say(f"{num_tokens:,} tokens, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
+    console.say(f"{plural(num_tokens, 'token')}, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
     return results
 
 

@@ -25,7 +25,7 @@ from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig
 from lmkit.config.plain import from_plain
 from lmkit.config.training import RunConfig
-from lmkit.console import Console, format_number
+from lmkit.console import Console, format_number, plural
 from lmkit.data.batches import ORDER, Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
@@ -73,11 +73,11 @@ def run(run_dir: str, step: int) -> dict[str, Any]:
     console.table(
         f"Step {step} of {run_dir}",
         [
-            ("from", f"{result['from']}, {result['replayed']} steps replayed"),
+            ("from", f"{result['from']}, {plural(result['replayed'], 'step')} replayed"),
             ("learning rate", f"{result['lr']:.4g}"),
             ("loss", f"{format_number(result['loss'])} {'nats per token' if known else 'per target'}"),
             ("gradient norm", format_number(result["grad_norm"])),
-            ("targets", f"{result['num_targets']:,} in {len(rows)} rows{order}"),
+            ("targets", f"{result['num_targets']:,} in {plural(len(rows), 'row')}{order}"),
             *shown,
         ],
     )

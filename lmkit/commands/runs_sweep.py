@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from lmkit.commands.runs_compare import Facts, letters, lowest, read_facts
 from lmkit.commands.runs_show import settings
 from lmkit.commands.runs_text import NOTHING, columns, format_step
-from lmkit.console import format_number
+from lmkit.console import format_number, plural
 from lmkit.errors import CheckpointError
 from lmkit.store.browse import PER_TOKEN, Status, find_runs
 from lmkit.store.sweeps import Job, read, read_failures
@@ -57,7 +57,7 @@ def sweep_table(root: Path) -> str:
     states = ("done", "running", "stopped", "failed", "not")
     counts = {state: sum(row.state.startswith(state) for row in rows) for state in states}
     counted = [f"{number} {state.replace('not', 'not started')}" for state, number in counts.items() if number]
-    lines += ["", f"{len(rows)} jobs: {', '.join(counted)}"]
+    lines += ["", f"{plural(len(rows), 'job')}: {', '.join(counted)}"]
     if sweep is not None and counts["stopped"] + counts["failed"] + counts["not"]:
         words = [word for word in sweep.command if not word.startswith(("resume=", "run.dir="))]
         words += [f"run.dir={root}", "resume=true"]  # where it is now

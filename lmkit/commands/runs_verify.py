@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lmkit.commands.output import write_text
 from lmkit.commands.runs_text import columns, format_bytes
+from lmkit.console import plural
 from lmkit.errors import CheckpointError
 from lmkit.store.audit import CheckpointAudit, LogAudit, RunAudit, audit_checkpoint, audit_run
 from lmkit.store.browse import Status, named_run, status_of
@@ -75,7 +76,7 @@ def _checkpoint_lines(checkpoints: Sequence[CheckpointAudit], title: str) -> lis
 def _log_text(log: LogAudit) -> str:
     if log.problem is not None:
         return f"{log.name} cannot be read: {log.problem}"
-    text = f"{log.name}: {log.num_rows:,} rows"
+    text = f"{log.name}: {plural(log.num_rows, 'row')}"
     if not log.bad_lines:
         return text
     shown = ", ".join(map(str, log.bad_lines[:MOST_LINES]))

@@ -33,7 +33,7 @@ from lmkit.config.model import ModelConfig
 from lmkit.config.optimization import SgdConfig
 from lmkit.config.plain import kind_of, with_defaults
 from lmkit.config.training import Average, NonFinite
-from lmkit.console import Console, format_count, format_duration
+from lmkit.console import Console, format_count, format_duration, plural
 from lmkit.data.batches import ORDER
 from lmkit.device import Device, attention_of_any_shape
 from lmkit.distributed import SINGLE, World
@@ -311,10 +311,10 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
 
 
 def _say_plan(job: Job, timing: Timing) -> None:
-    steps = f"{timing.max_steps} steps" if timing.max_steps is not None else f"{job.cfg.train.budget}"
+    steps = plural(timing.max_steps, "step") if timing.max_steps is not None else f"{job.cfg.train.budget}"
     job.console.say(
         f"model: {format_count(job.num_parameters)} parameters; train: {format_count(job.task.num_targets)}"
-        f" {job.task.unit}s, {timing.steps_per_epoch} steps an epoch; {steps}; run: {job.run.path}"
+        f" {job.task.unit}s, {plural(timing.steps_per_epoch, 'step')} an epoch; {steps}; run: {job.run.path}"
     )
 
 
@@ -357,7 +357,7 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
     job.run.write_result(result)
     job.stop.deferring = False
     counted = job.model_config.trains_by_counting
-    length = "counted" if counted else f"{numbers['step']} steps, {numbers['epochs']:.2f} epochs"
+    length = "counted" if counted else f"{plural(numbers['step'], 'step')}, {numbers['epochs']:.2f} epochs"
     whole = all(p.requires_grad for p in job.model.parameters())
     unit = "n-grams" if counted else "parameters" if whole else "trained parameters"
     rows = [

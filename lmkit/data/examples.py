@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmkit.config.tasks import RowsTaskConfig, Truncation
+from lmkit.console import plural
 from lmkit.data.batches import to_device
 from lmkit.data.order import Permutation, epoch_rows
 from lmkit.data.rows import Record, read_records
@@ -241,7 +242,8 @@ def read_split(config: RowsTaskConfig, seed: int) -> tuple[list[Record], list[Re
     num_valid = round(config.valid_fraction * len(records))
     if num_valid < 1 or len(records) - num_valid < 1:
         raise DataError(
-            f"{config.data} has {len(records)} rows, too few to hold out task.valid_fraction={config.valid_fraction}",
+            f"{config.data} has {plural(len(records), 'row')}, too few to hold out"
+            f" task.valid_fraction={config.valid_fraction}",
             "give more rows, or name task.valid",
         )
     order = Permutation(len(records), derive_key(seed, "split"))(np.arange(len(records), dtype=np.int64))

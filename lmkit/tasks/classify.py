@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lmkit.config.tasks import ClassifyMetric, ClassifyTaskConfig
 from lmkit.config.training import TrainConfig
-from lmkit.console import Console
+from lmkit.console import Console, plural
 from lmkit.data.examples import ExampleBatch, Examples, RowReader, read_split
 from lmkit.data.rows import Record
 from lmkit.device import Device
@@ -255,7 +255,7 @@ def predictions(
         for best, row in zip(best_N, probabilities_NC, strict=True)
     ]
     counts = Counter(labels[best] for best in best_N)
-    rows = [(f"predicted {label[:30]!r}", f"{counts[label]} rows") for label in labels[:MOST_SHOWN]]
+    rows = [(f"predicted {label[:30]!r}", plural(counts[label], "row")) for label in labels[:MOST_SHOWN]]
     numbers: dict[str, Any] = {"predicted": dict(counts)}
     if any(config.label in record.values for record in records):
         targets_N = label_ids(records, config.label, labels, strict=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmkit.config.chat import InstructTaskConfig
 from lmkit.config.commands import FinetuneConfig
-from lmkit.console import Console, format_number
+from lmkit.console import Console, format_number, plural
 from lmkit.data.chat import ChatTemplate, Encoded, answers_of, has_whole_answer
 from lmkit.data.conversations import ChatBatch, ChatBatches, chat_batch, conversation_of, digest_of, read_splits
 from lmkit.device import Device
@@ -195,7 +195,7 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
         console.warn(
             f"valid: {num_cut} of {len(valid)} answers were cut (task.truncation): exact match leaves them out"
         )
-    console.say(f"train: {len(train)} conversations in {task.num_rows} rows; valid: {len(valid)}")
+    console.say(f"train: {plural(len(train), 'conversation')} in {plural(task.num_rows, 'row')}; valid: {len(valid)}")
     return task
 
 

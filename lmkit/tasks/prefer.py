@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmkit.config.chat import PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig
-from lmkit.console import Console, format_number
+from lmkit.console import Console, format_number, plural
 from lmkit.data.batches import to_device
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded, Turn
 from lmkit.data.conversations import answer_of, chat_batch, digest_of, read_splits
@@ -268,7 +268,7 @@ def build_prefer(
         _pairs(part, template, base, cfg, config, name, device, console)
         for name, part in zip(("train", "valid"), splits, strict=True)
     )
-    console.say(f"train: {len(train)} pairs; valid: {len(valid)}")
+    console.say(f"train: {plural(len(train), 'pair')}; valid: {len(valid)}")
     return Prefer(base.model, base.tokenizer, train, valid, config, batch_size=cfg.train.batch_size, seed=cfg.seed)
 
 

@@ -307,4 +307,4 @@ def test_row_119_auto_says_what_it_took(small: list[str], lmkit: Lmkit, monkeypa
     command = [word for word in small if not word.startswith("device")]
     done = lmkit(*command, "device=auto", "device.threads=1", f"run.dir={os.getcwd()}/run", "train.max_steps=1")
     assert done.code == 0, done.err
-    assert done.err.startswith("device: cpu, 1 threads, fp32\n")
+    assert done.err.startswith("device: cpu, 1 thread, fp32\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmkit import console as console_module
-from lmkit.console import Console, format_count, format_duration, format_number, table_lines
+from lmkit.console import Console, format_count, format_duration, format_number, plural, table_lines
 
 
 class Terminal(io.StringIO):
@@ -277,3 +277,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 )
 def test_numbers_keep_the_digits_that_matter(number: float, text: str) -> None:
     assert format_number(number) == text
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [plural(number, "step") for number in (0, 1, 2, 1234)] == ["0 steps", "1 step", "2 steps", "1,234 steps"]
