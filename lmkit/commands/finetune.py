@@ -35,6 +35,7 @@ from lmkit.store.checkpoint import load_checkpoint, resolve_checkpoint
 from lmkit.store.found import absolute, read_info
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
+from lmkit.tasks.chat import check_length
 from lmkit.tasks.instruct import build_instruct
 from lmkit.tasks.language import LanguageModelling
 from lmkit.tasks.prefer import build_prefer
@@ -245,6 +246,7 @@ def _numbers(task_config: RegressTaskConfig, cfg: FinetuneConfig, console: Conso
 
 
 def _language(cfg: FinetuneConfig, base: LoadedRun, console: Console) -> Task:
+    check_length(base, cfg.train.seq_len)
     prepared = prepare(cfg.dataset, base.tokenizer, console)
     check_data(prepared, base.model_config, cfg.train.seq_len)
     carries_state = base.model_config.carries_state

@@ -71,7 +71,8 @@ def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None
     """Gate three: what only the data can tell. Raises ConfigError or DataError before the model is built."""
     if isinstance(model, TransformerConfig) and seq_len > model.context:
         raise ConfigError(
-            f"train.seq_len={seq_len} is longer than model.context={model.context}", "lower it or raise model.context"
+            f"train.seq_len={seq_len} is longer than model.context={model.context}",
+            f"set train.seq_len={model.context} or less",
         )
     for name in ("train", "valid"):
         if name not in prepared.splits or prepared.splits[name].num_tokens == 0:

@@ -62,7 +62,9 @@ def check_length(base: LoadedRun, seq_len: int) -> None:
     """Raises ConfigError if examples of ``seq_len`` tokens do not fit into the model."""
     context = base.model.context
     if context is not None and seq_len > context:
-        raise ConfigError(f"train.seq_len={seq_len} is longer than model.context={context}", "lower it")
+        raise ConfigError(
+            f"train.seq_len={seq_len} is longer than model.context={context}", f"set train.seq_len={context} or less"
+        )
 
 
 def encode_all(

@@ -471,6 +471,9 @@ def test_from_the_command_line(
     nowhere = ["dataset=text", "dataset.path=nowhere"]  # which is not asked for before
     assert cli.main(["finetune", *words, *nowhere, "adapter=lora", "adapter.targets=q_proj", *shape[:3]]) == 2
     assert "adapter.targets=q_proj matches no linear layer of the model; it has blocks.*" in capsys.readouterr().err
+    assert cli.main(["finetune", *words, *nowhere]) == 2
+    said = "train.seq_len=128 is longer than model.context=32; set train.seq_len=32 or less\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_the_time_of_the_scoring_after_a_finetuning_is_kept_back_once(
