@@ -98,7 +98,8 @@ class ClassifyTaskConfig(RowsTaskConfig):
     label: str = "label"
     """Column of the label."""
     class_weights: str = "none"
-    """Weight of each label in the loss: none, balanced, or numbers > 0 in the order of the sorted labels (1,2.5)."""
+    """Weight of each label in the loss: none, balanced, or numbers > 0 (1,2.5) in the order of the labels, which are
+    sorted as text: 10 before 2."""
     metric: ClassifyMetric = ClassifyMetric.accuracy
     """What best checkpoint and train.patience go by: accuracy or macro_f1; the valid loss is 1 - metric."""
 

@@ -128,7 +128,12 @@ def build_task(
     for note in (*alike_notes(labels), *split_notes(reader, train, valid, of_texts=True)):
         console.warn(note)
     model = build_model(config, backbone, len(labels), seed=seed)
-    return Classify(model, config, tokenizer, train, valid, train_config, labels, seed=seed)
+    task = Classify(model, config, tokenizer, train, valid, train_config, labels, seed=seed)
+    if config.class_weights != "none":
+        weights = zip(labels[:MOST_SHOWN], task.weights_C.tolist(), strict=False)
+        more = ", ..." if len(labels) > MOST_SHOWN else ""
+        console.say(f"class weights: {', '.join(f'{label[:30]!r} {weight:.4g}' for label, weight in weights)}{more}")
+    return task
 
 
 def build_model(config: ClassifyTaskConfig, backbone: LanguageModel, num_labels: int, *, seed: int) -> Classifier:

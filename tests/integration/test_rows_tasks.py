@@ -178,6 +178,8 @@ def test_from_labelled_texts_to_predictions_for_new_ones(
     assert result["labels"] == ["bad", "good"]
     assert sum(map(sum, result["confusion"])) == result["num_examples"] == 24
     assert sum(result["train_counts"]) == 216
+    bad, good = (216 / (2 * count) for count in result["train_counts"])
+    assert f"class weights: 'bad' {bad:.4g}, 'good' {good:.4g}\n" in shown
     rows = read_jsonl(tmp_path / "new.predictions.jsonl")
     given = read_jsonl(new)
     assert [row["text"] for row in rows] == [row["text"] for row in given]
