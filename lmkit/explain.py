@@ -111,7 +111,8 @@ def _preset_text(group: str, name: str, commands: Sequence[str]) -> str:
         chosen = recipe_choices(name) if group == "recipe" else {}
         pairs = [*chosen.items(), *flatten(_values_in(f"{group}/{name}"))]
         return "\n".join([*lines, *(f"  {key}={_shown(value)}" for key, value in pairs)])
-    keys = [k for k in every_key(commands[0]) if f"{group}={name}" in presets_with(commands[0], k)]
+    keys = [k for k in every_key(commands[0]) if k.startswith(f"{group}.")]
+    keys = [k for k in keys if f"{group}={name}" in presets_with(commands[0], k)]
     return "\n".join([*lines, *(f"  {key}={_preset_value(key, f'{group}={name}')}" for key in keys)])
 
 

@@ -111,7 +111,7 @@ def _key_lines(config: Any, prefix: str, types: Mapping[str, Any], presets: Mapp
     from lmkit.keys import field_docs, type_text
     from lmkit.presets import description
 
-    cls = OmegaConf.get_type(config)
+    cls: type | None = OmegaConf.get_type(config)
     docs = {} if cls is None else field_docs(cls)
     nested = []
     for name in config:

@@ -20,7 +20,8 @@ def keys_of(command: str, groups: Mapping[str, str]) -> dict[str, Any]:
     return {key: hint for key, hint, _ in _walk(ROOTS[command], "", lambda group: _schemas(group, [presets[group]]))}
 
 
-def every_key(command: str) -> dict[str, Any]:
+@functools.cache
+def every_key(command: str) -> Mapping[str, Any]:
     """Dotted key -> type, with whatever presets."""
     return {key: hint for key, hint, _ in _walk(ROOTS[command], "", lambda group: _schemas(group, names_in(group)))}
 
@@ -96,7 +97,8 @@ def type_text(hint: Any) -> str:
     return ("text" if kind is str else kind.__name__) + null
 
 
-def field_docs(cls: type) -> dict[str, str]:
+@functools.cache
+def field_docs(cls: type) -> Mapping[str, str]:
     """The line of text under each field of a dataclass, its bases included."""
     import ast
     import inspect
