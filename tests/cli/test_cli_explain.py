@@ -46,11 +46,13 @@ def test_the_default_is_what_the_command_composes() -> None:
 def test_the_value_of_a_preset_is_what_choosing_it_composes() -> None:
     from omegaconf import OmegaConf
 
-    for group in ("model", "optimizer", "schedule", "softmax", "logger"):
-        for name in names_in(group):
-            config = compose(Line("pretrain", groups={group: name}), partial=True)
+    names = {group: names_in(group) for group in ("model", "optimizer", "schedule", "softmax", "logger")}
+    for number in range(max(map(len, names.values()))):
+        chosen = {group: known[number % len(known)] for group, known in names.items()}
+        config, keys = compose(Line("pretrain", groups=chosen), partial=True), keys_of("pretrain", chosen)
+        for group, name in chosen.items():
             lines = explain(f"{group}={name}", "pretrain").splitlines()
-            for key in (key for key in keys_of("pretrain", {group: name}) if key.startswith(f"{group}.")):
+            for key in (key for key in keys if key.startswith(f"{group}.")):
                 (line,) = [line for line in lines if line.startswith(f"  {key}=")]
                 value, shown = OmegaConf.select(config, key), line.partition("=")[2]
                 assert shown == format_value(value), key
