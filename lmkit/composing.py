@@ -309,11 +309,12 @@ def _refused(config: DictConfig) -> list[str]:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    found, rest = [], config.copy()
+    found, rest = [], config
     for name in config:
         node = config._get_node(name)
         if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()) and (inner := _refused(node)):
             found += inner
+            rest = config.copy() if rest is config else rest
             rest[name] = OmegaConf.structured(OmegaConf.get_type(node))
     try:
         OmegaConf.to_object(rest)
