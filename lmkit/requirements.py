@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 
 from lmkit.errors import ConfigError
 
 
+@functools.cache
 def check_installed() -> None:
-    """Raise ConfigError naming all required libraries that are missing or older than lmkit needs.
+    """Raise ConfigError naming all required libraries that are missing or older than lmkit needs; looks once a process.
 
     The metadata that lmkit was installed with say which those are; without them (a checkout on PYTHONPATH) nothing is
     checked. A library that is newer than what was tested is left to the installer.

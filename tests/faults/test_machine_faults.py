@@ -34,6 +34,7 @@ from children import (
 )
 from harness import Lmkit, Start, digests, names
 
+from lmkit.requirements import check_installed
 from lmkit.store import checkpoint_writer, runs, saving, staging, storage
 from lmkit.store.checkpoint import list_checkpoints
 from lmkit.store.found import read_metrics, read_result
@@ -532,6 +533,7 @@ def test_row_124_libraries_that_are_missing_or_too_old_are_named_before_anything
         return "2.1.0+cpu" if name == "torch" else version(name)
 
     monkeypatch.setattr(metadata, "version", others)
+    check_installed.cache_clear()
     done = lmkit(*small, f"run.dir={tmp_path}/run")
     assert done.code == 2, done.err
     assert "torch 2.1.0+cpu is installed, lmkit needs >=2.9" in done.error
