@@ -209,12 +209,23 @@ STEPS = ["train.max_steps=4", "train.batch_size=4", "train.micro_batch_size=2", 
 SHORT = [*STEPS, "train.seq_len=6"]
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Little of it: every operation on the card is looked at, which takes time."""
-    file = tmp_path / "text.txt"
+    file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("".join(f"the cat sat on mat {n}.\n" for n in range(40)), encoding="utf-8")
     return ["dataset=text", f"dataset.path={file}"]
+
+
+@pytest.fixture(scope="module")
+def base(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to finetune, of the CPU."""
+    path = tmp_path_factory.mktemp("base") / "run"
+    words = ["model=tiny", *TRANSFORMER, "model.context=64", "train.seq_len=12", "train.max_steps=1", "device=cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        run("pretrain", *text, "tokenizer=byte", *words, f"run.dir={path}")
+    return path
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -239,7 +250,8 @@ def test_every_model_is_trained_scored_and_continued_on_the_card(
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_reads_a_text_in_pieces_on_the_card(model: str) -> None:
-    config = OmegaConf.to_object(compose(parse("pretrain", ["dataset=ptb", *MODELS[model]])))
+    words = ["dataset=text", "tokenizer=byte", *MODELS[model], "device=cuda"]  # as above, so that it is composed once
+    config = OmegaConf.to_object(compose(parse("pretrain", words)))
     assert isinstance(config, PretrainConfig)
     built, state = config.model.build(90, seed=1).to(META), None
     for length in (5, 3, 1):
@@ -329,24 +341,13 @@ PADDED = ["classify", "regress", "instruct", "prefer"]
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_finetuned_on_the_card(
-    task: str, text: list[str], waits_of_steps: list[list[str]], plans_of_steps: list[bool], tmp_path: Path
+    task: str, text: list[str], base: Path, waits_of_steps: list[list[str]], plans_of_steps: list[bool], tmp_path: Path
 ) -> None:
-    base, data = tmp_path / "base", tmp_path / "rows.jsonl"
+    data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    model = ["model=tiny", *TRANSFORMER, "model.context=64"]
-    run(
-        "pretrain",
-        *text,
-        "tokenizer=byte",
-        *model,
-        "train.seq_len=12",
-        "train.max_steps=1",
-        "device=cpu",
-        f"run.dir={base}",
-    )
     words = [*TASKS[task], *(text if TASKS[task][0] == "task=lm" else [f"task.data={data}"])]
     run("finetune", f"run={base}", *words, *STEPS, "device=cuda", f"run.dir={tmp_path / 'run'}")
-    assert len(waits_of_steps) == 5
-    assert waits_of_steps[3:] == [[], []]
-    assert plans_of_steps == [True, *[task not in PADDED] * 4]
+    assert len(waits_of_steps) == 4
+    assert waits_of_steps[2:] == [[], []]
+    assert plans_of_steps == [task not in PADDED] * 4
     assert torch.backends.cuda.cudnn_sdp_enabled()
