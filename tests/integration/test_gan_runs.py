@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,6 +112,7 @@ def test_adversarial_losses_are_means_over_the_sentences_of_a_batch_however_it_i
         report = trainer.train_step(trainer.task.batches[0])
         found.append((report.loss, report.grad_norm))
     assert found[1:] == [pytest.approx(found[0], rel=1e-4)] * 2
+    assert found[0][0] == pytest.approx(2 * math.log(2), rel=0.1)  # of a discriminator that knows nothing yet
 
 
 def test_a_plan_counts_and_times_the_adversarial_part(gan: MakeConfig) -> None:
