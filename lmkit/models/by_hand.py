@@ -101,7 +101,7 @@ class SwigluDown(torch.autograd.Function):
                 torch.mul(d_inner_RF, active_RF, out=up_RF)
                 torch.ops.aten.silu_backward.grad_input(d_active_RF, gate_RF, grad_input=gate_RF)
         return (
-            gate_up_BTF.detach() if needs_gate_up else None,
+            gate_up_NF.view(gate_up_BTF.shape) if needs_gate_up else None,
             d_weight_DF,
             dy_ND.sum(0) if needs_bias else None,
         )

@@ -273,6 +273,15 @@ def test_the_gradient_of_gate_and_up_takes_their_place_so_that_a_second_backward
         y.sum().backward()
 
 
+def test_gate_and_up_whose_rows_do_not_lie_one_after_the_other_have_their_gradient_too() -> None:
+    x, weight = torch.randn(3, 2, 8, requires_grad=True), torch.randn(5, 4)
+    y = lmkit.models.by_hand.SwigluDown.apply(x.transpose(0, 1) * 1.0, weight, None)  # type: ignore[no-untyped-call]
+    (ours,) = torch.autograd.grad(y.square().sum(), x)
+    gate, up = x.transpose(0, 1).chunk(2, -1)
+    (plain,) = torch.autograd.grad(((torch.nn.functional.silu(gate) * up) @ weight.T).square().sum(), x)
+    torch.testing.assert_close(ours, plain)
+
+
 def test_under_autocast_what_branches_are_added_to_stays_in_fp32() -> None:
     model, seen = randomised(llama()).train(), []
     for block in model.blocks:
