@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
@@ -96,8 +97,9 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
             carried.setdefault(slot, []).append((int(micro), tensor))
         elif part == "raw":
             parameters[name].data.copy_(pieced(tensor, parameters[name]))
-        elif part == "guard" and trainer.state.data_changes[-1:] != [trainer.state.step]:  # else of the data before
-            trainer.mean_nats = tensor.to(device)
+        elif part == "guard":
+            of_other_data = trainer.state.data_changes[-1:] == [trainer.state.step]
+            trainer.mean_nats = torch.full_like(tensor, math.inf, device=device) if of_other_data else tensor.to(device)
     trainer.optimizer.state.clear()
     load_optimizer_tensors(trainer.optimizer, parameters, optimizer)
     trainer.carry = _cut_carry(trainer, carried)

@@ -438,6 +438,7 @@ def test_the_running_mean_of_the_loss_is_not_kept_for_other_data(data_changes: l
     first, second = trainer(spike_nats=1.0), trainer(spike_nats=1.0)
     for step in range(3):
         first.train_step(Random()[step])
+    second.train_step(Random()[0])  # as before a rollback
     second.state = TrainState.from_json(first.state.to_json() | {"data_changes": data_changes})
     restore_trainer(second, *trainer_tensors(first))
     assert float(second.mean_nats) == (float(first.mean_nats) if kept else math.inf)
