@@ -64,7 +64,7 @@ def said_by_first() -> Iterator[None]:
     try:
         yield
     except LmkitError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(FIRST_S)
         raise
 
