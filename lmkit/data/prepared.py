@@ -111,7 +111,8 @@ class _Preparation:
             try:
                 stack.enter_context(self._lock())
             except OSError:  # what cannot be written may still hold the same text, of files with other dates
-                if self.force or (found := self._find(self._survey(), warn=False)) is None:
+                nothing_there = self.force or not self.folder.is_dir()
+                if nothing_there or (found := self._find(self._survey(), warn=False)) is None:
                     raise
                 return found
             self._sweep()
