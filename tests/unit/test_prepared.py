@@ -423,6 +423,17 @@ def test_a_damaged_memory_of_a_survey_is_forgotten(folder: Path, cache: Path, se
 # --- interruption and company
 
 
+def test_a_text_is_not_read_for_a_cache_that_cannot_be_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "file" / "cache"))
+    reads = count_reads(monkeypatch)
+    with pytest.raises(ResourceError):
+        prepared(folder)
+    assert reads == []
+
+
 def test_a_full_disk_is_an_error_of_resources_and_leaves_nothing(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
