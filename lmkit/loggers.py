@@ -284,7 +284,12 @@ class AttachedLogger:
         if not self._is_on:
             return
         status = "crashed"
-        for kind, name in ((type(None), "finished"), (StoppedError, "stopped"), (DivergedError, "diverged")):
+        for kind, name in (
+            (type(None), "finished"),
+            (StoppedError, "stopped"),
+            (KeyboardInterrupt, "stopped"),
+            (DivergedError, "diverged"),
+        ):
             status = name if isinstance(error, kind) else status
         try:
             with _stdout_to_stderr():

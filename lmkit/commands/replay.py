@@ -30,7 +30,7 @@ from lmkit.data.batches import ORDER, Batches, TrainingBatch
 from lmkit.device import Device, resolve_device
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.horizon import Horizon, last_step
-from lmkit.store.browse import Status, read_summary
+from lmkit.store.browse import Status, read_journal, read_summary
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_info, read_metrics
 from lmkit.store.incidents import BATCH_FILE
@@ -126,7 +126,9 @@ def _find_start(run_dir: Path, step: int, console: Console) -> _Start:
     """The newest whole checkpoint before ``step``, and the configuration in force at ``step``."""
     record = read_object(run_dir / BATCH_FILE.format(step=step)) or {}
     known = read_summary(run_dir)
-    has_ended = known.status in (Status.finished, Status.stopped)  # else it may have made more steps than it has logged
+    last_events = [event.get("event") for event in read_journal(run_dir)[-1:]]
+    # else it may have made more steps than it has logged
+    has_ended = known.status in (Status.finished, Status.stopped) and last_events != ["interrupted"]
     if has_ended and not record and known.step is not None and step > known.step:
         raise ConfigError(
             f"the last step of {run_dir} is {known.step}: it has made no step {step}", f"name one up to {known.step}"

@@ -38,7 +38,7 @@ class Status(Enum):
     finished = "finished"
     """It came to its end."""
     stopped = "stopped"
-    """Stopped on request, and saved."""
+    """Stopped on request, and saved, unless it was before the first step or by a second signal."""
     diverged = "diverged"
     """It stopped at a loss or gradient that was not finite."""
     crashed = "crashed"
@@ -157,7 +157,7 @@ def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
     )
 
 
-BEFORE_A_STEP = {"changed", "data changed", "environment", "error", "no lock"}
+BEFORE_A_STEP = {"changed", "data changed", "environment", "error", "interrupted", "no lock"}
 """What a session that goes on writes down before it changes anything of the run."""
 
 
@@ -182,7 +182,9 @@ def status_of(run_dir: Path) -> Status:
         return Status.unknown
     if any(map(_is_divergence, session)):
         return Status.diverged
-    return Status.finished if has_result and names <= BEFORE_A_STEP else Status.crashed
+    if has_result and names <= BEFORE_A_STEP:
+        return Status.finished
+    return Status.stopped if "interrupted" in names else Status.crashed
 
 
 def newest_finished_run(root: str | Path) -> Path:

@@ -296,9 +296,11 @@ class Run:
             self.close()
 
     def _note(self, error: BaseException | None) -> None:
-        """Journal the error that ends this process's part; a stop on request is none, and was journalled before."""
-        if isinstance(error, LmkitError) and not isinstance(error, StoppedError):
-            with contextlib.suppress(Exception):  # whatever it is: the error that people must see is the other one
+        """Journal what ends this process's part early; a stop that was waited for was journalled before."""
+        with contextlib.suppress(Exception):  # whatever it is: the error that people must see is the other one
+            if isinstance(error, KeyboardInterrupt):  # before the first step, or by a second signal
+                self.journal("interrupted")
+            elif isinstance(error, LmkitError) and not isinstance(error, StoppedError):
                 self.journal("error", {"code": error.exit_code, "message": str(error)})
 
 

@@ -843,7 +843,18 @@ def test_row_50_the_second_signal_ends_the_run_now(config: MakeConfig, monkeypat
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(cfg)
     assert [p.name[-2:] for p in list_checkpoints(path_of(cfg))] == ["02", "04"]
+    assert status_of(path_of(cfg)) is Status.stopped
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_row_53_a_run_that_is_stopped_before_its_first_step_counts_as_stopped(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    monkeypatch.setattr(training, "build_trainer", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(StoppedError, match="stopped by SIGTERM before the first step"):
+        pretrain.run(cfg)
+    assert status_of(path_of(cfg)) is Status.stopped
 
 
 def test_row_53_a_stop_before_the_first_step_is_told_so(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,11 @@ def test_finished_and_stopped_runs_are_told_from_those_that_just_ended(tmp_path:
         finish(run)
     with open_run(tmp_path / "stopped") as run:
         run.journal("stopped", {"signal": "SIGTERM", "step": 1})
+    for name in ("stopped before its first step", "stopped by a second signal"):
+        with contextlib.suppress(KeyboardInterrupt), open_run(tmp_path / name) as run:
+            if name.endswith("signal"):
+                save(run, 1)
+            raise KeyboardInterrupt
     with open_run(tmp_path / "diverged") as run:
         run.journal("nonfinite", {"step": 5, "policy": "stop"})
     with contextlib.suppress(DivergedError), open_run(tmp_path / "diverged after skips") as run:
@@ -97,8 +102,8 @@ def test_finished_and_stopped_runs_are_told_from_those_that_just_ended(tmp_path:
     with open_run(tmp_path / "crashed") as run:
         run.journal("nonfinite", {"step": 5, "policy": "skip"})
         save(run, 6)
-    for name in ("finished", "stopped", "diverged", "diverged after skips", "crashed"):
-        assert status_of(tmp_path / name).name == name.partition(" ")[0]
+    for path in tmp_path.iterdir():
+        assert status_of(path).name == path.name.partition(" ")[0]
 
 
 def test_a_finished_run_that_had_nothing_more_to_do_is_finished_and_one_that_broke_later_crashed(
@@ -122,6 +127,9 @@ def test_a_finished_run_stays_finished_after_an_attempt_that_was_refused(tmp_pat
     with contextlib.suppress(ConfigError), open_run(run.path, resume=True):
         raise ConfigError("a key that must not change")
     assert read_journal(run.path)[-1]["event"] == "error"
+    assert status_of(run.path) is Status.finished
+    with contextlib.suppress(KeyboardInterrupt), open_run(run.path, resume=True):
+        raise KeyboardInterrupt  # before anything was done
     assert status_of(run.path) is Status.finished
 
 

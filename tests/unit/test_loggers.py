@@ -164,7 +164,7 @@ def test_a_new_external_run_that_cannot_begin_is_an_error_and_one_that_cannot_go
         (StoppedError("SIGTERM"), "stopped"),
         (DivergedError("nan"), "diverged"),
         (RuntimeError("bug"), "crashed"),
-        (KeyboardInterrupt(), "crashed"),
+        (KeyboardInterrupt(), "stopped"),
     ],
 )
 def test_the_external_run_is_told_how_it_ended(tmp_path: Path, error: BaseException | None, status: str) -> None:
