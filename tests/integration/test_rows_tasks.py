@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -32,8 +33,9 @@ from lmkit.config.training import EvalConfig, LogConfig, RunConfig, SaveConfig, 
 from lmkit.console import Console, format_number
 from lmkit.device import resolve_device
 from lmkit.errors import ConfigError, DataError, ResourceError, StoppedError
-from lmkit.store.browse import read_summary
+from lmkit.store.browse import Status, read_summary, status_of
 from lmkit.store.found import read_metrics
+from lmkit.store.runs import Run
 from lmkit.tasks.classify import Classify
 from lmkit.train import Trainer
 
@@ -462,6 +464,28 @@ def test_a_label_that_the_draw_would_hold_out_whole_is_learnt(bases: dict[str, P
     task = replace(task, data=str(write_jsonl(tmp_path / "rows.jsonl", rows[:-1])), valid=str(alone))
     with pytest.raises(DataError, match=r"valid\.jsonl, line 1: the label 'odd' does not occur"):
         finetune.set_up(replace(cfg, task=task), resolve_device(cfg.device), Console())
+
+
+def test_a_signal_while_the_training_is_written_down_as_finished_ends_the_command_before_it_predicts(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = reviews(tmp_path / "rows.jsonl", 30, 1)
+    cfg = config_of(ClassifyTaskConfig(data=str(rows)), tmp_path / "run", bases["lstm"], max_steps=2)
+    cfg = replace(cfg, predict=str(rows))
+    write_result = Run.write_result
+
+    def signalled(run: Run, *args: Any, **keys: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        write_result(run, *args, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_result", signalled)
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM before predicting; .* finished in .*resume=true"):
+            finetune.run(cfg)
+    assert status_of(tmp_path / "run") is Status.finished
+    assert not (tmp_path / "rows.predictions.jsonl").exists()
+    finetune.run(replace(cfg, resume=True))
+    assert len(read_jsonl(tmp_path / "rows.predictions.jsonl")) == 30
 
 
 def test_predictions_are_refused_where_there_is_no_classifier_or_not_what_it_reads(
