@@ -37,6 +37,8 @@ from lmkit.tokenizers.probe import vouch
 
 __all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare"]
 
+PREPARED, SURVEYS, SAME = "prepared", "surveys", "same"
+"""Folders of the cache: the results, what one pass over a text found, and which result is the same as another."""
 _QUIET_S = 1.0
 """No progress is shown before this time, since most preparations are over by then."""
 _TRIED_LINES, _LINE_CHARS = 1000, 1000
@@ -80,7 +82,7 @@ class _Preparation:
     ) -> None:
         self.corpus, self.console, self.force = corpus, console, force
         self.root = cache_dir()
-        self.folder = self.root / "prepared"
+        self.folder = self.root / PREPARED
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else None
         self.config = None if isinstance(tokenizer, Tokenizer) else tokenizer
         self.identity = {
@@ -117,13 +119,13 @@ class _Preparation:
                 return found
             self._sweep()
             fingerprint = self._fingerprint()
-            survey = None if self.force else recall(self.root / "surveys", fingerprint)
+            survey = None if self.force else recall(self.root / SURVEYS, fingerprint)
             if found := self._find(survey):
                 return found
             if survey is None:
                 survey = self._survey()
                 if fingerprint == self._fingerprint():
-                    remember(self.root / "surveys", fingerprint, survey, self._scratch())
+                    remember(self.root / SURVEYS, fingerprint, survey, self._scratch(SURVEYS))
                 if found := self._find(survey):
                     return found
             return self._build(survey)
@@ -136,7 +138,7 @@ class _Preparation:
         return {"version": version, "cleaning": self.identity["cleaning"], "corpus": dict(fingerprint)}
 
     def _recall(self) -> Survey | None:
-        return recall(self.root / "surveys", self._fingerprint())
+        return recall(self.root / SURVEYS, self._fingerprint())
 
     def _key(self, survey: Survey, tokenizer: str | None = None) -> str:
         """Names the result. tokenizer: digest of the one to name it by; None: what was asked for."""
@@ -148,18 +150,19 @@ class _Preparation:
         """The folder of a result, or that of the same one under another key (see ``_note``)."""
         with contextlib.suppress(OSError, ValueError):
             if not (self.folder / key).is_dir():
-                return self.folder / Path((self.root / "same" / key).read_text(encoding="ascii")).name
+                return self.folder / Path((self.root / SAME / key).read_text(encoding="ascii")).name
         return self.folder / key
 
     def _note(self, survey: Survey, tokenizer: Tokenizer, key: str) -> None:
         """Let what was prepared for a configuration be found by the tokenizer that was trained, which runs ask for."""
-        (self.root / "same").mkdir(exist_ok=True)
-        note = self.root / "same" / self._key(survey, tokenizer.digest)
-        storage.replace_file(note, key.encode(), self._scratch())
+        (self.root / SAME).mkdir(exist_ok=True)
+        note = self.root / SAME / self._key(survey, tokenizer.digest)
+        storage.replace_file(note, key.encode(), self._scratch(SAME))
 
-    def _scratch(self) -> Path:
-        """A name for what is not whole yet, where ``_sweep`` finds it and can tell whose it is."""
-        return self.folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
+    def _scratch(self, folder: str) -> Path:
+        """A name for what is not whole yet, in the folder that it will be in, any of which may be a link to another
+        disk; ``_sweep`` finds it and can tell whose it is."""
+        return self.root / folder / storage.scratch_name(storage.TMP_PREFIX, self.request)
 
     def _find(self, survey: Survey | None, *, warn: bool = True) -> PreparedData | None:
         if survey is None or self.force:
@@ -215,7 +218,7 @@ class _Preparation:
         if self.config is not None:
             vouch(self.tokenizer)  # it was trained here, just now
         key = self._key(survey)
-        temporary = self._scratch()
+        temporary = self._scratch(PREPARED)
         temporary.mkdir()
         try:
             splits = self._encode(survey, self.tokenizer, temporary)
@@ -292,7 +295,7 @@ class _Preparation:
 
     def _sweep(self) -> None:
         """Remove what killed preparations left: ours, and those of others whose lock is free."""
-        for path in sorted(self.folder.iterdir()):
+        for path in sorted(p for folder in (PREPARED, SURVEYS, SAME) for p in (self.root / folder).glob(".*")):
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # another process may be at it as well
                 if path.name.startswith(storage.TMP_PREFIX):
                     request = path.name.removeprefix(storage.TMP_PREFIX).split("-")[0]

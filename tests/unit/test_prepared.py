@@ -543,6 +543,24 @@ def test_what_a_preparation_leaves_that_is_killed_while_it_writes_a_note_is_remo
     assert list(cache.rglob(".*")) == []
 
 
+@pytest.mark.parametrize("linked", ["prepared", "surveys", "same"])
+def test_each_folder_of_the_cache_may_be_a_link_to_another_disk(
+    folder: Path, cache: Path, settled: None, linked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(source: Path, target: Path) -> None:
+        if source.parent.resolve() != target.parent.resolve():
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        os.replace(source, target)
+
+    monkeypatch.setattr(storage, "replace", replace)
+    cache.mkdir()
+    (cache.parent / "other disk").mkdir()
+    (cache / linked).symlink_to(cache.parent / "other disk")
+    prepared(folder)
+    for name in ("prepared", "surveys", "same"):
+        assert len(list((cache / name).iterdir())) == 1
+
+
 def test_processes_that_prepare_the_same_data_do_it_once(folder: Path, cache: Path) -> None:
     command_line = [sys.executable, "-c", SCRIPT, str(folder)]
     processes = [subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True) for _ in range(3)]
