@@ -119,23 +119,26 @@ def sweep(line: Line) -> int:
     the same configuration are skipped.
     """
     from lmkit.composing import to_yaml
-    from lmkit.reporting import show
+    from lmkit.reporting import said_by_first, show
 
     runner: Runner = here
     if line.plugins:
         from lmkit import launch
 
-        launch.check(line)
+        with said_by_first():
+            launch.check(line)
         if launch.SWEEPER in line.plugins and not line.show_config:
             return launch.search(line)
         runner = launch.launched(line)
-    lines = combinations(line)
-    composed, configs = compose_all(lines)
+    with said_by_first():
+        lines = combinations(line)
+        composed, configs = compose_all(lines)
     if line.show_config:
         for one, config in zip(lines, composed, strict=True):
             show(f"---  # {' '.join(_words(one).split())}\n{to_yaml(config)}", end="")
         return 0
-    noted = _note(line, lines) if any(_run_dir(made) is not None for made in configs) else []
+    with said_by_first():
+        noted = _note(line, lines) if any(_run_dir(made) is not None for made in configs) else []
     jobs = [
         Job(number, f"job {number + 1} of {len(lines)}", one, made)
         for number, (one, made) in enumerate(zip(lines, configs, strict=True))

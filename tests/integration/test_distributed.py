@@ -436,6 +436,7 @@ def test_row_123_torchrun_without_ddp_is_refused(monkeypatch: pytest.MonkeyPatch
     ("words", "problem"),
     [
         (["train.max_step=3"], "unknown key 'train.max_step'"),
+        (["-m", "train.max_step=3,4"], "unknown key 'train.max_step'"),
         (["parallel=ddp", "optimizer=schedule_free"], "optimizer=schedule_free "),  # not installed, or not so
     ],
 )
@@ -449,18 +450,19 @@ def test_what_is_wrong_in_all_processes_is_said_by_the_first_one(
     assert said[0].startswith(f"error: {problem}")
 
 
+@pytest.mark.parametrize("option", [[], ["-m"]])
 def test_a_process_says_late_what_only_it_has_met(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    option: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    assert main(["pretrain", "train.max_step=3"]) == 2
+    assert main(["pretrain", *option, "train.max_step=3"]) == 2
     assert waited == []
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert main(["pretrain", "train.max_step=3"]) == 2
+    assert main(["pretrain", *option, "train.max_step=3"]) == 2
     assert waited == []  # nobody ends it
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert main(["pretrain", "train.max_step=3"]) == 2
+    assert main(["pretrain", *option, "train.max_step=3"]) == 2
     assert waited == [FIRST_S]
     assert capfd.readouterr().err.count("error: unknown key") == 3
 
