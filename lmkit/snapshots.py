@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmkit.config.plain import NEWER
+from lmkit.errors import CheckpointError
 from lmkit.models.base import State
 from lmkit.optim import load_optimizer_tensors, optimizer_tensors
 from lmkit.sharding import gathered, pieced
@@ -97,9 +99,11 @@ def restore_trainer(trainer: Trainer, model: Mapping[str, Tensor], extra: Mappin
             carried.setdefault(slot, []).append((int(micro), tensor))
         elif part == "raw":
             parameters[name].data.copy_(pieced(tensor, parameters[name]))
-        elif part == "guard":
+        elif key == "guard/mean_nats":
             of_other_data = trainer.state.data_changes[-1:] == [trainer.state.step]
             trainer.mean_nats = torch.full_like(tensor, math.inf, device=device) if of_other_data else tensor.to(device)
+        else:
+            raise CheckpointError(f"step {trainer.state.step} has saved {key!r}, which this lmkit does not know", NEWER)
     trainer.optimizer.state.clear()
     load_optimizer_tensors(trainer.optimizer, parameters, optimizer)
     trainer.carry = _cut_carry(trainer, carried)

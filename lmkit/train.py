@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lmkit.averaging import WeightAverage
 from lmkit.config.machine import Precision
 from lmkit.config.optimization import OptimizerConfig, ScheduleConfig
+from lmkit.config.plain import refuse_unknown
 from lmkit.data.batches import Batches, TrainingBatch
 from lmkit.device import Device
 from lmkit.distributed import SINGLE, World
@@ -80,8 +81,12 @@ class TrainState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainState:
-        """The inverse of ``to_json``."""
-        return cls(**{**data, "horizon": Horizon(**data["horizon"])})
+        """The inverse of ``to_json``. Raises ConfigError for keys that this version does not know."""
+        refuse_unknown(cls, data, "state")
+        if "horizon" in data:  # a model that counts has none
+            refuse_unknown(Horizon, data["horizon"], "state.horizon")
+            data = {**data, "horizon": Horizon(**data["horizon"])}
+        return cls(**data)
 
 
 @dataclass(frozen=True)

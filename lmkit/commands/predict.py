@@ -79,7 +79,12 @@ def task_of(stored: StoredRun) -> ClassifyTaskConfig | RegressTaskConfig:
             f"run={stored.path} predicts no labels or numbers (task={stored.task})",
             "name a run of lmkit finetune task=classify or task=regress, or set task= to train one first",
         )
-    task = from_plain(TaskConfig, data, where="task")
+    try:
+        task = from_plain(TaskConfig, data, where="task")
+        if isinstance(task, RegressTaskConfig):
+            regress.scales_of(task, stored.config["fitted"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{stored.checkpoint}/config.json does not describe a task of rows: {error}") from None
     if not isinstance(task, ClassifyTaskConfig | RegressTaskConfig) or "fitted" not in stored.config:
         raise CheckpointError(f"{stored.checkpoint}/config.json does not describe a task of rows")
     return task

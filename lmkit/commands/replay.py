@@ -18,7 +18,7 @@ from torch import nn
 
 from lmkit.commands import finetune, pretrain
 from lmkit.commands.new_data import order_of
-from lmkit.commands.resuming import config_of
+from lmkit.commands.resuming import check_known, config_of
 from lmkit.commands.training import build_trainer
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
@@ -32,9 +32,10 @@ from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.horizon import Horizon, last_step
 from lmkit.store.browse import Status, read_journal, read_summary
 from lmkit.store.checkpoint import Snapshot, list_checkpoints, load_checkpoint
-from lmkit.store.found import read_info, read_metrics
+from lmkit.store.found import CHECKPOINTS, read_info, read_metrics
 from lmkit.store.incidents import BATCH_FILE
 from lmkit.store.manifest import step_directory, step_of
+from lmkit.store.migrations import NewerFormatError
 from lmkit.store.records import read_object
 from lmkit.tasks import Task
 from lmkit.train import Trainer
@@ -154,6 +155,8 @@ def _first_whole(paths: list[Path], console: Console, *, with_optimizer: bool) -
     for path in paths:
         try:
             return load_checkpoint(path, with_optimizer=with_optimizer)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             console.warn(f"skipped a damaged checkpoint, {error}")
     return None
@@ -162,8 +165,13 @@ def _first_whole(paths: list[Path], console: Console, *, with_optimizer: bool) -
 def _prepare(run_dir: Path, start: _Start, console: Console) -> Trainer:
     """The trainer as it was at the start."""
     stored = start.config
-    cfg = config_of(stored)
-    model_config = from_plain(ModelConfig, stored["model"], where="model")
+    if start.snapshot is not None:
+        check_known(run_dir / CHECKPOINTS / start.name, start.snapshot)
+    try:
+        cfg = config_of(stored)
+        model_config = from_plain(ModelConfig, stored["model"], where="model")
+    except ConfigError as error:
+        raise CheckpointError(f"the configuration that {run_dir} has stored cannot be read: {error}") from None
     if model_config.trains_by_counting:
         raise ConfigError(f"{run_dir} was trained by counting", "it has no steps to replay")
     device = _device_of(cfg, console)

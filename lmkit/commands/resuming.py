@@ -11,15 +11,16 @@ from lmkit.commands.new_data import DATA_ORDER, order_of
 from lmkit.commands.runs_show import NOT_COMPARED
 from lmkit.commands.runs_text import columns
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
-from lmkit.config.plain import from_plain
+from lmkit.config.plain import NEWER, from_plain
 from lmkit.config.text import flatten, format_value
 from lmkit.config.training import STREAM_KEYS
 from lmkit.console import Console
 from lmkit.errors import CheckpointError, ConfigError
+from lmkit.snapshots import state_in
 from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.environment import environment
-from lmkit.store.manifest import read_manifest
+from lmkit.store.manifest import CONFIG, STATE, read_manifest
 from lmkit.store.runs import Change, Run
 
 IMMUTABLE = (
@@ -37,13 +38,16 @@ LENGTH = ("train.max_steps", "train.max_epochs", "train.budget", "train.patience
 
 
 def check_known(path: Path, snapshot: Snapshot) -> None:
-    """Raise CheckpointError if a checkpoint's configuration has keys that this version does not know."""
+    """Raise CheckpointError if configuration or state of a checkpoint have keys that this version does not know."""
+    file = CONFIG
     try:
         config_of(snapshot.config)
         order_of(snapshot.config)
+        file = STATE
+        state_in(snapshot)
     except ConfigError as error:
         made = read_manifest(path).environment.get("lmkit")
-        raise CheckpointError(f"{path}/config.json was made by lmkit {made}: {error}") from None
+        raise CheckpointError(f"{path / file} was made by lmkit {made}: {error}") from None
 
 
 def check_new(run: Run) -> None:
@@ -67,7 +71,10 @@ def check_origin(run: Run, digests: Mapping[str, str], path: Path, console: Cons
 def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
     """The configuration that a run has stored. Raises ConfigError for keys that this version does not know."""
     beside = {"command", "vocab_size", "run", "resume", DATA_ORDER}
-    if stored.get("command") != "finetune":
+    command = stored.get("command")
+    if command not in ("pretrain", "finetune"):
+        raise ConfigError(f"command={command!r} is unknown", NEWER)
+    if command == "pretrain":
         return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
     beside |= {"model", "base", "base_sha256", "corpus", "fitted"}
     return from_plain(FinetuneConfig, {key: value for key, value in stored.items() if key not in beside})

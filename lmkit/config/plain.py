@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from lmkit.errors import ConfigError
 
 T = TypeVar("T")
 
+NEWER = "if a newer lmkit has written it, update lmkit"
+"""What to do about stored data that this version does not know."""
 _KIND_OF = {cls: name for table in SCHEMAS.values() for name, cls in table.items()}
 
 
@@ -57,18 +60,22 @@ def from_plain(cls: type[T], data: Any, *, where: str = "config") -> T:
     if "kind" in data:
         kind = data.pop("kind")
         if not isinstance(kind, str) or kind not in candidates:
-            raise ConfigError(f"{where}.kind={kind!r} is unknown", f"known: {', '.join(sorted(candidates))}")
+            raise ConfigError(f"{where}.kind={kind!r} is unknown", f"known: {', '.join(sorted(candidates))}; {NEWER}")
         actual = candidates[kind]
     hints = typing.get_type_hints(actual)
-    fields = {f.name for f in dataclasses.fields(actual)}
-    unknown = sorted(set(data) - fields)
-    if unknown:
-        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}", "it may come from a newer lmkit")
+    refuse_unknown(actual, data, where)
     missing = [f.name for f in dataclasses.fields(actual) if f.name not in data and _is_required(f)]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
     values = {name: _value_from_plain(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     return typing.cast(T, actual(**values))
+
+
+def refuse_unknown(cls: type, data: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for keys of stored data that are no fields of a dataclass."""
+    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}", NEWER)
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
         return from_plain(typing.cast(type, hint), value, where=where)
     if isinstance(hint, type) and issubclass(hint, Enum):
         if not isinstance(value, str) or value not in hint.__members__:
-            raise ConfigError(f"{where}={value!r} is unknown", f"known: {', '.join(hint.__members__)}")
+            raise ConfigError(f"{where}={value!r} is unknown", f"known: {', '.join(hint.__members__)}; {NEWER}")
         return hint[value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
@@ -122,4 +129,4 @@ def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-__all__ = ["ROOTS", "from_plain", "kind_of", "to_plain", "with_defaults"]
+__all__ = ["NEWER", "ROOTS", "from_plain", "kind_of", "refuse_unknown", "to_plain", "with_defaults"]

@@ -16,6 +16,7 @@ from lmkit.store import storage
 from lmkit.store.found import CHECKPOINTS, JOURNAL, METRICS, read_info, read_result
 from lmkit.store.listing import list_checkpoints
 from lmkit.store.manifest import Manifest, read_manifest, verify_entry
+from lmkit.store.migrations import NewerFormatError
 from lmkit.store.pins import read_pins
 
 
@@ -95,7 +96,9 @@ def audit_checkpoint(path: Path, *, hashes: bool = True) -> CheckpointAudit:
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        return CheckpointAudit(path, None, (_relative(error, path),), ())
+        text = _relative(error, path)
+        newer = f"; {error.remedy}" if isinstance(error, NewerFormatError) else ""
+        return CheckpointAudit(path, None, (text + newer,), ())
     damage = []
     for entry in manifest.files:
         try:

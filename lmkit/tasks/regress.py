@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lmkit.config.plain import from_plain
 from lmkit.config.tasks import RegressMetric, RegressTaskConfig
 from lmkit.config.training import TrainConfig
 from lmkit.console import Console, format_number
@@ -141,9 +142,12 @@ def score_rows(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def scales_of(config: RegressTaskConfig, fitted: Fitted) -> tuple[Scale, dict[str, Scale]]:
-    """The scale of the target and those of the numeric columns, in the order in which the model reads them."""
-    numeric = {name: Scale(**fitted["numeric"][name]) for name in config.numeric}
-    return Scale(**fitted["target"]), numeric
+    """The scale of the target and those of the numeric columns, in the order in which the model reads them.
+
+    Raises ConfigError for a scale with keys that this version does not know.
+    """
+    numeric = {name: from_plain(Scale, fitted["numeric"][name], where=f"fitted.{name}") for name in config.numeric}
+    return from_plain(Scale, fitted["target"], where="fitted.target"), numeric
 
 
 def predictions(

@@ -103,7 +103,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     kind, data, digest = header.get("kind"), header.get("data"), header.get("digest")
     cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or set(header) != {"format", "version", "kind", "digest", "data"}:
-        raise DataError(f"{path} is damaged (unknown kind or keys)")
+        raise DataError(f"{path} is damaged (unknown kind or keys)", "if a newer lmkit has written it, update lmkit")
     if not isinstance(data, NoneType if cls.side_file else str):
         raise DataError(f"{path} is damaged (data of the wrong type)")
     if cls.side_file is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -30,7 +31,7 @@ from lmkit.data.prepared import cache_dir, open_prepared
 from lmkit.errors import DataError
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
-from lmkit.store.manifest import step_of
+from lmkit.store.manifest import STATE, canonical_json, step_of
 from lmkit.tasks.language import LanguageModelling
 from lmkit.train import Trainer
 
@@ -135,6 +136,50 @@ def test_row_68_a_run_of_a_newer_version_is_not_continued_without_its_settings(
     assert done.code == 4, done.err
     assert "hyper_gain" in done.error
     assert "was made by lmkit " in done.error
+
+
+@pytest.mark.parametrize("part", ["state", "horizon"])
+def test_row_68_a_stored_state_of_a_newer_version_is_named(
+    small: list[str], trained: Path, lmkit: Lmkit, part: str
+) -> None:
+    for path in list_checkpoints(trained):
+        state = json.loads((path / STATE).read_bytes())
+        (state if part == "state" else state["horizon"])["momentum"] = 0.5
+        forge(path, STATE, canonical_json(state))
+    for words in ([*small, f"run.dir={trained}", "resume=true"], ["runs", "replay", f"{trained}", "step=12"]):
+        done = lmkit(*words)
+        assert done.code == 4, done.err
+        assert re.search(r"state\.json was made by lmkit .* has unknown keys: momentum; .*update lmkit$", done.error)
+
+
+def test_row_68_a_command_and_a_configuration_of_a_newer_version_are_named(
+    small: list[str], trained: Path, lmkit: Lmkit
+) -> None:
+    for path in list_checkpoints(trained):
+        forge_config(path, lambda config: config.update(command="distil"))
+    for words in ([*small, f"run.dir={trained}", "resume=true"], ["runs", "replay", f"{trained}", "step=12"]):
+        done = lmkit(*words)
+        assert done.code == 4, done.err
+        assert re.search(r"config\.json was made by lmkit .*: command='distil' is unknown; .*update lmkit$", done.error)
+
+
+@pytest.mark.parametrize("part", ["task", "fitted"])
+def test_row_68_what_a_newer_version_has_stored_of_a_regression_is_named(
+    lmkit: Lmkit, tmp_path: Path, part: str
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("x,y\n" + "".join(f"{n},{2 * n}\n" for n in range(20)), encoding="utf-8")
+    words = ["task=regress", f"task.data={rows}", "task.target=y", "task.numeric=[x]", "train.max_steps=2"]
+    assert lmkit("finetune", *words, f"run.dir={tmp_path}/run", *DEVICE).code == 0
+
+    def change(config: dict[str, Any]) -> None:
+        (config["task"] if part == "task" else config["fitted"]["target"])["hyper_gain"] = 1.5
+
+    for path in list_checkpoints(tmp_path / "run"):
+        forge_config(path, change)
+    done = lmkit("finetune", f"run={tmp_path}/run", f"predict={rows}", *DEVICE)
+    assert done.code == 4, done.err
+    assert re.search(r"config\.json does not describe .* has unknown keys: hyper_gain; .*update lmkit$", done.error)
 
 
 @pytest.mark.parametrize("change", ["data", "tokenizer"])

@@ -6,6 +6,7 @@ There is one format so far, so that version 0 (and -1) are made up here.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from lmkit.commands.replay import replay
+from lmkit.console import Console
 from lmkit.errors import CheckpointError
 from lmkit.store import manifest as mf
 from lmkit.store import migrations
+from lmkit.store.audit import audit_checkpoint
 from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
@@ -235,10 +239,12 @@ def test_row_76_no_older_checkpoint_is_taken_in_place_of_a_newer_format(run: Run
         lambda: latest_checkpoint(run.path, pytest.fail),
         lambda: best_checkpoint(run.path, pytest.fail),
         lambda: resolve_checkpoint(FoundRun(run.path), "best", pytest.fail),
+        lambda: replay(run.path, 3, Console(io.StringIO())),
     ):
         with pytest.raises(NewerFormatError, match="update lmkit"):
             find()
     assert resolve_checkpoint(FoundRun(run.path), mf.step_directory(1), pytest.fail).name == mf.step_directory(1)
+    assert audit_checkpoint(second(run)).damage[0].endswith("; update lmkit to 9.1.2 or newer")
 
 
 def test_row_76_retention_leaves_a_newer_format_alone(run: Run) -> None:

@@ -444,6 +444,12 @@ def test_the_running_mean_of_the_loss_is_not_kept_for_other_data(data_changes: l
     assert float(second.mean_nats) == (float(first.mean_nats) if kept else math.inf)
 
 
+def test_a_saved_tensor_that_this_version_does_not_know_is_refused_by_name() -> None:
+    model, extra = trainer_tensors(trainer())
+    with pytest.raises(errors.CheckpointError, match=r"saved 'noise/scale', .* does not know; .*update lmkit"):
+        restore_trainer(trainer(), model, extra | {"noise/scale": torch.zeros(1)})
+
+
 def test_clipping_bounds_the_update() -> None:
     t = trainer(optimizer=SgdConfig(lr=1.0, clip_norm=0.01))
     before = torch.cat([p.detach().flatten().clone() for p in t.model.parameters()])
