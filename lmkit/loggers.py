@@ -316,9 +316,10 @@ def _read_states(path: Path) -> dict[str, Any]:
     except CheckpointError:
         return {}
     return {
-        kind: {"id": str(state["id"]), "last": {str(k): int(v) for k, v in state["last"].items()}}
+        kind: {"id": str(state["id"]), "last": state["last"]}
         for kind, state in states.items()
         if isinstance(state, dict) and isinstance(state.get("last"), dict) and "id" in state
+        if all(type(step) is int for step in state["last"].values())
     }
 
 

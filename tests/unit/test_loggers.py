@@ -180,7 +180,16 @@ def test_the_external_run_is_told_how_it_ended(tmp_path: Path, error: BaseExcept
     open_run(tmp_path / "a", resume=True).close()  # the lock is free
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"fake": 3}', b'{"fake": {"id": "x", "last": [1]}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b'{"fake": 3}',
+        b'{"fake": {"id": "x", "last": [1]}}',
+        b'{"fake": {"id": "x", "last": {"train/loss": "two"}}}',
+    ],
+)
 def test_a_damaged_state_begins_a_new_external_run(tmp_path: Path, damage: bytes) -> None:
     fake = Fake()
     with open_run(tmp_path / "a") as run:
