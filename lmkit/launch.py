@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmkit.console import Console
 from lmkit.errors import ConfigError, ResourceError, StoppedError
 from lmkit.sweep import (
     SEARCH,
@@ -116,7 +117,7 @@ def launched(line: Line) -> Runner:
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         for job in jobs:
-            print(f"{job.name}: to {name}", file=sys.stderr)
+            Console().say(f"{job.name}: to {name}")
         task.jobs = {job.number: job for job in jobs}
         try:
             returns = launcher.launch([[f"number={job.number}"] for job in jobs], jobs[0].number)
@@ -126,7 +127,7 @@ def launched(line: Line) -> Runner:
             raise ResourceError(f"launcher={name} lost a job: {text}", AGAIN) from error
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.code:
-                print(f"{job.name}: exit {outcome.code}: {outcome.problem}", file=sys.stderr)
+                Console().say(f"{job.name}: exit {outcome.code}: {outcome.problem}")
         yield from zip(jobs, outcomes, strict=True)
 
     return run
@@ -164,7 +165,7 @@ def search(line: Line) -> int:
             raise
         # Optuna has no best trial where all have failed
     code = summed_up(trials.outcomes)
-    print(f"next: lmkit runs sweep {shlex.quote(str(_root(line)))}", file=sys.stderr)
+    Console().say(f"next: lmkit runs sweep {shlex.quote(str(_root(line)))}")
     return code
 
 
@@ -243,7 +244,7 @@ class _Trials:
         failed = {job.number: failures[str(job.number)] for job in tried}
         for job in jobs:
             if job.number in failed:
-                print(f"{job.name}: failed before, not tried again", file=sys.stderr)
+                Console().say(f"{job.name}: failed before, not tried again")
         return failed
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from lmkit.console import Console
 from lmkit.errors import LmkitError, ResourceError, is_out_of_memory, undetermined
 from lmkit.store.storage import MORE_FILES
 
@@ -70,15 +71,18 @@ def said_by_first() -> Iterator[None]:
 
 
 def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:
-    """Print an error as one line, with a traceback before it if ``debug``; returns its exit code."""
+    """Print an error as one line, with a traceback before it if ``debug``; returns its exit code.
+
+    Standard error may be closed or full, as after a lost connection: the exit code is right all the same.
+    """
     message, code = _described(error, command)
+    console = Console()
     if debug and not isinstance(error, KeyboardInterrupt):
         import traceback
 
-        traceback.print_exception(error, file=sys.stderr)
+        console.say("".join(traceback.format_exception(error)).rstrip())
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.splitlines()))
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(f"error: {where}{line}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
+    console.say(f"error: {where}{line}")
     return code
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmkit.console import Console
 from lmkit.errors import ConfigError, StoppedError
 
 if TYPE_CHECKING:
@@ -151,9 +152,9 @@ def summed_up(outcomes: Sequence[Outcome]) -> int:
     """Say how many jobs have failed, and return the worst exit code."""
     failed = sum(outcome.code != 0 and not outcome.stopped for outcome in outcomes)
     if failed:
-        print(f"{failed} of {len(outcomes)} jobs failed", file=sys.stderr)
+        Console().say(f"{failed} of {len(outcomes)} jobs failed")
     if stopped := sum(outcome.stopped for outcome in outcomes):
-        print(f"{stopped} of {len(outcomes)} jobs stopped: resume=true goes on with them", file=sys.stderr)
+        Console().say(f"{stopped} of {len(outcomes)} jobs stopped: resume=true goes on with them")
     return max((outcome.code for outcome in outcomes), default=0)
 
 
@@ -164,21 +165,21 @@ def take(jobs: Sequence[Job], runner: Runner, noted: Sequence[StoredJob]) -> lis
     outcomes = {job.number: Outcome() for job in jobs if is_finished(job.made)}
     for job in jobs:
         if job.number in outcomes:
-            print(f"{job.name}: finished before, skipped: {_words(job.line)}", file=sys.stderr)
+            Console().say(f"{job.name}: finished before, skipped: {_words(job.line)}")
     stored = {one.folder: one for one in noted}
     rest = [job for job in jobs if job.number not in outcomes]
     for job, outcome in runner(rest) if rest else ():
         outcomes[job.number] = outcome
         if outcome.code and not outcome.stopped and noted:
             folder = Path(job.made.run.dir)
-            note_failure(folder.parent, stored[folder.name], outcome.code, outcome.problem, _warn)
+            note_failure(folder.parent, stored[folder.name], outcome.code, outcome.problem, Console().warn)
     return [outcomes[job.number] for job in jobs]
 
 
 def here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
     """Run jobs in this process, one after the other."""
     for job in jobs:
-        print(f"{job.name}: {_words(job.line)}", file=sys.stderr)
+        Console().say(f"{job.name}: {_words(job.line)}")
         yield job, run_job(job)
 
 
@@ -235,10 +236,6 @@ def _run_dir(made: Any) -> Path | None:
 
     is_training = isinstance(made, FinetuneConfig) or (isinstance(made, PretrainConfig) and not made.plan)
     return Path(made.run.dir) if is_training and made.run.dir is not None else None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def compose_all(jobs: Sequence[Line]) -> tuple[list[DictConfig], list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -106,6 +107,21 @@ def test_a_full_disk_behind_standard_output_is_an_error() -> None:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 6
     assert done.stderr == "error: No space left on device\n"
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("words", [["pretrain"], ["pretrain", "debug=true"], ["pretrain", "-m", "seed=1,2"]])
+def test_a_full_disk_behind_standard_error_changes_no_exit_code_and_ends_no_multirun(
+    lmkit: Any, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    lmkit.error = errors.DataError("no data")
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert cli.main(words) == 3
+    assert len(lmkit.configs) == (2 if "-m" in words else 1)
 
 
 @pytest.mark.parametrize(
