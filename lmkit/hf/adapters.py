@@ -101,8 +101,10 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: Mapping[str, Ten
             storage.write_file(temporary / name, (json.dumps(data, indent=2) + "\n").encode())
         storage.sync_directory(temporary)
         if folder.exists():
-            storage.discard(folder)
-        storage.rename(temporary, folder)
+            storage.replace_directory(temporary, folder)
+        else:
+            storage.rename(temporary, folder)
+            storage.sync_directory(folder.parent)
     finally:
         if temporary.exists():
             storage.remove_tree(temporary)

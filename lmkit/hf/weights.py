@@ -26,6 +26,7 @@ from lmkit.hf.family import Family, Row
 from lmkit.hf.keys import read_json
 from lmkit.models.positions import sinusoidal_table
 from lmkit.models.transformer import d_ff
+from lmkit.store import storage
 from lmkit.store.manifest import MAX_TENSORS, check_tensor_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -101,7 +102,7 @@ def read_weights(folder: Path, family: Family) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A new safetensors file, fp32. Raises OSError."""
+    """A new safetensors file, fp32, which is synced. Raises OSError."""
     try:
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:  # which is none, and has the number of one in its text
@@ -109,6 +110,8 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
         number = errno.EIO if found is None else int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library leaves it to the owner alone
+    with path.open("r+b") as file:
+        storage.sync_file(file.fileno())
 
 
 def to_ours(

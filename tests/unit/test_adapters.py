@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lmkit.hf.weights import write_weights
 from lmkit.lora import adapter_tensors, add_adapter
 from lmkit.models.base import LanguageModel
 from lmkit.models.classifier import Classifier
+from lmkit.store import storage
 
 VOCAB, BASE = 13, "ab" * 32
 PREFIX = "base_model.model.blocks.0.attention.qkv"
@@ -138,12 +141,36 @@ def test_peft_makes_the_same_classifier_of_the_folder_with_its_head(tmp_path: Pa
         torch.testing.assert_close(tuned(TOKENS, lengths_B), model(TOKENS, lengths_B), rtol=1e-4, atol=1e-5)
 
 
-def test_writing_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_writing_again_replaces_the_folder_and_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(storage, "sync_file", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     written(tmp_path / "a")
     written(tmp_path / "a", KINDS[2])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS, ORIGIN]
+    assert {path.stat().st_ino for path in (tmp_path / "a").iterdir()} <= set(synced)
     assert "use_dora" in (tmp_path / "a" / CONFIG).read_text(encoding="utf-8")
+
+
+def test_an_adapter_that_is_there_stays_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "a")
+    before = (tmp_path / "a" / CONFIG).read_bytes()
+    rename = storage.rename
+
+    def full(source: Path, target: Path) -> None:
+        if source.name.startswith(storage.TMP_PREFIX):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    monkeypatch.setattr(storage, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        written(tmp_path / "a", KINDS[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / CONFIG).read_bytes() == before
 
 
 def test_what_the_system_refuses_is_an_error_of_the_system_and_no_bug(tmp_path: Path) -> None:
