@@ -83,7 +83,10 @@ class Session:
             self.stop.deferring = True
             if self.train.nonfinite is NonFinite.rollback and not list_checkpoints(self.run.path):
                 saves.save(self._snapshot())  # so that there is a place to go back to
-            due_now = self.timing.has_run_out() or self.state.eval_pending
+            state = self.state
+            if state.data_changes[-1:] == [state.step] and state.horizon.progress(state.step) < 1.0:
+                state.eval_pending = False  # it was to be of the data before
+            due_now = self.timing.has_run_out() or state.eval_pending
             over = due_now and self._finish_step(self._due(saves), saves, bar)
             if over or self._out_of_patience():
                 return self._last_validation()

@@ -296,7 +296,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     except KeyboardInterrupt:
         job.run.journal("stopped", {"signal": job.stop.requested, "step": state.step})
         raise
-    losses = state.losses_by_data()[-1] or state.valid_losses
+    losses = state.losses_by_data()[-1] or [validation.loss]  # it is of these data, whatever step they begin with
     if (best := min(losses)) < losses[-1]:
         (name, value), at = job.task.shown_valid(best), state.valid_steps[state.valid_losses.index(best)]
         validation = replace(validation, rows=[*validation.rows, (f"best {name}", f"{value} at step {at}")])

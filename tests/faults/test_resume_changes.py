@@ -438,6 +438,52 @@ def test_row_70_plateaus_and_the_beginning_of_an_average_go_by_losses_of_one_tex
     assert (state["averaged_since"], state["data_changes"]) == (since, [12])
 
 
+def test_row_70_a_validation_that_was_due_when_the_data_changed_is_not_taken_for_one_of_the_data_before(
+    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of the new text are above that before: one of them behind it would be a plateau, the rate half."""
+    losses, judge_alone = {4: 1.0, 8: 9.0, 12: 8.0, 16: 7.0, 20: 6.0}, judging._judge_alone
+
+    def given(trainer: Trainer, *others: Any) -> Any:
+        found, sample = judge_alone(trainer, *others)
+        return replace(found, loss=losses[trainer.state.step]), sample
+
+    monkeypatch.setattr(judging, "_judge_alone", given)
+    words = [
+        *small, f"dataset.path={own_corpus}", "schedule=plateau", "schedule.patience=0", "schedule.warmup_ratio=0",
+        f"run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        signal_after(patch, 8)
+        assert lmkit(*words).code == 75
+    (own_corpus / "03.txt").unlink()
+    assert lmkit(*words, "resume=true", "train.max_steps=20", NEW_DATA).code == 0
+    assert len({row["lr"] for row in read_metrics(tmp_path / "run") if "lr" in row}) == 1
+    state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1], with_optimizer=False).state
+    assert (state["valid_steps"], state["data_changes"]) == ([4, 12, 16, 20], [8])
+
+
+def test_row_70_a_run_that_has_no_step_left_for_the_new_data_has_their_loss_as_its_best(
+    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_alone = judging._judge_alone
+
+    def given(trainer: Trainer, *others: Any) -> Any:
+        found, sample = judge_alone(trainer, *others)
+        return replace(found, loss=float(trainer.state.step)), sample
+
+    monkeypatch.setattr(judging, "_judge_alone", given)
+    words = [*small, f"dataset.path={own_corpus}", f"run.dir={tmp_path}/run"]
+    with monkeypatch.context() as patch:
+        signal_after(patch, 12)
+        assert lmkit(*words).code == 75
+    (own_corpus / "03.txt").unlink()
+    assert lmkit(*words, "resume=true", NEW_DATA).code == 0
+    result = read_result(tmp_path / "run")
+    assert result is not None
+    assert (result["step"], result["best_valid_loss"]) == (12, 12.0)
+
+
 def test_row_70_the_key_changes_nothing_where_the_data_did_not(
     small: list[str], trained: Path, lmkit: Lmkit, tmp_path: Path
 ) -> None:
