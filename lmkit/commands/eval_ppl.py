@@ -143,8 +143,8 @@ def _units(evaluator: Evaluator, passage: Passage, outcome: Outcome, nats_N: NDA
     head = evaluator.protocol.headline(outcome.scores.nats_N, outcome.windows, passage.material)
     weights_N = evaluator.protocol.weights(outcome.windows, len(nats_N))
     count = head.count * weights_N[~np.isnan(nats_N)].sum() / weights_N[outcome.scores.scored_N].sum()
-    weighted_N = (nats_N * weights_N).astype(np.float32)
-    return units_of(TokenScores(weighted_N, outcome.scores.correct_N), passage.material, passage.source, float(count))
+    scores = TokenScores(nats_N, outcome.scores.correct_N)
+    return units_of(scores, passage.material, passage.source, float(count), weights_N)
 
 
 def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mapping[str, Any]) -> dict[str, Any]:

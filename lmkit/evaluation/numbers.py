@@ -114,26 +114,33 @@ def _ppl(nats: float, count: float) -> float | None:
     return exp(nats / count) if count else None
 
 
-def units_of(scores: TokenScores, material: Material, source: Source, count: float) -> Units:
+def units_of(
+    scores: TokenScores, material: Material, source: Source, count: float, weights_N: Floats | None = None
+) -> Units:
     """Documents if there are enough, else lines, with the counts that the protocol's number divides by.
 
-    ``count``: the sum that the counts must have. Where the words of a part are not known, they are in proportion to its
-    tokens. Parts of which nothing is scored are no units.
+    ``count``: the sum that the counts must have. ``weights_N``: what the nats of each token are multiplied by (see
+    Protocol.weights); None: 1. Where the words of a part are not known, its count is in proportion to the weights of
+    its scored tokens. Parts of which nothing counts are no units.
     """
+    weights_N = np.where(scores.scored_N, 1.0 if weights_N is None else weights_N, 0.0)
     documents = material.words_of_documents
     if len(documents) >= ENOUGH_DOCUMENTS:
-        return _units("document", scores, material.document_ends, np.array(documents, dtype=np.float64), count)
+        words_U = np.array(documents, dtype=np.float64)
+        return _units("document", scores, weights_N, material.document_ends, words_U, count)
     if len(material.document_ends) >= ENOUGH_DOCUMENTS:
-        return _units("document", scores, material.document_ends, None, count)
+        return _units("document", scores, weights_N, material.document_ends, None, count)
     ends_U = np.flatnonzero(line_enders(source.tokenizer)[material.tokens]) + 1
     if not source.tokenizer.ends_lines:  # the end of a document belongs to its last line
         ends_U = ends_U + np.isin(ends_U, np.flatnonzero(material.tokens == source.tokenizer.eos_id))
     if len(ends_U) == 0 or ends_U[-1] != len(material.tokens):
         ends_U = np.append(ends_U, len(material.tokens))
-    return _units("line", scores, ends_U, None, count)
+    return _units("line", scores, weights_N, ends_U, None, count)
 
 
-def _units(name: str, scores: TokenScores, ends_U: Indices, counts_U: Floats | None, count: float) -> Units:
+def _units(
+    name: str, scores: TokenScores, weights_N: Floats, ends_U: Indices, counts_U: Floats | None, count: float
+) -> Units:
     if len(ends_U) > MAX_UNITS:
         chosen = np.linspace(0, len(ends_U), MAX_UNITS + 1).astype(np.int64)[1:] - 1
         if counts_U is not None:
@@ -141,12 +148,12 @@ def _units(name: str, scores: TokenScores, ends_U: Indices, counts_U: Floats | N
         ends_U = ends_U[chosen]
         name = f"joined {name}"
     unit_N = np.repeat(np.arange(len(ends_U)), np.diff(ends_U, prepend=0))
-    nats_N = np.where(scores.scored_N, scores.nats_N, 0).astype(np.float64)
+    nats_N = np.where(weights_N > 0, scores.nats_N, 0).astype(np.float64) * weights_N
     nats_U: Floats = np.bincount(unit_N, nats_N, len(ends_U)).astype(np.float64)
-    tokens_U: Floats = np.bincount(unit_N, scores.scored_N, len(ends_U)).astype(np.float64)
+    weights_U: Floats = np.bincount(unit_N, weights_N, len(ends_U)).astype(np.float64)
     if counts_U is None:
-        counts_U = tokens_U * (count / tokens_U.sum())
-    kept_U = (tokens_U > 0) | (counts_U > 0)
+        counts_U = weights_U * (count / weights_U.sum())
+    kept_U = (weights_U > 0) | (counts_U > 0)
     return Units(name, nats_U[kept_U], counts_U[kept_U])
 
 

@@ -49,6 +49,7 @@ from lmkit.config.optimization import AdamwConfig, CosineConfig
 from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, TrainConfig
 from lmkit.data.benchmarks import BENCHMARKS, Expected
 from lmkit.errors import CheckpointError, ConfigError, DataError
+from lmkit.evaluation.numbers import percentiles
 from lmkit.evaluation.scoring import score
 from lmkit.evaluation.temperature import GRID, TemperatureSearch
 from lmkit.models.transformer import Transformer
@@ -534,6 +535,31 @@ def test_tokens_that_weigh_unlike_others_are_compared_by_their_weights(runs: Fol
     found = evaluate(runs, "lstm", protocol=protocol, compare=[str(path)], checks=False)["comparisons"][0]
     for name, nats in (("ppl", ours), ("other_ppl", theirs)):
         assert found[name] == pytest.approx(math.exp(np.average(nats[1:], weights=weights[1:])), rel=1e-5)
+
+
+def test_the_interval_resamples_lines_by_the_weights_of_their_own_tokens(runs: Folder, tmp_path: Path) -> None:
+    """The first window of hf-strided weighs a token by 1, later ones of n new tokens by (n - 1) / n."""
+    lines = ["the cat sat", "on the mat and the dog ran under a tree", "a bird", "the dog sat on the cat and ran"]
+    (tmp_path / "text.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    fields: dict[str, Any] = {
+        "dataset": TextConfig(path=str(tmp_path / "text.txt"), valid_fraction=0.0, test_fraction=0.0),
+        "split": "train",
+        "protocol": HfStridedProtocolConfig(max_length=8, stride=4),
+    }
+    nats = -np.log(probs_of(runs, "lstm", tmp_path / "p.txt", **fields))
+    assert len(nats) == 26, "all but the first"
+    weights = np.array(7 * [1.0] + 16 * [3 / 4] + 3 * [2 / 3])
+    ends = np.cumsum([len(line.split()) + 1 for line in lines])[:-1] - 1
+    weighted_U, weights_U = ([part.sum() for part in np.split(x, ends)] for x in (nats * weights, weights))
+    draw, ratios = np.random.default_rng(5), []
+    for _ in range(200):
+        chosen = draw.integers(4, size=4)
+        ratios.append(sum(weighted_U[u] for u in chosen) / sum(weights_U[u] for u in chosen))
+    found = evaluate(runs, "lstm", checks=False, seed=5, **fields)
+    assert found["ppl"] == pytest.approx(math.exp(np.average(nats, weights=weights)), rel=1e-5)
+    low, high = percentiles(np.array(ratios))
+    assert found["interval"]["low"] == pytest.approx(math.exp(low), rel=1e-5)
+    assert found["interval"]["high"] == pytest.approx(math.exp(high), rel=1e-5)
 
 
 def test_where_no_token_that_both_score_counts_there_is_nothing_to_compare(runs: Folder, tmp_path: Path) -> None:
