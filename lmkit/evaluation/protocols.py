@@ -256,7 +256,7 @@ class HfStrided(Protocol):
         return strided(len(material.tokens), context, reach.stride or context)
 
     def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
-        weights_N = self.weights(windows, len(nats_N))
+        weights_N = np.where(np.isnan(nats_N), 0.0, self.weights(windows, len(nats_N)))
         return Headline("token, windows weighted as in that loop", _total(nats_N * weights_N), float(weights_N.sum()))
 
     def weights(self, windows: Windows, num_tokens: int) -> NDArray[np.float64]:

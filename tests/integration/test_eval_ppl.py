@@ -433,6 +433,16 @@ def test_context_and_stride_apply_to_the_other_runs_as_well(fields: dict[str, in
     assert against["nats_per_count"] == 0.0
 
 
+def test_tokens_that_not_all_runs_score_are_not_counted(runs: Folder, tmp_path: Path) -> None:
+    """Windows side by side leave out their first tokens: every 32nd for the one run, every 16th for the other."""
+    protocol, path = HfStridedProtocolConfig(max_length=32, stride=32), tmp_path / "p.txt"
+    for fields in ({"ensemble": [str(runs / "transformer")]}, {"mix": [str(runs / "transformer")], "weights": "equal"}):
+        probs = probs_of(runs, "lstm", path, protocol=protocol, **fields)
+        found = evaluate(runs, "lstm", protocol=protocol, checks=False, **fields)
+        assert found["ppl"] == pytest.approx(ppl(probs), rel=1e-6)
+        assert found["interval"]["low"] <= found["ppl"] <= found["interval"]["high"]
+
+
 def test_a_cache_in_the_mixture_counts_what_stands_before(runs: Folder, tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     own = probs_of(runs, "lstm", path)
