@@ -92,16 +92,15 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         outcome.windows,
         has_accuracy=outcome.has_accuracy,
     )
-    head = protocol.headline(outcome.scores.nats_N, outcome.windows, passage.material)
     units = _units(evaluator, passage, outcome, outcome.scores.nats_N)
     interval = bootstrap(units, cfg.bootstrap, cfg.seed)
     result["interval"] = None if interval is None else asdict(interval)
     result["kind"] = kind_of(cfg)
     result["chosen"] = as_json(outcome.choice, outcome.members)
-    weight = head.nats / result["nats"] if 0 < result["nats"] < np.inf else 1.0
+    heads = [protocol.headline(nats_N, outcome.windows, passage.material) for nats_N in outcome.member_nats]
     result["members_alone"] = {
-        name: exp(nats * weight / head.count) if np.isfinite(nats) else None
-        for name, nats in zip(outcome.members, outcome.member_nats, strict=True)
+        name: exp(head.nats / head.count) if np.isfinite(head.nats) else None
+        for name, head in zip(outcome.members, heads, strict=True)
     }
     result["num_unknown"] = _num_unknown(passage)
     rank = None

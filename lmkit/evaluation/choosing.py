@@ -48,8 +48,8 @@ class Outcome:
     choice: Choice
     has_accuracy: bool
     """Whether scores.correct_N means anything: a mixture's most probable token is not computed."""
-    member_nats: list[float]
-    """Total nats of each member alone; infinite for a cache."""
+    member_nats: list[Nats]
+    """Of each member alone; infinite where a cache does not hold the token."""
 
 
 def evaluate(evaluator: Evaluator, split_name: str) -> Outcome:
@@ -63,9 +63,8 @@ def evaluate(evaluator: Evaluator, split_name: str) -> Outcome:
     nats = _members(base, caches[choice.theta], others)
     total_N = nats[0] if len(nats) == 1 else mixed(nats, choice.weights)
     has_accuracy = len(nats) == 1 and not cfg.mc_samples and not cfg.ensemble
-    totals = [float(np.nansum(member, dtype=np.float64)) for member in nats]
     scores = TokenScores(total_N, own.correct_N)
-    return Outcome(scores, evaluator.windows(passage), names, choice, has_accuracy, totals)
+    return Outcome(scores, evaluator.windows(passage), names, choice, has_accuracy, nats)
 
 
 def kind_of(cfg: EvalPplConfig) -> str:

@@ -433,6 +433,14 @@ def test_context_and_stride_apply_to_the_other_runs_as_well(fields: dict[str, in
     assert against["nats_per_count"] == 0.0
 
 
+def test_each_member_alone_is_counted_as_by_the_protocol(runs: Folder) -> None:
+    name, protocol = str(runs / "transformer"), HfStridedProtocolConfig(max_length=8, stride=4)
+    found = evaluate(runs, "lstm", protocol=protocol, mix=[name], weights="0.5,0.5", checks=False)["members_alone"]
+    for member, run in (("run", "lstm"), (name, "transformer")):
+        alone = evaluate(runs, run, protocol=protocol, checks=False)["ppl"]
+        assert found[member] == pytest.approx(alone, rel=1e-6)
+
+
 def test_tokens_that_not_all_runs_score_are_not_counted(runs: Folder, tmp_path: Path) -> None:
     """Windows side by side leave out their first tokens: every 32nd for the one run, every 16th for the other."""
     protocol, path = HfStridedProtocolConfig(max_length=32, stride=32), tmp_path / "p.txt"
