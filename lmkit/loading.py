@@ -62,6 +62,8 @@ class LoadedRun:
     """Longest sequence to run it on: what it was trained on, at most what it can do; None for carried state."""
     config: dict[str, Any]
     """The whole stored configuration, as JSON data; empty where a model of others does not tell how it was trained."""
+    data_digest: str = ""
+    """Of the prepared data that the run learnt last; empty where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def load_run(
         console.say(f"{stored.path} is a {what}: starting from the language model inside it, without its head")
     model = stored.model_config.build(stored.tokenizer.vocab_size, seed=stored.seed)
     put_weights(stored, model)
-    digest = read_manifest(stored.checkpoint).digest
+    manifest = read_manifest(stored.checkpoint)
+    digest = manifest.digest
     if adapter is not None:
         found = read_adapter(Path(adapter), model, digest)
         merge_adapter(model)
@@ -176,6 +179,7 @@ def load_run(
         tokenizer=stored.tokenizer,
         context=None if model.context is None else min(model.context, stored.seq_len),
         config=stored.config,
+        data_digest=manifest.digests.get("data", ""),
     )
 
 

@@ -125,7 +125,7 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         "tokenizer_digest": loaded.tokenizer.digest,
         "device": evaluator.device.description,
         "precision": evaluator.device.precision.name,
-        "trained_on_this_dataset": evaluator.dataset == loaded.dataset,
+        "trained_on_this_dataset": evaluator.knows_train,
     }
 
 
@@ -265,7 +265,7 @@ def _baselines(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict
     own_kn = evaluator.loaded.model_config.trains_by_counting
     names = ["uniform"]
     # of a train split that the run has not learnt, what is counted on it would be the only one to know the text
-    alike = cfg.split != "train" or evaluator.dataset == evaluator.loaded.dataset
+    alike = cfg.split != "train" or evaluator.knows_train
     if not alike:
         evaluator.console.say("no unigrams and kn5: they would be counted on the very text that is scored")
     if train is not None and alike and not passage.material.changes:

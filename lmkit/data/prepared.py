@@ -27,7 +27,17 @@ from lmkit.data.cleaning import VERSION as CLEANING_VERSION
 from lmkit.data.corpus import Corpus, open_corpus
 from lmkit.data.survey import VERSION as TEXT_VERSION
 from lmkit.data.survey import Survey, Surveyor, digest_of, recall, remember
-from lmkit.data.tokenfiles import FORMAT, VERSION, PreparedData, Split, SplitWriter, open_prepared, write_index
+from lmkit.data.tokenfiles import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    PreparedData,
+    Split,
+    SplitWriter,
+    open_prepared,
+    read_index,
+    write_index,
+)
 from lmkit.data.workers import count_words, encoded
 from lmkit.errors import DataError, ResourceError
 from lmkit.store import storage
@@ -35,7 +45,7 @@ from lmkit.store.cache import cache_dir
 from lmkit.tokenizers import HfTokenizer, Tokenizer, train_tokenizer
 from lmkit.tokenizers.probe import vouch
 
-__all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare"]
+__all__ = ["PreparedData", "Split", "cache_dir", "open_prepared", "prepare", "text_digest_of"]
 
 PREPARED, SURVEYS, SAME = "prepared", "surveys", "same"
 """Folders of the cache: the results, what one pass over a text found, and which result is the same as another."""
@@ -69,6 +79,14 @@ def prepare(
             f"cannot write prepared data to {cache_dir()}: {error.strerror or error}",
             "free disk space, or set LMKIT_CACHE to another folder",
         ) from error
+
+
+def text_digest_of(key: str, split: str) -> str | None:
+    """SHA-256 of the text of a split of the prepared data with this key; None where the cache does not hold them."""
+    with contextlib.suppress(DataError, OSError, KeyError, TypeError, ValueError):
+        found = read_index(_place(cache_dir(), Path(key).name) / INDEX)
+        return str(found["splits"][split]["text_digest"])
+    return None
 
 
 class _Preparation:
@@ -146,13 +164,6 @@ class _Preparation:
         asked = self.identity["tokenizer"] if tokenizer is None else tokenizer
         return digest_of({**self.identity, "tokenizer": asked, "texts": texts})
 
-    def _place(self, key: str) -> Path:
-        """The folder of a result, or that of the same one under another key (see ``_note``)."""
-        with contextlib.suppress(OSError, ValueError):
-            if not (self.folder / key).is_dir():
-                return self.folder / Path((self.root / SAME / key).read_text(encoding="ascii")).name
-        return self.folder / key
-
     def _note(self, survey: Survey, tokenizer: Tokenizer, key: str) -> None:
         """Let what was prepared for a configuration be found by the tokenizer that was trained, which runs ask for."""
         (self.root / SAME).mkdir(exist_ok=True)
@@ -168,7 +179,7 @@ class _Preparation:
         if survey is None or self.force:
             return None
         key = self._key(survey)
-        path = self._place(key)
+        path = _place(self.root, key)
         if not path.is_dir():
             return None
         try:
@@ -304,6 +315,15 @@ class _Preparation:
                     storage.remove_tree(path)
                 elif path.name.startswith(storage.TRASH_PREFIX):
                     storage.remove_tree(path)
+
+
+def _place(root: Path, key: str) -> Path:
+    """The folder of a result, or that of the same one under another key (see ``_note``)."""
+    folder = root / PREPARED
+    with contextlib.suppress(OSError, ValueError):
+        if not (folder / key).is_dir():
+            return folder / Path((root / SAME / key).read_text(encoding="ascii")).name
+    return folder / key
 
 
 def _is_whole(path: Path) -> bool:

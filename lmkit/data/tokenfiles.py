@@ -167,7 +167,7 @@ def open_prepared(path: Path, *, verify: bool = False) -> PreparedData:
 
     Raises DataError, naming the file, for anything missing, damaged or written by another version.
     """
-    index = _read_index(path / INDEX)
+    index = read_index(path / INDEX)
     tokenizer = load_tokenizer(path / "tokenizer")
     try:
         if tokenizer.digest != index["tokenizer"]["digest"]:
@@ -194,7 +194,8 @@ def open_prepared(path: Path, *, verify: bool = False) -> PreparedData:
         raise DataError(f"{path / INDEX} is damaged ({error})", _REMEDY) from error
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """What the index says, for ``open_prepared``, which tells what it raises."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_INDEX_BYTES + 1)

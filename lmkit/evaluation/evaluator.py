@@ -28,7 +28,7 @@ from lmkit.config.evaluation import (
 from lmkit.console import Console
 from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.data.corpus import open_corpus
-from lmkit.data.prepared import PreparedData, prepare
+from lmkit.data.prepared import PreparedData, prepare, text_digest_of
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.evaluation.baselines import kn5_nats, unigram_nats
@@ -101,6 +101,15 @@ class Evaluator:
             )
             self._passages[split_name] = Passage(source, self.protocol.material(source), split_name)
         return self._passages[split_name]
+
+    @functools.cached_property
+    def knows_train(self) -> bool:
+        """Whether the run has learnt the train split of this corpus: by its text if the run's data are still in the
+        cache, else by the configuration."""
+        train, learnt = self.prepared.splits.get("train"), text_digest_of(self.loaded.data_digest, "train")
+        if train is None or learnt is None:
+            return self.dataset == self.loaded.dataset
+        return train.text_digest == learnt
 
     def windows(self, passage: Passage, reach: Reach | None = None) -> Windows:
         """What is scored of a split."""

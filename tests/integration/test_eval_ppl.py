@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -792,6 +793,24 @@ def test_train_of_another_corpus_is_not_taken_for_what_the_run_learnt(
     for dataset, whose in ((None, ":"), (other, " of this dataset, which may not be what the run learnt:")):
         evaluate(runs, "lstm", dataset=dataset)
         assert f"lines of at least 8 tokens that also stand in train{whose} " in capfd.readouterr().out
+
+
+def test_whether_a_run_has_learnt_a_text_is_told_by_the_text_and_not_by_where_it_lies(
+    runs: Folder, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, copy = (Path(shutil.copytree(corpus, tmp_path / name)) for name in ("own", "copy"))
+    train_run(runs / "copied", own, LSTM, WordTokenizerConfig())
+    elsewhere = TextConfig(path=str(copy), valid_fraction=0.1, test_fraction=0.1)
+
+    def told(dataset: DatasetConfig | None) -> Any:
+        return evaluate(runs, "copied", dataset=dataset, checks=False)["trained_on_this_dataset"]
+
+    assert (told(None), told(elsewhere)) == (True, True)
+    for path in own.iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace(".", " ."), encoding="utf-8")
+    assert (told(None), told(elsewhere)) == (False, True)
+    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path / "cache"))  # where nothing tells what the run has read
+    assert (told(None), told(elsewhere)) == (True, False)
 
 
 def test_baselines_are_of_the_same_protocol(runs: Folder) -> None:

@@ -36,7 +36,7 @@ from lmkit.console import Console
 from lmkit.data import prepared as prepared_data
 from lmkit.data import survey, textfiles
 from lmkit.data.corpus import open_corpus
-from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare
+from lmkit.data.prepared import PreparedData, cache_dir, open_prepared, prepare, text_digest_of
 from lmkit.data.tokenfiles import SplitWriter
 from lmkit.errors import DataError, ResourceError
 from lmkit.store import storage
@@ -160,6 +160,21 @@ def test_what_a_configuration_prepared_is_found_by_the_tokenizer_that_came_of_it
     assert alone.path != found.path
     assert alone.key == found.key != first.key, "the digest of a run's data is the same wherever they were found"
     assert all(np.array_equal(alone.splits[split].tokens, found.splits[split].tokens) for split in alone.splits)
+
+
+def test_the_text_of_data_is_known_by_any_key_of_theirs_while_they_are_in_the_cache(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(folder)
+    found = prepare(TextConfig(path=str(folder)), load_tokenizer(first.path / "tokenizer"))
+    assert first.key != found.key
+    for key in (first.key, found.key):
+        assert text_digest_of(key, "valid") == first.splits["valid"].text_digest
+        assert text_digest_of(key, "another") is None
+    for key in ("", "0" * 64, "../../prepared", "a\0b", "a" * 5000):
+        assert text_digest_of(key, "valid") is None
+    monkeypatch.setenv("LMKIT_CACHE", str(cache / "another"))
+    assert text_digest_of(first.key, "valid") is None
 
 
 @pytest.mark.parametrize("damage", ["nowhere", "nothing", "no text", "another text", "another tokenizer"])
