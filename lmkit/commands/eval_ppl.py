@@ -150,7 +150,7 @@ def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: 
     """Everything that is needed to repeat the number."""
     cfg, loaded = evaluator.cfg, evaluator.loaded
     return {
-        **describe(evaluator.protocol, evaluator.reach, loaded.model_config.memory),
+        **describe(evaluator.protocol, evaluator.reach, loaded.model_config.memory, loaded.model.context),
         "text": f"{evaluator.prepared.name}/{passage.name}",
         "text_changes": passage.material.changes or "none",
         "text_sha256": passage.source.split.text_digest,

@@ -71,6 +71,8 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
     start = _started_alike(cfg, world, console)
     begin = world.first_alone(lambda: set_up(start, device, console))
     cfg = replace(cfg, task=start.task)  # with the template of a chat written out
+    if begin.base is not None and not isinstance(cfg.task, RowsTaskConfig):
+        _say_if_shorter(cfg.train.seq_len, begin.base, console)
     corpus = None if begin.base is None else corpus_of(begin.base)
     dataset = cfg.dataset  # what eval-ppl takes by default
     if begin.base is not None and not isinstance(cfg.task, LmTaskConfig):
@@ -171,6 +173,15 @@ def _check_use(cfg: FinetuneConfig) -> None:
         if isinstance(cfg.softmax, AdaptiveSoftmaxConfig):
             rule = "has no use in finetuning, where the output layer is that of the run: leave it out"
             check.unused("softmax", cfg.softmax, ("cutoffs", "div_value"), rule)
+
+
+def _say_if_shorter(seq_len: int, base: LoadedRun, console: Console) -> None:
+    """Say it where a Transformer's new run will be read in shorter windows than the one that it starts from."""
+    if base.context is not None and seq_len < base.context:
+        console.say(
+            f"train.seq_len={seq_len}: the new run is evaluated, and generates, with windows of {seq_len} tokens,"
+            f" {base.path} with {base.context} (train.seq_len={base.context} keeps these)"
+        )
 
 
 def _begin(cfg: FinetuneConfig, device: Device, console: Console) -> SetUp:

@@ -377,13 +377,17 @@ def _require_open_vocabulary(name: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def describe(protocol: Protocol, reach: Reach, memory: str) -> dict[str, Any]:
-    """The part of the protocol block that windows and reach decide; ``memory``: what a carried state holds."""
+def describe(protocol: Protocol, reach: Reach, memory: str, limit: int | None) -> dict[str, Any]:
+    """The part of the protocol block that windows and reach decide; ``memory``: what a carried state holds; ``limit``:
+    the longest window that the model can read (None: any)."""
+    if reach.context is not None:
+        more = f" of the model's {limit}" if limit is not None and reach.context < limit else ""
+        memory = f"windows of {reach.context}{more} tokens, stride {reach.stride}"
     return {
         "name": protocol.name,
         "first_token": protocol.first_token,
         "memory_starts": protocol.reset,
-        "memory": memory if reach.context is None else f"windows of {reach.context} tokens, stride {reach.stride}",
+        "memory": memory,
         "context": reach.context,
         "stride": reach.stride,
     }

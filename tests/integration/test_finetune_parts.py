@@ -257,6 +257,21 @@ def test_an_adapter_trains_beside_a_base_that_keeps_every_bit_and_is_reported(
     assert "which the base run learnt: valid perplexity per token" in err
 
 
+@pytest.mark.parametrize(("base", "seq_len", "said"), [("transformer", 16, 1), ("transformer", 32, 0), ("lstm", 16, 0)])
+def test_a_run_that_is_to_be_read_in_shorter_windows_than_its_base_says_so(
+    bases: dict[str, Path],
+    numbers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    base: str,
+    seq_len: int,
+    said: int,
+) -> None:
+    finetune.run(tuning(bases[base], numbers, tmp_path / "run", train={"seq_len": seq_len, "max_steps": 2}))
+    line = f"with windows of 16 tokens, {bases[base]} with 32 (train.seq_len=32 keeps these)\n"
+    assert capsys.readouterr().err.count(line) == said
+
+
 def test_what_is_not_unfrozen_yet_does_not_move(bases: dict[str, Path], numbers: Path, tmp_path: Path) -> None:
     tune = TuneConfig(unfreeze=True)
     cfg = tuning(

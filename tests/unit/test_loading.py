@@ -185,6 +185,7 @@ def test_windows_default_to_the_length_of_training_and_half_of_it_and_may_be_lon
     config = make_run(tmp_path, TransformerConfig(d_model=16, num_layers=1, num_heads=2, context=32))
     default, longer = evaluate(config), evaluate(config, context=32, stride=1)
     assert (default["protocol"]["context"], default["protocol"]["stride"]) == (SEQ_LEN, SEQ_LEN // 2)
+    assert "windows of 8 of the model's 32 tokens, stride 4" in default["protocol_line"]
     assert (longer["protocol"]["context"], longer["protocol"]["stride"]) == (32, 1)
     assert "windows of 32 tokens, stride 1" in longer["protocol_line"]
 
