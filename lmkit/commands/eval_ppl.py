@@ -151,6 +151,7 @@ def _protocol(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: 
     cfg, loaded = evaluator.cfg, evaluator.loaded
     return {
         **describe(evaluator.protocol, evaluator.reach, loaded.model_config.memory, loaded.model.context),
+        "stripes": evaluator.protocol.num_stripes(passage.source),
         "text": f"{evaluator.prepared.name}/{passage.name}",
         "text_changes": passage.material.changes or "none",
         "text_sha256": passage.source.split.text_digest,
@@ -189,7 +190,8 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
         f"{protocol['name']}: {protocol['text']}"
         + ("" if protocol["text_changes"] == "none" else f" ({protocol['text_changes']})"),
         f"tokens {protocol['tokenizer']}",
-        f"{protocol['memory']}, begun {protocol['memory_starts']}",
+        f"{protocol['memory']}, begun {protocol['memory_starts']}"
+        + ("" if protocol["stripes"] is None else f" ({protocol['stripes']} stripes)"),
         f"first token {protocol['first_token']}",
         f"eos {protocol['eos']}",
         f"<unk> {protocol['unk']}",

@@ -131,6 +131,10 @@ class Protocol(ABC):
     def windows(self, material: Material, source: Source, reach: Reach) -> Windows:
         """What is scored and from what."""
 
+    def num_stripes(self, source: Source) -> int | None:
+        """How many stripes the split is cut into; None: into none."""
+        return None
+
     def headline(self, nats_N: NDArray[np.float32], windows: Windows, material: Material) -> Headline:
         """The protocol's own number; per word, ends of line counted, unless it says otherwise."""
         return Headline("word, ends of line counted", _total(nats_N), float(material.num_words + material.num_lines))
@@ -189,7 +193,6 @@ class Stripes(Protocol):
         self.config = config
 
     def num_stripes(self, source: Source) -> int:
-        """How many stripes the split is cut into."""
         return self.config.valid_stripes if source.split_name == "valid" else self.config.test_stripes
 
     def windows(self, material: Material, source: Source, reach: Reach) -> Windows:

@@ -757,6 +757,14 @@ def test_windows_of_another_size_are_another_protocol(runs: Folder, tmp_path: Pa
     assert found["not_comparable"] == ["stride: 8 here, 1 there"]
 
 
+def test_the_number_of_stripes_belongs_to_the_protocol(runs: Folder, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    evaluate(runs, "lstm", protocol=TransformerXlProtocolConfig(test_stripes=3), output=str(path))
+    found = evaluate(runs, "lstm", protocol=TransformerXlProtocolConfig(test_stripes=2), compare=[str(path)])
+    assert found["comparisons"][0]["not_comparable"] == ["stripes: 2 here, 3 there"]
+    assert "begun at the start of each stripe (2 stripes);" in found["protocol_line"]
+
+
 # Checks, reports, intervals
 
 
