@@ -20,6 +20,8 @@ MAX_UNITS = 20_000
 """Neighbouring units are joined until there are at most so many: resampling more changes no digit."""
 ENOUGH_DOCUMENTS = 30
 """With fewer documents than this, lines are resampled."""
+MAX_READ_BYTES = 100_000_000
+"""The words of the lines of larger texts are not counted."""
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,36 @@ def units_of(
     """Documents if there are enough, else lines, with the counts that the protocol's number divides by.
 
     ``count``: the sum that the counts must have. ``weights_N``: what the nats of each token are multiplied by (see
-    Protocol.weights); None: 1. Where the words of a part are not known, its count is in proportion to the weights of
-    its scored tokens. Parts of which nothing counts are no units.
+    Protocol.weights); None: 1. Where the number is not per word, or the words of a part are not known, its count is in
+    proportion to the weights of its scored tokens. Parts of which nothing counts are no units.
     """
     weights_N = np.where(scores.scored_N, 1.0 if weights_N is None else weights_N, 0.0)
     documents = material.words_of_documents
     if len(documents) >= ENOUGH_DOCUMENTS:
         words_U = np.array(documents, dtype=np.float64)
         return _units("document", scores, weights_N, material.document_ends, words_U, count)
-    if len(material.document_ends) >= ENOUGH_DOCUMENTS:
-        return _units("document", scores, weights_N, material.document_ends, None, count)
-    ends_U = np.flatnonzero(line_enders(source.tokenizer)[material.tokens]) + 1
-    if not source.tokenizer.ends_lines:  # the end of a document belongs to its last line
-        ends_U = ends_U + np.isin(ends_U, np.flatnonzero(material.tokens == source.tokenizer.eos_id))
-    if len(ends_U) == 0 or ends_U[-1] != len(material.tokens):
-        ends_U = np.append(ends_U, len(material.tokens))
-    return _units("line", scores, weights_N, ends_U, None, count)
+    name, ends_U = "document", material.document_ends
+    if len(ends_U) < ENOUGH_DOCUMENTS:
+        name, ends_U = "line", np.flatnonzero(line_enders(source.tokenizer)[material.tokens]) + 1
+        if not source.tokenizer.ends_lines:  # the end of a document belongs to its last line
+            ends_U = ends_U + np.isin(ends_U, np.flatnonzero(material.tokens == source.tokenizer.eos_id))
+        if len(ends_U) == 0 or ends_U[-1] != len(material.tokens):
+            ends_U = np.append(ends_U, len(material.tokens))
+    return _units(name, scores, weights_N, ends_U, _words_of(ends_U, material, source, count), count)
+
+
+def _words_of(ends_U: Indices, material: Material, source: Source, count: float) -> Floats | None:
+    """Words and ends of line of each part, by the lines of the text that its tokens end; None where these are not what
+    is counted, where each token is one of them, or where tokens and text do not agree about the lines."""
+    tokenizer, total = source.tokenizer, material.num_words + material.num_lines
+    if tokenizer.ends_lines or not math.isclose(count, total) or material.num_bytes > MAX_READ_BYTES:
+        return None
+    newlines_V = np.array([tokenizer.decode([i]).count("\n") for i in range(tokenizer.vocab_size)])
+    lines_U = np.append(0, np.cumsum(newlines_V[material.tokens]))[ends_U]
+    words_L = np.array([len(line.split()) + 1 for line in source.read().split("\n")[:-1]], dtype=np.float64)
+    if len(words_L) != lines_U[-1] or words_L.sum() != total:
+        return None
+    return np.diff(np.append(0, np.cumsum(words_L))[lines_U], prepend=0.0)
 
 
 def _units(

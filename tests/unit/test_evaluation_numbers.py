@@ -270,6 +270,19 @@ def test_the_end_of_a_document_belongs_to_its_last_line() -> None:
     assert found.counts_U.tolist() == pytest.approx([3, 5, 3, 5])
 
 
+@pytest.mark.parametrize("documents", [1, 40])
+def test_where_the_number_is_per_word_the_counts_are_the_words_of_each_part(documents: int) -> None:
+    src = source(TEXT, ByteTokenizer(), documents=documents)
+    scores, _ = scores_of(src)
+    found = units(src, scores, 15.0 * documents)
+    assert found.counts_U.tolist() == ([4, 1, 6, 4] if documents == 1 else [15] * 40)
+    in_bytes = units(src, scores, float(len(TEXT.encode()) * documents))
+    assert in_bytes.counts_U.tolist() != found.counts_U.tolist()
+    assert found.nats_U.tolist() == in_bytes.nats_U.tolist()
+    elsewhere = replace(src, read=lambda: "other lines\n")  # than those of the tokens
+    assert units(elsewhere, scores, 15.0 * documents).counts_U.sum() == pytest.approx(15 * documents)
+
+
 def test_words_of_documents_are_the_counts_where_a_protocol_counts_them() -> None:
     src = source(TEXT, ByteTokenizer(), documents=40)
     scores, _ = scores_of(src)
