@@ -107,7 +107,9 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
     may_rank = result["ppl"] is not None and cfg.adapter is None and not result["num_unknown"]
     if isinstance(evaluator.dataset, BenchmarkConfig) and may_rank:
         name = evaluator.dataset.name.value
-        kind = published_kind(result["kind"], loaded.config, name)
+        configs = [loaded.config, *(evaluator.other(other).config for other in cfg.ensemble)]
+        kinds = [published_kind(result["kind"], config, name) for config in configs]
+        kind = next((one for one in kinds if one != result["kind"]), result["kind"])
         rank = standing(name, protocol.name, kind, cfg.split, result["ppl"])
     result["standing"] = [] if rank is None else rank.lines()
     return result | {

@@ -734,6 +734,22 @@ def test_only_a_run_that_learnt_nothing_else_stands_among_the_static_results_of_
     assert other == []
 
 
+def test_an_ensemble_stands_among_others_only_if_each_of_its_runs_learnt_nothing_else(
+    runs: Folder, ptb: BenchmarkConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "text").mkdir()
+    for split in ("train", "valid", "test"):
+        shutil.copyfile(tmp_path / f"ptb.{split}.txt", tmp_path / "text" / f"{split}.txt")
+    train_run(runs / "of_ptb", ptb, LSTM, WordTokenizerConfig())
+    train_run(runs / "of_text", TextConfig(path=str(tmp_path / "text")), LSTM, WordTokenizerConfig())
+    own, other = (
+        evaluate(runs, "of_ptb", checks=False, ensemble=[str(runs / name)])["standing"]
+        for name in ("of_ptb", "of_text")
+    )
+    assert own[0].startswith("published ensemble results, ptb test, protocol mikolov: place ")
+    assert other == []
+
+
 def test_a_run_that_lacks_words_of_a_corpus_has_no_place_and_is_compared_with_no_other(
     runs: Folder, ptb: BenchmarkConfig, tmp_path: Path
 ) -> None:
