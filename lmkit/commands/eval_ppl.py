@@ -322,7 +322,8 @@ def _compared(
         comparable = {"ppl": result["ppl"], "other_ppl": opponent["ppl"]} if not differences else {}
         return {"name": name, "not_comparable": differences, **comparable}
     if isinstance(opponent, LoadedRun):
-        return _paired(evaluator, passage, outcome, name, evaluator.run_nats(name, passage))
+        paired = _paired(evaluator, passage, outcome, name, evaluator.run_nats(name, passage))
+        return {**paired, "other_kind": "static"}
     theirs_N = aligned(opponent, outcome.scores.scored_N, Path(name))
     return _paired(evaluator, passage, outcome, name, theirs_N.astype(np.float32))
 

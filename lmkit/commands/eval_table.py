@@ -105,6 +105,8 @@ def _baseline_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
     for found in result["comparisons"]:
+        other = found.get("other_kind", result["kind"])
+        there = "there" if other == result["kind"] else f"there ({other})"
         if found["not_comparable"]:
             yield f"not comparable with {found['name']}: {'; '.join(found['not_comparable'])}"
         elif "low" not in found:
@@ -115,7 +117,7 @@ def _comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
                 f" {found['unit']}s), better in {100 * found['better']:.1f} % of resamples"
             )
             yield (
-                f"against {found['name']}: {_number(found['ppl'])} here, {_number(found['other_ppl'])} there;"
+                f"against {found['name']}: {_number(found['ppl'])} here, {_number(found['other_ppl'])} {there};"
                 f" {found['nats_per_count']:+.4f} nats better here{'' if math.isnan(found['better']) else chance};"
                 f" best mixture on this text: {found['weight']:.3f} of it gives {_number(found['mixture_ppl'])}"
             )

@@ -530,6 +530,17 @@ def test_a_comparison_with_a_run_is_that_with_its_file_of_probabilities(runs: Fo
     assert by_run["mixture_ppl"] <= min(by_run["ppl"], by_run["other_ppl"]) * (1 + 1e-6)
 
 
+def test_a_run_that_is_compared_with_is_scored_statically_and_that_is_told(
+    runs: Folder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    static = evaluate(runs, "lstm2", checks=False)["ppl"]
+    cases: list[tuple[dict[str, Any], str]] = [({}, "there;"), ({"temperature": "1.2"}, "there (static);")]
+    for fields, told in cases:
+        found = evaluate(runs, "lstm", compare=[str(runs / "lstm2")], checks=False, **fields)["comparisons"][0]
+        assert found["other_ppl"] == pytest.approx(static, rel=1e-6)
+        assert f" {told} " in capfd.readouterr().out
+
+
 def test_a_file_without_the_first_token_compares_the_others(runs: Folder, tmp_path: Path) -> None:
     probs = probs_of(runs, "lstm2", tmp_path / "all.txt")
     lines = (tmp_path / "all.txt").read_text(encoding="utf-8").splitlines(keepends=True)
