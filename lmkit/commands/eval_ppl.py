@@ -205,7 +205,10 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-NOT_COMPARED = ("model_sha256", "memory", "precision", "members", "tokenizer", "tokenizer_sha256", "context", "stride")
+NOT_COMPARED = (
+    *("model_sha256", "memory", "precision", "members", "ensemble"),
+    *("tokenizer", "tokenizer_sha256", "context", "stride"),
+)
 """What belongs to a model and not to the way of counting; context and stride count where both have windows, and the
 tokenizer where tokens are what is counted."""
 

@@ -695,6 +695,17 @@ def test_what_was_fitted_on_valid_belongs_to_a_model_and_not_to_the_protocol(
     assert found["comparisons"][0]["other_ppl"] == other["ppl"]
 
 
+def test_which_runs_an_ensemble_is_made_of_belongs_to_a_model_and_not_to_the_protocol(
+    runs: Folder, tmp_path: Path
+) -> None:
+    path = tmp_path / "result.json"
+    other = evaluate(runs, "lstm", ensemble=[str(runs / "gru")], output=str(path))
+    found = evaluate(runs, "lstm", ensemble=[str(runs / "lstm2")], compare=[str(path)])["comparisons"][0]
+    assert (found["not_comparable"], found["other_ppl"]) == ([], other["ppl"])
+    alone = evaluate(runs, "lstm", compare=[str(path)])["comparisons"][0]
+    assert alone["not_comparable"] == ["kind: static here, ensemble there"]
+
+
 def test_results_of_different_tokenizers_are_compared_unless_one_has_words_that_it_does_not_know(
     runs: Folder, corpus: Path, tmp_path: Path
 ) -> None:
