@@ -34,8 +34,8 @@ class DataOrder:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.number >= 1, f"{DATA_ORDER}.number", self.number, "must be >= 1")
-            check(self.first_step >= 0, f"{DATA_ORDER}.first_step", self.first_step, "must be >= 0")
+            check.at_least(1, DATA_ORDER, self, "number")
+            check.at_least(0, DATA_ORDER, self, "first_step")
 
     def of(self, batches: Batches) -> Batches:
         """The batches in this order."""

@@ -26,9 +26,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.rank >= 1, "adapter.rank", self.rank, "must be >= 1")
-            check(0 < self.alpha < float("inf"), "adapter.alpha", self.alpha, "must be > 0 and finite")
-            check(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "must be at least 0 and below 1")
+            check.at_least(1, "adapter", self, "rank")
+            check.positive("adapter", self, "alpha")
+            check.below_one("adapter", self, "dropout")
             named = bool(self.targets) and all(self.targets)
             check(named, "adapter.targets", self.targets, "must name at least one layer, as in attention.*")
 
@@ -46,6 +46,5 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            good = self.last_layers is None or self.last_layers >= 0
-            check(good, "tune.last_layers", self.last_layers, "must be >= 0 or null")
+            check.at_least(0, "tune", self, "last_layers", or_null=True)
             check(0 < self.layer_decay <= 1, "tune.layer_decay", self.layer_decay, "must be above 0 and at most 1")

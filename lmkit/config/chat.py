@@ -92,7 +92,7 @@ class InstructTaskConfig(ChatTaskConfig):
     whose last answer task.truncation cut."""
 
     def _check(self, check: Problems) -> None:
-        check(self.exact_match >= 0, "task.exact_match", self.exact_match, "must be >= 0")
+        check.at_least(0, "task", self, "exact_match")
 
 
 @dataclass(kw_only=True)
@@ -111,8 +111,8 @@ class PreferTaskConfig(ChatTaskConfig):
     """Weight of the chosen answer's nats per token in the loss of its pair (>= 0)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 < self.beta < float("inf"), "task.beta", self.beta, "must be > 0 and finite")
+        check.positive("task", self, "beta")
         share = self.label_smoothing
         check(0 <= share < 0.5, "task.label_smoothing", share, "must be at least 0 and below 0.5")
-        check(0 <= self.sft_weight < float("inf"), "task.sft_weight", self.sft_weight, "must be >= 0 and finite")
+        check.not_negative("task", self, "sft_weight")
         check(self.chosen != self.rejected, "task.rejected", self.rejected, "must be another column than task.chosen")

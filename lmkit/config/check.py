@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from types import TracebackType
@@ -34,16 +35,30 @@ class Problems:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             self(value == default, f"{section}.{name}", value, rule)
 
-    def at_least_one(self, section: str, config: Any, *names: str) -> None:
-        """Note each of these keys of a section that is below 1."""
+    def at_least(self, least: int, section: str, config: Any, *names: str, or_null: bool = False) -> None:
+        """Note each of these keys of a section that is below ``least``."""
+        rule = f"must be >= {least}{' or null' if or_null else ''}"
         for name in names:
-            self(getattr(config, name) >= 1, f"{section}.{name}", getattr(config, name), "must be >= 1")
+            value = getattr(config, name)
+            self((or_null and value is None) or value >= least, f"{section}.{name}", value, rule)
 
     def below_one(self, section: str, config: Any, *names: str) -> None:
         """Note each of these keys of a section that is not at least 0 and below 1."""
         for name in names:
             value = getattr(config, name)
             self(0 <= value < 1, f"{section}.{name}", value, "must be at least 0 and below 1")
+
+    def positive(self, section: str, config: Any, *names: str) -> None:
+        """Note each of these keys of a section that is not above 0 and finite."""
+        for name in names:
+            value = getattr(config, name)
+            self(0 < value < math.inf, f"{section}.{name}", value, "must be > 0 and finite")
+
+    def not_negative(self, section: str, config: Any, *names: str) -> None:
+        """Note each of these keys of a section that is not at least 0 and finite."""
+        for name in names:
+            value = getattr(config, name)
+            self(0 <= value < math.inf, f"{section}.{name}", value, "must be >= 0 and finite")
 
     def __enter__(self) -> Problems:
         return self

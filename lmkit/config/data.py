@@ -33,7 +33,7 @@ class CleaningConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.min_chars >= 0, "dataset.cleaning.min_chars", self.min_chars, "must be >= 0")
+            check.at_least(0, "dataset.cleaning", self, "min_chars")
 
 
 @dataclass(kw_only=True)
@@ -173,7 +173,7 @@ class SentencePieceTokenizerConfig(TokenizerConfig):
     def __post_init__(self) -> None:
         with Problems() as check:
             check(self.vocab_size >= 300, "tokenizer.vocab_size", self.vocab_size, "must be >= 300 (256 are bytes)")
-            check(self.max_sentences >= 1, "tokenizer.max_sentences", self.max_sentences, "must be >= 1")
+            check.at_least(1, "tokenizer", self, "max_sentences")
 
 
 @dataclass(kw_only=True)

@@ -38,7 +38,7 @@ class StripesProtocolConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check.at_least_one("protocol", self, "valid_stripes", "test_stripes")
+            check.at_least(1, "protocol", self, "valid_stripes", "test_stripes")
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ class Gpt2PaperProtocolConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.stride >= 1, "protocol.stride", self.stride, "must be >= 1")
+            check.at_least(1, "protocol", self, "stride")
 
 
 @dataclass(kw_only=True)
@@ -101,8 +101,8 @@ class DynamicConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.seq_len >= 1, "dynamic.seq_len", self.seq_len, "must be >= 1")
-            check(0 < self.lr < float("inf"), "dynamic.lr", self.lr, "must be > 0 and finite")
+            check.at_least(1, "dynamic", self, "seq_len")
+            check.positive("dynamic", self, "lr")
             check(0 <= self.decay <= 1, "dynamic.decay", self.decay, "must be between 0 and 1")
 
 
@@ -122,8 +122,8 @@ class DynamicRmsConfig(DynamicConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 < self.epsilon < float("inf"), "dynamic.epsilon", self.epsilon, "must be > 0 and finite")
-            check(self.statistics_tokens >= 1, "dynamic.statistics_tokens", self.statistics_tokens, "must be >= 1")
+            check.positive("dynamic", self, "epsilon")
+            check.at_least(1, "dynamic", self, "statistics_tokens")
         super().__post_init__()
 
 
@@ -136,7 +136,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.window >= 1, "cache.window", self.window, "must be >= 1")
+            check.at_least(1, "cache", self, "window")
 
 
 @dataclass(kw_only=True)

@@ -26,16 +26,10 @@ class SamplingConfig:
     """Keep tokens at least p times as probable as the best one (0 <= p <= 1); null: all."""
 
     def __post_init__(self) -> None:
-        inf = float("inf")
         with Problems() as check:
-            check(
-                0 < self.repetition_penalty < inf,
-                "sampling.repetition_penalty",
-                self.repetition_penalty,
-                "must be > 0 and finite",
-            )
-            check(0 <= self.temperature < inf, "sampling.temperature", self.temperature, "must be >= 0 and finite")
-            check(self.top_k is None or self.top_k >= 1, "sampling.top_k", self.top_k, "must be >= 1 or null")
+            check.positive("sampling", self, "repetition_penalty")
+            check.not_negative("sampling", self, "temperature")
+            check.at_least(1, "sampling", self, "top_k", or_null=True)
             check(
                 self.top_p is None or 0 < self.top_p <= 1,
                 "sampling.top_p",

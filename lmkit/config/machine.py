@@ -62,4 +62,4 @@ class DeviceConfig:
         with Problems() as check:
             good = self.threads is None or 1 <= self.threads <= MOST_THREADS
             check(good, "device.threads", self.threads, f"must be between 1 and {MOST_THREADS}, or null")
-            check(self.index is None or self.index >= 0, "device.index", self.index, "must be >= 0 or null")
+            check.at_least(0, "device", self, "index", or_null=True)

@@ -78,7 +78,7 @@ class HeadConfig(ModelConfig):
     """Adaptive softmax: each cluster is this many times narrower than the one before it (>= 1)."""
 
     def _check_head(self, check: Problems, *, tied: bool) -> None:
-        check(self.num_softmaxes >= 1, "model.num_softmaxes", self.num_softmaxes, "must be >= 1")
+        check.at_least(1, "model", self, "num_softmaxes")
         check_cutoffs(check, "model.cutoffs", self.cutoffs)
         check(1 <= self.div_value < float("inf"), "model.div_value", self.div_value, "must be >= 1 and finite")
         if self.cutoffs:
@@ -148,14 +148,9 @@ class TransformerConfig(HeadConfig):
     def __post_init__(self) -> None:
         kv = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         with Problems() as check:
-            check.at_least_one("model", self, "d_model", "num_layers", "num_heads", "context")
+            check.at_least(1, "model", self, "d_model", "num_layers", "num_heads", "context")
             heads = max(self.num_heads, 1)
-            check(
-                self.head_channels is None or self.head_channels >= 1,
-                "model.head_channels",
-                self.head_channels,
-                "must be >= 1 or null",
-            )
+            check.at_least(1, "model", self, "head_channels", or_null=True)
             check(
                 self.head_channels is not None or self.d_model % heads == 0,
                 "model.d_model",
@@ -170,10 +165,10 @@ class TransformerConfig(HeadConfig):
                     "must be even for rotary positions",
                 )
             check(kv >= 1 and heads % max(kv, 1) == 0, "model.num_kv_heads", kv, f"must divide model.num_heads={heads}")
-            check(self.d_ff is None or self.d_ff >= 1, "model.d_ff", self.d_ff, "must be >= 1 or null")
+            check.at_least(1, "model", self, "d_ff", or_null=True)
             check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be > 0")
             check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must be above 0 and below 1")
-            check(self.memory_tokens >= 0, "model.memory_tokens", self.memory_tokens, "must be >= 0")
+            check.at_least(0, "model", self, "memory_tokens")
             if self.memory_tokens > 0:
                 rotary = self.positions is Positions.rotary
                 check(rotary, "model.positions", self.positions, "must be rotary with model.memory_tokens > 0")
@@ -248,12 +243,11 @@ class RecurrentConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check.at_least_one("model", self, "d_embed", "d_hidden", "num_layers")
-            check(self.mogrifier_rounds >= 0, "model.mogrifier_rounds", self.mogrifier_rounds, "must be >= 0")
+            check.at_least(1, "model", self, "d_embed", "d_hidden", "num_layers")
+            check.at_least(0, "model", self, "mogrifier_rounds")
             plain = self.cell is Cell.lstm or self.mogrifier_rounds == 0
             check(plain, "model.cell", self.cell, "must be lstm with model.mogrifier_rounds > 0")
-            rank = self.mogrifier_rank
-            check(rank is None or rank >= 1, "model.mogrifier_rank", rank, "must be >= 1 or null")
+            check.at_least(1, "model", self, "mogrifier_rank", or_null=True)
             rates = "dropout_embed", "dropout_input", "dropout_hidden", "dropout_output", "dropout_recurrent"
             check.below_one("model", self, *rates)
             self._check_head(check, tied=self.tie_embeddings)
@@ -316,8 +310,8 @@ class VaeLstmConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check.at_least_one("model", self, "d_embed", "d_encoder")
-            check(self.d_latent >= 0, "model.d_latent", self.d_latent, "must be >= 0")
+            check.at_least(1, "model", self, "d_embed", "d_encoder")
+            check.at_least(0, "model", self, "d_latent")
             check.below_one("model", self, "dropout_word", "dropout_input", "dropout_output")
 
     @property
@@ -353,7 +347,7 @@ class RelganConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check.at_least_one("model", self, "d_embed", "num_representations", "d_representation", "num_filters")
+            check.at_least(1, "model", self, "d_embed", "num_representations", "d_representation", "num_filters")
             check.below_one("model", self, "dropout_input", "dropout_output")
 
     @property

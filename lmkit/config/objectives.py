@@ -49,17 +49,13 @@ class VaeObjectiveConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 <= self.beta < float("inf"), "objective.beta", self.beta, "must be >= 0 and finite")
+            check.not_negative("objective", self, "beta")
             share = self.anneal_share
             check(0 < share <= 1, "objective.anneal_share", share, "must be above 0 and at most 1")
-            check(self.cycles >= 1, "objective.cycles", self.cycles, "must be >= 1")
-            for name in ("free_nats", "target_nats"):
-                value = getattr(self, name)
-                check(0 <= value < float("inf"), f"objective.{name}", value, "must be >= 0 and finite")
-            check(
-                0 <= self.plain_share < 1, "objective.plain_share", self.plain_share, "must be at least 0 and below 1"
-            )
-            check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
+            check.at_least(1, "objective", self, "cycles")
+            check.not_negative("objective", self, "free_nats", "target_nats")
+            check.below_one("objective", self, "plain_share")
+            check.at_least(1, "objective", self, "num_samples")
 
     def note_unused(self, check: Problems) -> None:
         """Note keys that would do nothing with this kind of growth. Asked of what is to be trained now only."""
@@ -108,12 +104,10 @@ class GanObjectiveConfig(ObjectiveConfig):
         with Problems() as check:
             share = self.pretrain_share
             check(0 <= share <= 1, "objective.pretrain_share", share, "must be between 0 and 1")
-            check(self.length >= 1, "objective.length", self.length, "must be >= 1")
-            for name in ("generator_lr", "discriminator_lr"):
-                value = getattr(self, name)
-                check(0 < value < float("inf"), f"objective.{name}", value, "must be > 0 and finite")
+            check.at_least(1, "objective", self, "length")
+            check.positive("objective", self, "generator_lr", "discriminator_lr")
             check(1 <= self.sharpness < float("inf"), "objective.sharpness", self.sharpness, "must be >= 1 and finite")
-            check(self.num_samples >= 1, "objective.num_samples", self.num_samples, "must be >= 1")
+            check.at_least(1, "objective", self, "num_samples")
 
     @property
     def name(self) -> str:

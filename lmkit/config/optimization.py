@@ -30,9 +30,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "must be > 0 and finite")
-            decay = self.weight_decay
-            check(0 <= decay < float("inf"), "optimizer.weight_decay", decay, "must be >= 0 and finite")
+            check.positive("optimizer", self, "lr")
+            check.not_negative("optimizer", self, "weight_decay")
             check(
                 self.clip_norm is None or self.clip_norm > 0,
                 "optimizer.clip_norm",
@@ -57,7 +56,7 @@ class SgdConfig(OptimizerConfig):
     """Nesterov momentum; needs momentum > 0."""
 
     def _check(self, check: Problems) -> None:
-        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+        check.below_one("optimizer", self, "momentum")
         check(
             not self.nesterov or self.momentum > 0, "optimizer.nesterov", self.nesterov, "needs optimizer.momentum > 0"
         )
@@ -88,7 +87,7 @@ class AdadeltaConfig(OptimizerConfig):
     """Added under the square roots (> 0)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 <= self.rho < 1, "optimizer.rho", self.rho, "must be at least 0 and below 1")
+        check.below_one("optimizer", self, "rho")
         check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
 
 
@@ -149,8 +148,7 @@ class NadamConfig(AdamConfig):
 
     def _check(self, check: Problems) -> None:
         super()._check(check)
-        value = self.momentum_decay
-        check(0 <= value < float("inf"), "optimizer.momentum_decay", value, "must be >= 0 and finite")
+        check.not_negative("optimizer", self, "momentum_decay")
 
 
 @dataclass(kw_only=True)
@@ -193,9 +191,9 @@ class MuonConfig(OptimizerConfig):
     """AdamW's addition to the denominator (> 0)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+        check.below_one("optimizer", self, "momentum")
         check(1 <= self.ns_steps <= 10, "optimizer.ns_steps", self.ns_steps, "must be between 1 and 10")
-        check(0 < self.adam_lr < float("inf"), "optimizer.adam_lr", self.adam_lr, "must be > 0 and finite")
+        check.positive("optimizer", self, "adam_lr")
         check.below_one("optimizer", self, "beta1", "beta2")
         check(self.eps > 0, "optimizer.eps", self.eps, "must be > 0")
 
@@ -211,12 +209,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(
-                self.warmup_steps is None or self.warmup_steps >= 0,
-                "schedule.warmup_steps",
-                self.warmup_steps,
-                "must be >= 0 or null",
-            )
+            check.at_least(0, "schedule", self, "warmup_steps", or_null=True)
             check(0 <= self.warmup_ratio <= 1, "schedule.warmup_ratio", self.warmup_ratio, "must be between 0 and 1")
             self._check(check)
 
@@ -272,9 +265,9 @@ class StepDecayConfig(ScheduleConfig):
     """How often the rate falls (>= 1)."""
 
     def _check(self, check: Problems) -> None:
-        check(0 <= self.hold_ratio < 1, "schedule.hold_ratio", self.hold_ratio, "must be at least 0 and below 1")
+        check.below_one("schedule", self, "hold_ratio")
         check(0 < self.factor < 1, "schedule.factor", self.factor, "must be above 0 and below 1")
-        check(self.num_falls >= 1, "schedule.num_falls", self.num_falls, "must be >= 1")
+        check.at_least(1, "schedule", self, "num_falls")
 
 
 @dataclass(kw_only=True)
@@ -295,5 +288,5 @@ class PlateauConfig(ScheduleConfig):
 
     def _check(self, check: Problems) -> None:
         check(0 < self.factor < 1, "schedule.factor", self.factor, "must be above 0 and below 1")
-        check(self.patience >= 0, "schedule.patience", self.patience, "must be >= 0")
+        check.at_least(0, "schedule", self, "patience")
         check(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "must be between 0 and 1")

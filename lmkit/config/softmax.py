@@ -27,15 +27,8 @@ class SoftmaxConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(
-                0 <= self.label_smoothing < 1,
-                "softmax.label_smoothing",
-                self.label_smoothing,
-                "must be at least 0 and below 1",
-            )
-            for name in ("ar_alpha", "tar_beta"):
-                value = getattr(self, name)
-                check(0 <= value < float("inf"), f"softmax.{name}", value, "must be >= 0 and finite")
+            check.below_one("softmax", self, "label_smoothing")
+            check.not_negative("softmax", self, "ar_alpha", "tar_beta")
             self._check(check)
 
     def _check(self, check: Problems) -> None:
@@ -57,8 +50,8 @@ class SampledSoftmaxConfig(SoftmaxConfig):
     """Share of the run after which the whole vocabulary is looked at (0 to 1; 1: never), at its cost."""
 
     def _check(self, check: Problems) -> None:
-        check(self.num_frequent >= 0, "softmax.num_frequent", self.num_frequent, "must be >= 0")
-        check(self.num_sampled >= 1, "softmax.num_sampled", self.num_sampled, "must be >= 1")
+        check.at_least(0, "softmax", self, "num_frequent")
+        check.at_least(1, "softmax", self, "num_sampled")
         check(0 <= self.exact_from <= 1, "softmax.exact_from", self.exact_from, "must be between 0 and 1")
         check(self.label_smoothing == 0, "softmax.label_smoothing", self.label_smoothing, "needs softmax=exact")
 

@@ -23,7 +23,7 @@ class LmTaskConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(0 <= self.replay < 1, "task.replay", self.replay, "must be at least 0 and below 1")
+            check.below_one("task", self, "replay")
 
 
 class Pooling(Enum):
@@ -84,7 +84,7 @@ class RowsTaskConfig(TaskConfig):
             check(0 < held_out <= 0.5, "task.valid_fraction", held_out, "must be above 0 and at most 0.5")
             check(self.pair is None or self.text is not None, "task.pair", self.pair, "needs task.text")
             check(self.max_tokens is None or self.max_tokens >= 4, "task.max_tokens", self.max_tokens, "must be >= 4")
-            check(0 <= self.dropout < 1, "task.dropout", self.dropout, "must be at least 0 and below 1")
+            check.below_one("task", self, "dropout")
             self._check(check)
 
     def _check(self, check: Problems) -> None:
@@ -147,7 +147,7 @@ class NetworkConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.d_hidden >= 1, "task.network.d_hidden", self.d_hidden, "must be >= 1")
+            check.at_least(1, "task.network", self, "d_hidden")
 
 
 @dataclass(kw_only=True)

@@ -103,26 +103,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         micro = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
         with Problems() as check:
-            check(self.batch_size >= 1, "train.batch_size", self.batch_size, "must be >= 1")
+            check.at_least(1, "train", self, "batch_size")
             check(
                 micro >= 1 and self.batch_size % max(micro, 1) == 0,
                 "train.micro_batch_size",
                 micro,
                 f"must divide train.batch_size={self.batch_size}",
             )
-            check(self.seq_len >= 1, "train.seq_len", self.seq_len, "must be >= 1")
+            check.at_least(1, "train", self, "seq_len")
             long_enough = self.seq_len >= 10 or not self.seq_len_jitter
             check(long_enough, "train.seq_len", self.seq_len, "must be >= 10 with train.seq_len_jitter=true")
-            check(
-                self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "must be >= 1 or null"
-            )
+            check.at_least(1, "train", self, "max_steps", or_null=True)
             check(
                 self.max_epochs is None or 0 < self.max_epochs <= MOST_EPOCHS,
                 "train.max_epochs",
                 self.max_epochs,
                 f"must be > 0 and at most {MOST_EPOCHS:g}, or null",
             )
-            check(self.patience is None or self.patience >= 1, "train.patience", self.patience, "must be >= 1 or null")
+            check.at_least(1, "train", self, "patience", or_null=True)
             check(
                 self.ema_decay is None or 0 < self.ema_decay < 1,
                 "train.ema_decay",
@@ -136,8 +134,8 @@ class TrainConfig:
                 self.average,
                 "needs train.ema_decay" if ema else "excludes train.ema_decay",
             )
-            check(0 <= self.swa_start < 1, "train.swa_start", self.swa_start, "must be at least 0 and below 1")
-            check(self.asgd_patience >= 1, "train.asgd_patience", self.asgd_patience, "must be >= 1")
+            check.below_one("train", self, "swa_start")
+            check.at_least(1, "train", self, "asgd_patience")
             check(
                 self.budget is None or parse_duration(self.budget) is not None,
                 "train.budget",
@@ -156,8 +154,7 @@ class TrainConfig:
                 self.spike_nats,
                 "must be > 0 and finite, or null",
             )
-            check(self.max_skips >= 0, "train.max_skips", self.max_skips, "must be >= 0")
-            check(self.workers >= 0, "train.workers", self.workers, "must be >= 0")
+            check.at_least(0, "train", self, "max_skips", "workers")
 
     def note_unused(self, check: Problems) -> None:
         """Note keys that would do nothing without another. Asked of what is to be trained now only, not of old runs."""
@@ -205,7 +202,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.every_steps >= 1, "log.every_steps", self.every_steps, "must be >= 1")
+            check.at_least(1, "log", self, "every_steps")
 
 
 @dataclass(kw_only=True)
@@ -220,13 +217,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(
-                self.every_steps is None or self.every_steps >= 1,
-                "eval.every_steps",
-                self.every_steps,
-                "must be >= 1 or null",
-            )
-            check(self.sample_tokens >= 0, "eval.sample_tokens", self.sample_tokens, "must be >= 0")
+            check.at_least(1, "eval", self, "every_steps", or_null=True)
+            check.at_least(0, "eval", self, "sample_tokens")
 
 
 OnSaveError = Enum("OnSaveError", ["continue", "stop"])
@@ -249,19 +241,9 @@ class SaveConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(
-                self.every_steps is None or self.every_steps >= 1,
-                "save.every_steps",
-                self.every_steps,
-                "must be >= 1 or null",
-            )
+            check.at_least(1, "save", self, "every_steps", or_null=True)
             check(self.keep >= 2, "save.keep", self.keep, "must be >= 2, so that one is whole whatever happens")
-            check(
-                self.keep_every is None or self.keep_every >= 1,
-                "save.keep_every",
-                self.keep_every,
-                "must be >= 1 or null",
-            )
+            check.at_least(1, "save", self, "keep_every", or_null=True)
 
 
 @dataclass(kw_only=True)
