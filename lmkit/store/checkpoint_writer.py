@@ -65,8 +65,7 @@ class CheckpointWriter:
     stay that are whole and among the newest ``keep``, or the best one (and that of the present data, where they
     changed), or of every ``keep_every``-th step, or pinned. What goes wrong there is raised by the next ``submit``,
     ``wait`` or ``close``; older checkpoints are whole all the same, and the caller may catch the error and go on.
-    Leaving the ``with`` block waits; on the way of another exception a failed save is a warning. With
-    ``background=False`` the same happens before ``submit`` returns.
+    Leaving the ``with`` block waits; on the way of another exception a failed save is a warning.
     ``submit`` is ``hold``, which makes the copy, and ``release``, which hands it over, again if it is called again.
     ``close`` writes what is held and was never released, unless a KeyboardInterrupt is on its way.
     How long the next copy had to wait for the save before is in the journal's ``save`` events (``waited_s``).
@@ -80,7 +79,6 @@ class CheckpointWriter:
         keep: int,
         keep_every: int | None = None,
         warn: Warn = log_warning,
-        background: bool = True,
     ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep={keep} and keep_every={keep_every} must be >= 1")
@@ -111,7 +109,7 @@ class CheckpointWriter:
         self._damaged: set[str] = set()
         self._tokenizer_digest = tokenizer.digest
         self._stage = Stage(self._read_tokenizer(tokenizer))
-        self._thread = self._start_thread() if background else None
+        self._thread: threading.Thread | None = self._start_thread()
 
     def _start_thread(self) -> threading.Thread:
         """The thread that saves, until ``close``: to start one for each save would take time from training."""
@@ -166,12 +164,7 @@ class CheckpointWriter:
         """Begin to save what is held, if anything is. Raises what went wrong with the save before."""
         self.wait()
         staged, self._is_waiting = self._held, False
-        if staged is None:
-            return
-        if self._thread is None:
-            self._save_and_keep_error(staged)
-            self.wait()
-        else:
+        if staged is not None:
             self._in_flight = SimpleQueue()
             self._handed.put((staged, self._in_flight))
 
@@ -224,15 +217,12 @@ class CheckpointWriter:
     def _work(self) -> None:
         for staged, done in iter(self._handed.get, None):
             if staged is not None:
-                self._save_and_keep_error(staged)
+                try:
+                    self._save(staged)
+                except BaseException as error:
+                    self._error = error
             del staged  # or else the buffers would outlive ``close``
             done.put(None)
-
-    def _save_and_keep_error(self, staged: Staged) -> None:
-        try:
-            self._save(staged)
-        except BaseException as error:
-            self._error = error
 
     def _save(self, staged: Staged) -> None:
         started, cpu_before_s = time.monotonic(), time.thread_time()
@@ -374,6 +364,6 @@ def _space_for(staged: Staged) -> int:
 
 def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:
     """Save one snapshot now and return its directory. Raises ResourceError, DivergedError or CheckpointError."""
-    with CheckpointWriter(run, tokenizer, keep=keep, background=False) as writer:
+    with CheckpointWriter(run, tokenizer, keep=keep) as writer:
         writer.submit(snapshot)
     return run.path / CHECKPOINTS / mf.step_directory(snapshot.step)

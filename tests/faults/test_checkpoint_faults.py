@@ -200,13 +200,14 @@ def test_rows_13_28_30_36_a_save_that_fails_names_the_path_and_leaves_the_older_
 def test_row_28_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=1, background=False) as writer:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer:
         monkeypatch.setattr(storage, "free_bytes", lambda path: 1_000_000)
         monkeypatch.setattr(storage, "make_directory", lambda path: pytest.fail("started to write"))
+        writer.submit(snapshot(1))
         with pytest.raises(
             ResourceError, match=r"not enough free disk space; free some disk space, or lower save\.keep"
         ) as refused:
-            writer.submit(snapshot(1))
+            writer.wait()
         assert "(1.1 MB needed, 1.0 MB free)" in str(refused.value)
 
 

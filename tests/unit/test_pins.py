@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 def save(run: Run, steps: list[int], *, warnings: list[str] | None = None, keep_every: int | None = None) -> list[int]:
     """Save these steps in this order, keeping one, and return the steps that are left."""
     warn = pytest.fail if warnings is None else warnings.append
-    writer = CheckpointWriter(run, ByteTokenizer(), keep=1, keep_every=keep_every, warn=warn, background=False)
+    writer = CheckpointWriter(run, ByteTokenizer(), keep=1, keep_every=keep_every, warn=warn)
     with writer:
         for step in steps:
             loss = 1.0 if step == 1 else 9.0  # the first is the best, and so kept
@@ -60,7 +60,7 @@ def test_a_pinned_checkpoint_is_never_retired_and_goes_once_it_is_unpinned(run: 
 
 
 def test_a_pin_counts_while_the_same_writer_goes_on(run: Run) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=pytest.fail, background=False) as writer:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=pytest.fail) as writer:
         for step in range(1, 6):
             writer.submit(Snapshot(step, {"weight": torch.ones(2)}, {}, {}, {}))
             if step == 2:
