@@ -25,6 +25,8 @@ GENERATE_OPTIONS = {
     "--repetition-penalty": "sampling.repetition_penalty",
 }
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+NULL = ("null", "None")
+"""Words for no value."""
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Line:
     multirun: bool = False
     plugins: dict[str, str] = field(default_factory=dict)
     """How the jobs of a multirun are run, by Hydra's own names: ``hydra/launcher``, ``hydra.launcher.KEY``."""
+
+    def gives(self, key: str) -> bool:
+        """Whether it gives a key a value other than null."""
+        return self.values.get(key, "null") not in ("", *NULL)
 
 
 def parse(command: str, args: Sequence[str]) -> Line:

@@ -15,12 +15,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from lmkit.arguments import NULL, Line
 from lmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from lmkit.arguments import Line
 
 PATH_KEYS = (
     *("run.dir", "run.path", "run.root", "dataset.path", "tokenizer.path", "task.data", "task.valid"),
@@ -205,7 +204,7 @@ def _unknown(command: str, groups: Mapping[str, str], key: str, value: str) -> s
 
 def _converted(key: str, text: str, hint: Any) -> Any:
     """What a text means for a key: null, a path with its ``~``, a list, or what the key's type makes of it."""
-    if text in ("null", "None"):
+    if text in NULL:
         return None
     if typing.get_origin(hint) is list:
         if text[:1] == "[" and text[-1:] == "]":
@@ -228,21 +227,21 @@ def _beside_weights(config: DictConfig, line: Line) -> Iterator[str]:
 
     from lmkit.config.model import REGULARISERS, TransformerConfig
 
-    weights = line.values.get("init.weights", "null")
-    if line.command != "pretrain" or weights in ("null", "None"):
+    if line.command != "pretrain" or not line.gives("init.weights"):
         return
+    weights = _brief(line.values["init.weights"])
     for key, value in line.values.items():
         group, _, name = key.partition(".")
         plain = name not in REGULARISERS or OmegaConf.select(config, key) == getattr(TransformerConfig, name)
         if group == "model" and plain:
             yield (
-                f"{key}={_brief(value)} has no use with init.weights={_brief(weights)}, whose model it is, but for"
+                f"{key}={_brief(value)} has no use with init.weights={weights}, whose model it is, but for"
                 f" {', '.join(REGULARISERS)} that are not at their defaults"
             )
     named = {"tokenizer": line.groups["tokenizer"]} if "tokenizer" in line.groups else {}
     for key, value in {**named, **line.values}.items():
         if key.partition(".")[0] == "tokenizer":
-            yield f"{key}={_brief(value)} has no use with init.weights={_brief(weights)}, which brings a tokenizer"
+            yield f"{key}={_brief(value)} has no use with init.weights={weights}, which brings a tokenizer"
 
 
 def _beside_task(line: Line) -> Iterator[str]:
@@ -251,7 +250,7 @@ def _beside_task(line: Line) -> Iterator[str]:
     Beside ``init.weights``, where there is no such run, it is the one that is kept.
     """
     task = line.groups.get("task", "lm")
-    if line.command != "finetune" or task == "lm" or line.values.get("init.weights", "null") not in ("null", "None"):
+    if line.command != "finetune" or task == "lm" or line.gives("init.weights"):
         return
     named = {"dataset": line.groups["dataset"]} if "dataset" in line.groups else {}
     for key, value in {**named, **line.values}.items():

@@ -27,7 +27,6 @@ from lmkit.sweep import (
     compose_all,
     here,
     is_finished,
-    is_given,
     one_value,
     run_job,
     summed_up,
@@ -76,7 +75,7 @@ def check(line: Line) -> None:
                 f"{kind}={name} needs the package hydra-{extra}-{kind}, which is not installed",
                 f"pip install 'lmkit[{extra}]'",
             )
-    if line.values.get("run.dir", "null") in ("", "null") or "," in line.values["run.dir"]:
+    if not line.gives("run.dir") or "," in line.values["run.dir"]:
         raise ConfigError("launcher= and sweeper= need a folder for the runs", "add run.dir=DIR")
     if "hydra.sweeper.storage" in line.plugins:
         raise ConfigError("sweeper.storage has no use: a search is started again from its run.dir", "leave it out")
@@ -145,7 +144,7 @@ def search(line: Line) -> int:
     searched = {key: value for key, value in both.items() if _is_searched(value) and key != "run.dir"}
     if not searched:
         raise ConfigError("sweeper=optuna has nothing to choose", "add KEY=interval(A,B) or KEY=a,b")
-    if is_given(line, "predict"):
+    if line.gives("predict"):
         raise ConfigError("each run of a search would write its predictions over those before", "leave out predict")
     names = {key.replace(".", "__"): key for key in searched}  # a key and the group it is in can both be searched
     plugins = {"hydra.sweeper.max_failure_rate": "1.0"} | line.plugins

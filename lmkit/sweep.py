@@ -76,17 +76,12 @@ def combinations(line: Line) -> list[Line]:
         alike = len({job.values.get(key) for job in jobs}) < len(jobs)
         shared = alike or (len(jobs) == 1 and "hydra/launcher" in line.plugins)
         for number, job in enumerate(jobs if shared else []):
-            if is_given(job, key):
+            if job.gives(key):
                 job.values[key] = _own(key, job.values[key], number)
-    read = [job.values["predict"] for job in jobs if is_given(job, "predict") and not is_given(job, "output")]
+    read = [job.values["predict"] for job in jobs if job.gives("predict") and not job.gives("output")]
     if len(set(read)) < len(read):
         raise ConfigError("the jobs would write their predictions into one file", "add output=FILE: each gets a number")
     return jobs
-
-
-def is_given(job: Line, key: str) -> bool:
-    """Whether a line gives a key a value other than null."""
-    return job.values.get(key, "null") not in ("", "null", "None")
 
 
 def _own(key: str, name: str, number: int) -> str:
@@ -208,13 +203,15 @@ def _note(line: Line, jobs: Sequence[Line]) -> list[StoredJob]:
     from lmkit.store.sweeps import Job as StoredJob
     from lmkit.store.sweeps import begin
 
-    root, folders = line.values.get("run.dir", "null"), [job.values.get("run.dir", "") for job in jobs]
-    if root in ("", "null") or any(str(Path(f).parent) != str(Path(root)) for f in folders):
+    if not line.gives("run.dir"):
+        return []
+    root, folders = Path(line.values["run.dir"]), [Path(job.values["run.dir"]) for job in jobs]
+    if any(folder.parent != root for folder in folders):
         return []
     choices = [{**job.groups, **job.values} for job in jobs]
     varied = [key for key in choices[0] if key != "run.dir" and len({values[key] for values in choices}) > 1]
     stored = [
-        StoredJob(Path(folder).name, {key: values[key] for key in varied})
+        StoredJob(folder.name, {key: values[key] for key in varied})
         for folder, values in zip(folders, choices, strict=True)
     ]
     begin(Path(os.path.expanduser(root)), ["lmkit", *sys.argv[1:]], stored)

@@ -265,6 +265,12 @@ def test_a_wrong_word_about_launchers_is_named(lmkit: Lmkit, words: list[str], s
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("run_dir", ["", "null", "None", "a,b"])
+def test_a_launcher_needs_one_folder_for_the_runs(run_dir: str) -> None:
+    with pytest.raises(ConfigError, match="need a folder for the runs"):
+        launch.check(parse("pretrain", ["-m", f"run.dir={run_dir}"]))
+
+
 @pytest.mark.parametrize(("command", "option"), [("pretrain", []), ("eval-ppl", ["-m"])])
 def test_launchers_are_refused_where_they_have_no_use(command: str, option: list[str], capsys: Output) -> None:
     assert cli.main([command, *option, "launcher=joblib", "run.dir=x"]) == 2
