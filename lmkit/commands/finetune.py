@@ -20,7 +20,7 @@ from lmkit.config.model import ModelConfig
 from lmkit.config.plain import kind_of, to_plain
 from lmkit.config.softmax import ADDED_TO_LOSS, AdaptiveSoftmaxConfig
 from lmkit.config.tasks import ClassifyTaskConfig, LmTaskConfig, RegressTaskConfig, RowsTaskConfig, TaskConfig
-from lmkit.config.training import STREAM_KEYS, ExistingRunConfig
+from lmkit.config.training import STREAM_KEYS, ExistingRunConfig, check_length
 from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.device import Device
@@ -36,7 +36,6 @@ from lmkit.store.found import absolute, read_info
 from lmkit.store.incidents import resume_command
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
-from lmkit.tasks.chat import check_length
 from lmkit.tasks.instruct import build_instruct
 from lmkit.tasks.language import LanguageModelling
 from lmkit.tasks.prefer import build_prefer
@@ -263,7 +262,7 @@ def _numbers(task_config: RegressTaskConfig, cfg: FinetuneConfig, console: Conso
 
 
 def _language(cfg: FinetuneConfig, base: LoadedRun, console: Console) -> Task:
-    check_length(base, cfg.train.seq_len)
+    check_length(cfg.train.seq_len, base.model.context)
     prepared = prepare(cfg.dataset, base.tokenizer, console)
     check_data(prepared, base.model_config, cfg.train.seq_len)
     carries_state = base.model_config.carries_state

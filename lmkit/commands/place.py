@@ -13,7 +13,7 @@ from lmkit.config.commands import FinetuneConfig, PretrainConfig
 from lmkit.config.model import ModelConfig, TransformerConfig
 from lmkit.config.optimization import ScheduleFreeConfig
 from lmkit.config.parallel import FsdpConfig
-from lmkit.config.training import OnUsr1, TrainConfig
+from lmkit.config.training import OnUsr1, TrainConfig, check_length
 from lmkit.console import Console
 from lmkit.data.prepared import PreparedData
 from lmkit.device import Device, resolve_device
@@ -69,11 +69,7 @@ def check_sharding(cfg: PretrainConfig | FinetuneConfig) -> None:
 
 def check_data(prepared: PreparedData, model: ModelConfig, seq_len: int) -> None:
     """Gate three: what only the data can tell. Raises ConfigError or DataError before the model is built."""
-    if isinstance(model, TransformerConfig) and seq_len > model.context:
-        raise ConfigError(
-            f"train.seq_len={seq_len} is longer than model.context={model.context}",
-            f"set train.seq_len={model.context} or less",
-        )
+    check_length(seq_len, model.context if isinstance(model, TransformerConfig) else None)
     for name in ("train", "valid"):
         if name not in prepared.splits or prepared.splits[name].num_tokens == 0:
             raise DataError(f"the dataset has no {name} split", "raise dataset.valid_fraction, or add the files")

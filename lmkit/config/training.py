@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lmkit.config.check import Problems
+from lmkit.errors import ConfigError
 
 
 class Order(Enum):
@@ -180,6 +181,14 @@ class TrainConfig:
     def time_limit_s(self) -> float | None:
         """The time limit in seconds."""
         return None if self.time_limit is None else parse_duration(self.time_limit)
+
+
+def check_length(seq_len: int, context: int | None) -> None:
+    """Raise ConfigError if sequences are longer than what the model can read (None: any)."""
+    if context is not None and seq_len > context:
+        raise ConfigError(
+            f"train.seq_len={seq_len} is longer than model.context={context}", f"set train.seq_len={context} or less"
+        )
 
 
 def parse_duration(text: str) -> float | None:

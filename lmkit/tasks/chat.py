@@ -58,15 +58,6 @@ def _chat_config(loaded: LoadedRun) -> ChatTaskConfig | None:
     return config if isinstance(config, ChatTaskConfig) else None
 
 
-def check_length(base: LoadedRun, seq_len: int) -> None:
-    """Raises ConfigError if examples of ``seq_len`` tokens do not fit into the model."""
-    context = base.model.context
-    if context is not None and seq_len > context:
-        raise ConfigError(
-            f"train.seq_len={seq_len} is longer than model.context={context}", f"set train.seq_len={context} or less"
-        )
-
-
 def encode_all(
     conversations: Sequence[Conversation],
     template: ChatTemplate,
@@ -174,4 +165,4 @@ def _continue(model: LanguageModel, tokens_BT: Tensor, limit: int, eos_id: int, 
     return rows
 
 
-__all__ = ["check_length", "encode_all", "greedy_answers", "template_of_run", "with_template"]
+__all__ = ["encode_all", "greedy_answers", "template_of_run", "with_template"]

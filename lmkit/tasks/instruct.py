@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmkit.config.chat import InstructTaskConfig
 from lmkit.config.commands import FinetuneConfig
+from lmkit.config.training import check_length
 from lmkit.console import Console, format_number, plural
 from lmkit.data.chat import ChatTemplate, Encoded, answers_of, has_whole_answer
 from lmkit.data.conversations import ChatBatch, ChatBatches, chat_batch, conversation_of, digest_of, read_splits
@@ -20,7 +21,7 @@ from lmkit.models.base import LanguageModel, State
 from lmkit.models.transformer import Transformer
 from lmkit.objectives import Objective, build_objective, check_head
 from lmkit.tasks.base import Task, Validation
-from lmkit.tasks.chat import check_length, encode_all, greedy_answers, with_template
+from lmkit.tasks.chat import encode_all, greedy_answers, with_template
 from lmkit.tokenizers import Tokenizer
 
 SPARE_TOKENS = 8
@@ -169,7 +170,7 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
     """
     check_head(cfg.softmax, type(base.model.head))
     seq_len = cfg.train.seq_len
-    check_length(base, seq_len)
+    check_length(seq_len, base.model.context)
     cfg.task = config = with_template(config, base)
     template = ChatTemplate.of(config)
     splits = read_splits(config, lambda record: conversation_of(record, config))

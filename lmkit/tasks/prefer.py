@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmkit.config.chat import PreferTaskConfig
 from lmkit.config.commands import FinetuneConfig
+from lmkit.config.training import check_length
 from lmkit.console import Console, format_number, plural
 from lmkit.data.batches import to_device
 from lmkit.data.chat import ChatTemplate, Conversation, Encoded, Turn
@@ -24,7 +25,7 @@ from lmkit.errors import DataError
 from lmkit.loading import LoadedRun
 from lmkit.models.base import IGNORE, LanguageModel, State
 from lmkit.tasks.base import Task, Validation
-from lmkit.tasks.chat import check_length, encode_all, with_template
+from lmkit.tasks.chat import encode_all, with_template
 from lmkit.tokenizers import Tokenizer
 
 TIE_NATS = 1e-3
@@ -260,7 +261,7 @@ def build_prefer(
 
     Raises ConfigError or DataError for what does not fit together.
     """
-    check_length(base, cfg.train.seq_len)
+    check_length(cfg.train.seq_len, base.model.context)
     cfg.task = config = with_template(config, base)
     template = ChatTemplate.of(config)
     splits = read_splits(config, lambda record: two_conversations(record, config))
