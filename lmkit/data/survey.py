@@ -218,7 +218,7 @@ def recall(folder: Path, fingerprint: Mapping[str, Any] | None) -> Survey | None
         if data["fingerprint"] != json.loads(json.dumps(fingerprint)) or data["digest"] != _digest(data):
             return None
         counts = {split: Counts(**found) for split, found in data["counts"].items()}
-        return Survey(counts, data["cleaning"], data["repeats"])  # older ones have no repeats and are made again
+        return Survey(counts, data["cleaning"], data["repeats"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -38,10 +38,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Keys of peft's configuration whose other values change what is computed, and the values that do not."""
 
 
-ORIGIN_DEFAULTS: dict[str, Any] = {"base": None, "base_sha256": None, "prefix": "", "task": None}
-"""Keys of lmkit.json, and what stands for those that older folders lack."""
-
-
 @dataclass(frozen=True)
 class Origin:
     """Where an adapter comes from: what ``lmkit.json`` holds."""
@@ -165,7 +161,7 @@ def _read_origin(folder: Path, base_digest: str) -> Origin | None:
     if not path.exists():
         return None
     data = _read_json(path)
-    base, digest, prefix, task = (data.get(key, default) for key, default in ORIGIN_DEFAULTS.items())
+    base, digest, prefix, task = (data.get(key) for key in ("base", "base_sha256", "prefix", "task"))
     texts = all(isinstance(value, str) for value in (base, digest, prefix))
     if not texts or not isinstance(task, dict | None):
         raise CheckpointError(f"{path} is damaged (base, base_sha256, prefix or task)")

@@ -175,10 +175,8 @@ class Run:
             self._replace(RUN_INFO, info)
             self.journal("start", {"command": list(command)})
         else:
-            old = {"seed": info.get("seed"), **(info.get("digests") or {})}
-            new = {"seed": seed, **digests}
-            if "base_sha256" in info:  # older versions did not write it down
-                old["base_sha256"], new["base_sha256"] = info["base_sha256"], base_sha256
+            old = {"seed": info.get("seed"), "base_sha256": info.get("base_sha256"), **(info.get("digests") or {})}
+            new = {"seed": seed, "base_sha256": base_sha256, **digests}
             if new_data:
                 old.pop("data", None)
             self.refuse_changes(old, new, show, base=info.get("base"))
