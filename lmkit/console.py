@@ -32,11 +32,8 @@ class Console:
     A ``silent`` one shows nothing: that of all processes of a job but the first.
     """
 
-    def __init__(
-        self, stream: TextIO | None = None, *, plain_interval_s: float = PLAIN_INTERVAL_S, silent: bool = False
-    ) -> None:
+    def __init__(self, stream: TextIO | None = None, *, silent: bool = False) -> None:
         self._out = _Stream(stream, silent=silent)
-        self.plain_interval_s = plain_interval_s
         self.is_terminal = self._out.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
         self._bars: list[Progress] = []
         self._rich_console: RichConsole | None = None
@@ -145,7 +142,7 @@ class Progress:
             if first or now - self._shown_s >= LIVE_INTERVAL_S:
                 self._shown_s = now
                 self._console._draw(self.live_text())
-        elif (first and not self._nested) or now - self._shown_s >= self._console.plain_interval_s:
+        elif (first and not self._nested) or now - self._shown_s >= PLAIN_INTERVAL_S:
             self._show_plain(now)
 
     def _show_plain(self, now: float) -> None:

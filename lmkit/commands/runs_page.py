@@ -228,13 +228,13 @@ def _curve(axes: _Axes, points: Sequence[tuple[float, float]], name: str, number
             )
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """The points, or where there are too many the lowest and the highest of each of ``most`` / 2 stretches."""
-    if len(points) <= most:
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points, or where there are too many the lowest and the highest of each of MOST_POINTS / 2 stretches."""
+    if len(points) <= MOST_POINTS:
         return list(points)
-    kept = []
-    for i in range(most // 2):
-        stretch = points[i * len(points) // (most // 2) : (i + 1) * len(points) // (most // 2)]
+    kept, number = [], MOST_POINTS // 2
+    for i in range(number):
+        stretch = points[i * len(points) // number : (i + 1) * len(points) // number]
         kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
     return kept
 

@@ -27,12 +27,12 @@ def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent:
     return lines
 
 
-def named_values(rows: Sequence[tuple[str, str]], *, indent: int = 2) -> list[str]:
+def named_values(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Names on the left, values on the right, wrapped where they are long."""
     width = max((len(name) for name, _ in rows), default=0)
     lines = []
     for name, value in rows:
-        first = f"{'':{indent}}{name:{width}}  "
+        first = f"  {name:{width}}  "
         wrapped = textwrap.wrap(
             value,
             WIDTH,

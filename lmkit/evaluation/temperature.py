@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -40,16 +40,16 @@ class TemperatureSearch:
     2e-5 of the fewest nats even for a few tokens, while a parabola could end up worse than T = 1.
     """
 
-    def __init__(self, model: LanguageModel, grid: Sequence[float] = GRID) -> None:
-        self.model, self.grid = model, tuple(grid)
-        self.nats = np.zeros(len(self.grid))
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.nats = np.zeros(len(GRID))
 
     def scorer(self, hidden_ND: Tensor, targets_N: Tensor, positions_N: Indices) -> Scores:
         """Adds to the sums; the scores returned are those of the last temperature."""
         last = Scores(torch.zeros(len(targets_N)), torch.zeros(len(targets_N), dtype=torch.bool))
         for rows, logits_NV in _chunks(self.model, hidden_ND):
             at_target = logits_NV.gather(1, targets_N[rows, None]).squeeze(1)
-            for k, temperature in enumerate(self.grid):
+            for k, temperature in enumerate(GRID):
                 nats = torch.logsumexp(logits_NV / temperature, 1) - at_target / temperature
                 self.nats[k] += float(nats.cpu().sum(dtype=torch.float64))
         return last
@@ -58,7 +58,7 @@ class TemperatureSearch:
         """The temperature of the fewest nats; 1 if they are not finite, which scoring then says."""
         if not np.isfinite(self.nats).all():
             return 1.0
-        inverse, last = 1 / np.array(self.grid), len(self.grid) - 1
+        inverse, last = 1 / np.array(GRID), len(GRID) - 1
         k = int(self.nats.argmin())
         first = int(np.clip(k - 2, 0, last - 4))
         five = slice(first, first + 5)
