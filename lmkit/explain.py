@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmkit.arguments import ALIASES
-from lmkit.composing import values_in
+from lmkit.composing import MISSING, values_in
 from lmkit.config import ROOTS, SCHEMAS
 from lmkit.config.text import flatten, format_value
 from lmkit.errors import ConfigError
@@ -205,7 +205,7 @@ def _recipes_with(key: str) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    return NOT_GIVEN if value is _MISSING or value == "???" else format_value(value)
+    return NOT_GIVEN if value in (_MISSING, MISSING) else format_value(value)
 
 
 def explain_words(words: Sequence[str]) -> str:

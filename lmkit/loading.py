@@ -26,7 +26,7 @@ from lmkit.models.base import LanguageModel
 from lmkit.store.browse import Status, newest_finished_run, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
 from lmkit.store.found import RUN_INFO, FoundRun, open_run
-from lmkit.store.manifest import read_manifest
+from lmkit.store.manifest import TOKENIZER, read_manifest
 from lmkit.tokenizers import Tokenizer, load_tokenizer
 from lmkit.tuning import language_model_in
 
@@ -110,7 +110,7 @@ def read_run(config: ExistingRunConfig, console: Console) -> StoredRun:
     console.say(f"run: {found.path}, checkpoint {checkpoint.name}{unfinished}")
     snapshot = load_checkpoint(checkpoint, with_optimizer=False, allow_nonfinite=config.allow_nonfinite)
     try:
-        tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     except DataError:
         read_manifest(checkpoint)  # raises if the checkpoint was retired by its run meanwhile
         raise

@@ -13,6 +13,7 @@ from lmkit.commands.output import write_text
 from lmkit.commands.runs_show import diff, show
 from lmkit.commands.runs_sweep import sweep_table
 from lmkit.commands.runs_text import (
+    NOTHING,
     columns,
     format_bytes,
     format_model,
@@ -85,7 +86,7 @@ def list_runs(root: Path, *, as_json: bool, is_default: bool) -> None:
     rows += [
         [
             _name(summary, root),
-            summary.dataset or "-",
+            summary.dataset or NOTHING,
             format_model(summary),
             format_step(summary.step),
             summary.status.name,

@@ -15,6 +15,7 @@ from lmkit.commands.runs_text import NOTHING, columns, format_step
 from lmkit.console import format_number, plural
 from lmkit.errors import CheckpointError
 from lmkit.store.browse import PER_TOKEN, Status, find_runs
+from lmkit.store.found import RUN_INFO
 from lmkit.store.sweeps import Job, read, read_failures
 
 SEED = "seed"
@@ -66,7 +67,7 @@ def sweep_table(root: Path) -> str:
 
 
 def _facts(run_dir: Path) -> Facts | None:
-    return read_facts(run_dir, run_dir.name) if (run_dir / "run.json").is_file() else None
+    return read_facts(run_dir, run_dir.name) if (run_dir / RUN_INFO).is_file() else None
 
 
 def _jobs_of_runs(root: Path) -> list[Job]:

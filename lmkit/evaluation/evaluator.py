@@ -42,6 +42,7 @@ from lmkit.evaluation.temperature import tempered
 from lmkit.ids import check_text
 from lmkit.loading import LoadedRun, load_run
 from lmkit.rng import derive_key
+from lmkit.store.checkpoint import BEST, LATEST
 
 Nats = NDArray[np.float32]
 
@@ -295,7 +296,7 @@ class Evaluator:
                     f"ensemble, mix and compare name folders of runs, and mix {' or '.join(COUNTED)}, too",
                 )
             named = self.cfg.run.checkpoint
-            checkpoint = named if named in ("best", "latest") else "best"
+            checkpoint = named if named in (BEST, LATEST) else BEST
             config = replace(self.cfg.run, path=name, checkpoint=checkpoint)
             self._others[name] = load_run(config, device=self.device, console=self.console)
         return self._others[name]
