@@ -133,11 +133,10 @@ class ScheduleFreeAverage(WeightAverage):
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Context in which the model's parameters are the average; the trained ones come back after it."""
         self.average = self.tensors()
-        self._swap(model)
         try:
-            yield
+            with super().applied(model):
+                yield
         finally:
-            self._swap(model)
             self.average = {}
 
     @torch.no_grad()

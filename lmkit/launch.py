@@ -273,6 +273,7 @@ def _root(line: Line) -> Path:
 def _configure(line: Line, plugins: dict[str, str], names: Sequence[str]) -> tuple[HydraContext, DictConfig]:
     """Hydra's configuration of a multirun, whose own part is the number of a job and ``names``. Raises ConfigError."""
     from hydra import initialize
+    from hydra._internal.callbacks import Callbacks
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -294,11 +295,4 @@ def _configure(line: Line, plugins: dict[str, str], names: Sequence[str]) -> tup
         except HydraException as error:
             text = str(error).splitlines()[0].replace("hydra.launcher", "launcher").replace("hydra.sweeper", "sweeper")
             raise ConfigError(text, "the keys are those of Hydra's plugin") from None
-    return HydraContext(config_loader=loader, callbacks=_callbacks(config)), config
-
-
-def _callbacks(config: DictConfig) -> Any:
-    """Hydra's callbacks of a configuration, of which there are none here."""
-    from hydra._internal.callbacks import Callbacks
-
-    return Callbacks(config)
+    return HydraContext(config_loader=loader, callbacks=Callbacks(config)), config
