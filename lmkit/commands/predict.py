@@ -32,8 +32,8 @@ ADDED = ("prediction", "probability")
 
 def check_prediction(cfg: FinetuneConfig) -> None:
     """Find what would go wrong with predict=FILE before anything is trained. Raises ConfigError, DataError."""
-    if cfg.predict is None or not isinstance(cfg.task, RowsTaskConfig):
-        return
+    assert cfg.predict is not None
+    assert isinstance(cfg.task, RowsTaskConfig)
     _output_path(cfg)
     _check_columns(read_records(cfg.predict), cfg.task)
 
@@ -44,8 +44,7 @@ def predict_file(cfg: FinetuneConfig, run: ExistingRunConfig) -> dict[str, Any]:
     The values of a row are written as the text that was read. Returns the numbers of the summary, with accuracy or
     error where the rows hold the label or target. Raises ConfigError if the run is no classifier or regression.
     """
-    if cfg.predict is None:
-        raise ConfigError("predict is not given", "set predict=FILE")
+    assert cfg.predict is not None
     console = Console()
     device = resolve_device(cfg.device)
     output = _output_path(cfg)
@@ -123,7 +122,7 @@ def _outputs(
     return all_outputs(model, forward, examples, device=device, batch_size=PREDICT_BATCH)
 
 
-def _check_columns(records: Sequence[Record], task: ClassifyTaskConfig | RegressTaskConfig | RowsTaskConfig) -> None:
+def _check_columns(records: Sequence[Record], task: RowsTaskConfig) -> None:
     """DataError that names the columns that a row lacks, or that predictions would overwrite."""
     numeric = task.numeric if isinstance(task, RegressTaskConfig) else []
     needed = [*(name for name in (task.text, task.pair) if name is not None), *numeric]
