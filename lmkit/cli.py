@@ -192,6 +192,3 @@ def run_command(line: Line, config: Any) -> Any:
             raise ConfigError("--prompt -: standard input is not UTF-8 text", "convert it: iconv -t UTF-8") from None
         line.prompts[:] = [piped if text is None else text for text in line.prompts]
     return module.run(config, line.prompts or ([] if config.chat or config.interactive else [""]))
-
-
-__all__ = ["COMMANDS", "main", "run_command"]

@@ -322,6 +322,3 @@ def _refused(config: DictConfig) -> list[str]:
     except OmegaConfBaseException:
         pass  # a default that must be given; what is wrong with the members has been found
     return found
-
-
-__all__ = ["compose", "register_schemas", "to_dataclass", "to_yaml", "values_in"]

@@ -356,6 +356,3 @@ def _lost(what: str = "lost each other", *, mixed: bool = False) -> Iterator[Non
             raise
         reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].partition("\n")[0] or type(error).__name__
         raise LostError(what, reason) from error
-
-
-__all__ = ["SINGLE", "LostError", "World", "find_world"]

@@ -232,6 +232,3 @@ class _Writer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-__all__ = ["Prompt", "Sample", "generate", "last_to_read", "read_prompt", "unknown_words"]

@@ -330,6 +330,3 @@ def _lowered(logits_CV: Tensor, targets_C1: Tensor, own_C1: Tensor | None) -> Te
     """In fp32, and each target's own lowered by what is given; in place where they are fp32."""
     logits_CV = logits_CV.float()
     return logits_CV if own_C1 is None else logits_CV.scatter_add_(1, targets_C1, -own_C1.to(logits_CV.dtype))
-
-
-__all__ = ["SoftmaxHead", "linear_cross_entropy", "rows_per_chunk", "score_in_chunks"]

@@ -112,6 +112,3 @@ def _put_ppmi(block_VK: Tensor, text_N: Tensor, column_V: Tensor, offset: int) -
         counts_RK /= counts_RK.sum(1, keepdim=True).clamp(min=1.0)
         rows_RK.copy_(counts_RK.div_(context_K).clamp_(min=1.0).log_())
         first = after
-
-
-__all__ = ["cooccurrence_embeddings", "initialise_from_text", "token_counts"]

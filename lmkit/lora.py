@@ -142,14 +142,3 @@ def merge_adapter(model: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-__all__ = [
-    "AdaptedLinear",
-    "adapted_layers",
-    "adapter_tensors",
-    "add_adapter",
-    "layers_to_adapt",
-    "merge_adapter",
-    "targeted",
-]

@@ -238,14 +238,3 @@ def largest_fitting(memory: Memory, batch_size: int, limit: int) -> int:
 
 def _peak_in_parts(memory: Memory, rows: int, batch_size: int) -> int:
     return replace(memory, accumulates=memory.accumulates or rows < batch_size).peak(rows)
-
-
-__all__ = [
-    "Memory",
-    "checkpoint_bytes",
-    "estimate_memory",
-    "largest_fitting",
-    "optimizer_bytes",
-    "room_bytes",
-    "update_bytes",
-]

@@ -135,6 +135,3 @@ def _in_parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-__all__ = ["RevocableSteps"]

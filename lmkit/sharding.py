@@ -124,6 +124,3 @@ def _parts(model: nn.Module) -> Iterator[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
-__all__ = ["gathered", "is_sharded", "pieced", "shard", "unsharded", "whole"]

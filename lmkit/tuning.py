@@ -98,6 +98,3 @@ def unfreezing(model: nn.Module, tune: TuneConfig) -> dict[str, float]:
     trained = {name: depths[name] for name, p in model.named_parameters() if p.requires_grad}
     order = sorted(set(trained.values()), reverse=True)
     return {name: order.index(d) / len(order) for name, d in trained.items() if d < order[0]}
-
-
-__all__ = ["choose_trainable", "depths_of", "language_model_in", "lr_factors", "unfreezing"]

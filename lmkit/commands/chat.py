@@ -183,6 +183,3 @@ def _load_line_editing() -> None:
     """Arrow keys and history at the prompt, where Python has readline."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() uses it once it is loaded
-
-
-__all__ = ["Chat", "answer_prompts", "check_words", "converse"]

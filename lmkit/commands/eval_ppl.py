@@ -345,6 +345,3 @@ def _paired(
     compared = compare_units(name, ours, theirs, cfg.bootstrap, cfg.seed)
     mixture_ppl = exp(float(mixture.nats_U.sum() / mixture.counts_U.sum()))
     return compared.as_dict() | {"weight": weight, "mixture_ppl": mixture_ppl, "not_comparable": []}
-
-
-__all__ = ["protocol_differences", "protocol_line", "run"]

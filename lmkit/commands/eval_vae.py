@@ -96,6 +96,3 @@ def _refuse_what_needs_next_words(cfg: EvalPplConfig, loaded: LoadedRun) -> None
             " sentences, by protocol=sentence",
             "leave it out" if len(refused) == 1 else "leave them out",
         )
-
-
-__all__ = ["refuse", "run"]

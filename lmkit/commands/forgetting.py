@@ -117,6 +117,3 @@ class Forgetting:
 def _shown(before: float, after: float) -> str:
     change = 100 * (after / before - 1)
     return f"{format_number(before)} before, {format_number(after)} after ({change:+.1f} %)"
-
-
-__all__ = ["Forgetting", "corpus_of"]

@@ -110,6 +110,3 @@ class _Decoder:
         text = f"{read.text}{sample.text}".strip()
         write_text(f"{text}\n")
         return {"prompt": read.text, **about, **vars(sample), "text": text}
-
-
-__all__ = ["refuse", "run"]

@@ -153,6 +153,3 @@ def _output_path(cfg: FinetuneConfig) -> Path:
     if not source.startswith(HUB) and path == Path(os.path.realpath(os.path.expanduser(source))):
         raise ConfigError(f"output={path} is the file that is read", "name another file")
     return path
-
-
-__all__ = ["check_prediction", "predict_file", "task_of"]

@@ -127,6 +127,3 @@ def _value_from_plain(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={value!r} must be {hint.__name__}, found {type(value).__name__}")
     return value
-
-
-__all__ = ["NEWER", "ROOTS", "from_plain", "kind_of", "refuse_unknown", "to_plain", "with_defaults"]

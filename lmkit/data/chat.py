@@ -137,6 +137,3 @@ def has_whole_answer(encoded: Encoded, eos_id: int) -> bool:
     """Whether the last answer was not cut, and something of what it answers is left."""
     start, end = answers_of(encoded)[-1]
     return not encoded.cut or (start > 1 and encoded.ids[end - 1] == eos_id)
-
-
-__all__ = ["ChatTemplate", "Conversation", "Encoded", "Turn", "answers_of", "has_whole_answer"]

@@ -204,16 +204,3 @@ def digest_of(examples: Iterable[Any]) -> str:
     for example in examples:
         sha.update(json.dumps(example).encode() + b"\n")
     return sha.hexdigest()
-
-
-__all__ = [
-    "ChatBatch",
-    "ChatBatches",
-    "answer_of",
-    "chat_batch",
-    "conversation_of",
-    "digest_of",
-    "fitted",
-    "packed",
-    "read_splits",
-]

@@ -30,8 +30,6 @@ from lmkit.data.owntext import JsonlCorpus, TextCorpus
 from lmkit.data.textfiles import Part
 from lmkit.errors import ConfigError, DataError
 
-__all__ = ["SPLITS", "Corpus", "Piece", "open_corpus"]
-
 _HUB_TIMEOUT_S = 10.0
 
 

@@ -93,6 +93,3 @@ def _line_starts(path: Path, separator: bytes) -> tuple[int, list[int]]:
     if starts[-1] == position and position:
         starts.pop()
     return position, starts
-
-
-__all__ = ["VERSION", "cut_by_lines"]

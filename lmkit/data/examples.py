@@ -250,16 +250,3 @@ def read_split(config: RowsTaskConfig, seed: int) -> tuple[list[Record], list[Re
     held_out = set(order[:num_valid].tolist())
     train = [record for i, record in enumerate(records) if i not in held_out]
     return train, [records[i] for i in sorted(held_out)]
-
-
-__all__ = [
-    "ExampleBatch",
-    "Examples",
-    "RowReader",
-    "Scale",
-    "ShuffledExamples",
-    "cut_to",
-    "number_of",
-    "numbers",
-    "read_split",
-]

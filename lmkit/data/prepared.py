@@ -24,7 +24,8 @@ from lmkit.config.data import DatasetConfig, HfTokenizerConfig, TokenizerConfig
 from lmkit.config.plain import to_plain
 from lmkit.console import Console, format_count
 from lmkit.data.cleaning import VERSION as CLEANING_VERSION
-from lmkit.data.corpus import Corpus, open_corpus
+from lmkit.data.corpus import open_corpus
+from lmkit.data.documents import Corpus
 from lmkit.data.survey import VERSION as TEXT_VERSION
 from lmkit.data.survey import Survey, Surveyor, digest_of, recall, remember
 from lmkit.data.tokenfiles import (

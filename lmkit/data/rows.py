@@ -175,6 +175,3 @@ def _hub_records(source: str, split: str) -> Iterator[Record]:
             if isinstance(row[column], int) and 0 <= row[column] < len(names):
                 row[column] = names[row[column]]
         yield Record(f"{source} {split}, row {number}", dict(row))
-
-
-__all__ = ["Record", "as_text", "read_records"]

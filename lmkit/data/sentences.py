@@ -110,6 +110,3 @@ class SentenceBatches:
         shuffled = Permutation(num_batches, derive_key(self._seed, "order", epoch, "pool", pool))
         place = int(shuffled(np.array([slot], dtype=np.int64))[0])
         return self.sentences.batch(by_length[place * self._batch_size : (place + 1) * self._batch_size])
-
-
-__all__ = ["SentenceBatches", "Sentences"]

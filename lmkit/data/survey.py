@@ -14,7 +14,7 @@ import numpy as np
 
 from lmkit.data.benchmarks import with_plain_spaces
 from lmkit.data.cleaning import Piece
-from lmkit.data.corpus import Corpus
+from lmkit.data.documents import Corpus
 from lmkit.errors import DataError
 from lmkit.store import storage
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkit.data.cleaning import Piece
-from lmkit.data.corpus import SPLITS
+from lmkit.data.documents import SPLITS
 from lmkit.data.survey import Counter, digest_of
 from lmkit.errors import DataError
 from lmkit.store import storage

@@ -46,6 +46,3 @@ def _sentence_bleu(sample: Words, references: Sequence[Words]) -> list[float]:
     weights = [tuple([1 / order] * order) for order in ORDERS]
     values = sentence_bleu(list(references), list(sample), weights, SmoothingFunction().method1)
     return [float(value) for value in values]
-
-
-__all__ = ["ORDERS", "bleu", "self_bleu"]

@@ -149,6 +149,3 @@ def _sampled(
             nats.append(model.head.row_nats(hidden, targets).view(num_rows, k))
         ratios.append(repeated.log_ratio(latent).cpu().double().view(num_rows, k))
     return torch.cat(nats, 1), torch.cat(ratios, 1)
-
-
-__all__ = ["LatentScores", "score_sentences"]

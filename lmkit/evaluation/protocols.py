@@ -27,7 +27,6 @@ from lmkit.data.tokenfiles import Split
 from lmkit.errors import ConfigError
 from lmkit.evaluation.detokenize import count_words_lm_eval, gpt2_detokenize, wikitext_detokenize, wikitext_pages
 from lmkit.evaluation.plan import (
-    NO_PREFIX,
     Indices,
     Reach,
     Segments,
@@ -394,16 +393,3 @@ def describe(protocol: Protocol, reach: Reach, memory: str, limit: int | None) -
         "context": reach.context,
         "stride": reach.stride,
     }
-
-
-__all__ = [
-    "NO_PREFIX",
-    "Headline",
-    "Material",
-    "Protocol",
-    "Reach",
-    "Source",
-    "build_protocol",
-    "describe",
-    "line_enders",
-]

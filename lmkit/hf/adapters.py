@@ -228,6 +228,3 @@ def _read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name} is not finite")
     return tensors
-
-
-__all__ = ["FoundAdapter", "Origin", "read_adapter", "write_adapter"]

@@ -109,6 +109,3 @@ def _numbers(result: Mapping[str, Any], step: int) -> list[str]:
 
 def _table(rows: Mapping[str, Any]) -> list[str]:
     return ["| what | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
-
-
-__all__ = ["Facts", "card"]

@@ -220,6 +220,3 @@ def _equal_up_to_rounding(tokenizer: Tokenizer, expected: Sequence[int], found: 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """A JSON object for people to read."""
     path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-__all__ = ["Source", "compare_ids", "compare_logits", "export_as", "read_plain"]

@@ -307,6 +307,3 @@ def _split_name(spec: Mapping[str, Any]) -> str | None:
     else:
         name = None if before else "gpt-2"
     return name if bool(spec["model"].get("ignore_merges")) == (name == "llama-bpe") else None
-
-
-__all__ = ["export_gguf", "read_gguf"]

@@ -114,6 +114,3 @@ def resolve_hf(name_or_dir: str) -> Path:
             f"the model {name_or_dir} is neither a folder nor can it be had from the hub ({reason})",
             "check the name and the network, or download the folder and name that",
         ) from None
-
-
-__all__ = ["ImportedModel", "import_hf", "read_model", "resolve_hf"]

@@ -94,6 +94,3 @@ def _check(source: Source, path: Path) -> tuple[float, str]:
 
     difference = max(compare_logits(source, run, length) for length in (1, None))
     return difference, str(onnxruntime.__version__)
-
-
-__all__ = ["export_onnx"]

@@ -31,6 +31,3 @@ def sample_text(tokenizer: Tokenizer) -> str:
     for name in ("<unk>", "<eos>", "<|"):
         drawn = drawn.replace(name, "")
     return PAGE + drawn + PAGE.rstrip("\n")
-
-
-__all__ = ["PAGE", "sample_text"]

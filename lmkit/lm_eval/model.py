@@ -235,6 +235,3 @@ def _device(name: str | None) -> DeviceConfig:
     if kind not in DeviceType.__members__ or not (index == "" or (index.isascii() and index.isdigit())):
         raise ConfigError(f"device={name} is no device", f"use {', '.join(DeviceType.__members__)} or cuda:NUMBER")
     return DeviceConfig(type=DeviceType[kind], index=int(index) if index else None)
-
-
-__all__ = ["RunModel"]

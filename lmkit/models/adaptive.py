@@ -104,6 +104,3 @@ class Tail(nn.Module):
     def loss(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None) -> Tensor:
         """As Head.loss, inside the cluster."""
         return linear_cross_entropy(self.project(hidden_ND), self.weight, self.bias, targets_N, weights_N=weights_N)
-
-
-__all__ = ["AdaptiveHead"]

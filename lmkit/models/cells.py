@@ -43,6 +43,3 @@ class LSTM(_Wide, nn.LSTM):  # type: ignore[misc]
 
 class GRU(_Wide, nn.GRU):  # type: ignore[misc]
     """See nn.GRU."""
-
-
-__all__ = ["GRU", "LSTM"]

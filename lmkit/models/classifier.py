@@ -141,6 +141,3 @@ class TextRegressor(TextReader):
         vectors_BD = self.read(tokens_BT, lengths_B)
         y_B: Tensor = self.network(torch.cat([vectors_BD.float(), numeric_BK], 1))
         return y_B
-
-
-__all__ = ["Classifier", "Network", "NumberRegressor", "TextRegressor", "pool"]

@@ -83,6 +83,3 @@ class DropPath(nn.Module):
             return x_BTD
         keep_B11 = torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) >= self.p
         return x_BTD * (keep_B11.to(x_BTD.dtype) / (1 - self.p))
-
-
-__all__ = ["DropPath", "Dropout", "LockedDropout", "dropout", "embed_with_dropout", "locked_dropout"]

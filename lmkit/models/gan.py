@@ -104,6 +104,3 @@ class Discriminator(nn.Module):
         x_NET = F.pad(x_NET, (0, max(0, max(KERNELS) - length)))
         pooled = torch.cat([F.leaky_relu(conv(x_NET), LEAK).amax(-1) for conv in self.filters], -1)
         return self.logit(F.leaky_relu(self.hidden(pooled), LEAK)).view(num_rows, num)  # type: ignore[no-any-return]
-
-
-__all__ = ["Discriminator", "Relgan"]

@@ -131,6 +131,3 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         d_latent, d_prior, d_weight, d_bias = ctx.saved_tensors
         d_bias = None if d_bias is None else d_bias * grad
         return (d_latent * grad).to(ctx.latent_dtype), d_prior * grad, d_weight * grad, d_bias, None, None
-
-
-__all__ = ["MixtureHead"]

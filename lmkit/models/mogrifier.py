@@ -55,6 +55,3 @@ def _gate(read: int, gated: int, rank: int | None) -> nn.Module:
     if rank is None:
         return nn.Linear(read, gated, bias=False)
     return nn.Sequential(nn.Linear(read, rank, bias=False), nn.Linear(rank, gated, bias=False))
-
-
-__all__ = ["MogrifierLSTM"]

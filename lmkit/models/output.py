@@ -30,6 +30,3 @@ def build_head(config: HeadConfig, embedding: nn.Embedding, *, tied: bool, bias:
     if config.num_softmaxes > 1:
         return MixtureHead(weight_VD, config.num_softmaxes, bias=bias)
     return SoftmaxHead(weight_VD, bias=bias)
-
-
-__all__ = ["build_head", "head_of"]

@@ -126,6 +126,3 @@ def has_recurrent_layers(model: nn.Module) -> bool:
     """Whether the model has layers for which torch's compiler (2.13) does little: it steps out of its graph for each
     that cuDNN computes, and writes a Mogrifier's loop over the positions out, which takes minutes for each length."""
     return any(isinstance(module, nn.RNNBase | MogrifierLSTM) for module in model.modules())
-
-
-__all__ = ["Recurrent", "RecurrentState", "has_recurrent_layers", "initialise"]

@@ -323,6 +323,3 @@ class TokenStep:
             return activate(self.config.activation, up_BF)
         gate_BF, up_BF = up_BF.chunk(2, 1)
         return activate(self.config.activation, gate_BF).mul_(up_BF)
-
-
-__all__ = ["MIN_TOKENS", "TokenStep", "token_step"]

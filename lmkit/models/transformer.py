@@ -376,6 +376,3 @@ def plus(x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
     """x + branch; written over the branch, which nothing else reads, where trains_on_cpu: then there is one
     precision."""
     return branch_BTD.add_(x_BTD) if trains_on_cpu(x_BTD) else x_BTD + branch_BTD
-
-
-__all__ = ["KVCache", "Transformer"]

@@ -152,6 +152,3 @@ def window_mask(filled_B: Tensor, memory: int, length: int) -> Tensor:
     window_TS = (back_TS >= 0) & (back_TS <= memory)
     filled_BS = slots_S >= memory - filled_B[:, None]
     return window_TS & filled_BS[:, None, None]
-
-
-__all__ = ["KVMemory", "MemoryTransformer"]

@@ -158,6 +158,3 @@ class GivenLatent(LanguageModel):
             state = self.model.start(self.latent_Z.expand(len(tokens_BT), -1))
         hidden_BTD, state = self.model(tokens_BT, state)
         return hidden_BTD, state
-
-
-__all__ = ["GivenLatent", "Posterior", "VaeLstm", "VaeState"]

@@ -121,6 +121,3 @@ class Task(ABC):
     def row_losses(self, forward: nn.Module, batch: Any, state: State | None) -> list[float] | None:
         """Summed loss of each row of a micro-batch under the exact softmax, for ``runs replay``; None: not told."""
         return None
-
-
-__all__ = ["Task", "Validation"]

@@ -163,6 +163,3 @@ def _continue(model: LanguageModel, tokens_BT: Tensor, limit: int, eos_id: int, 
         tokens_BT = next_B[:, None]
     rows: list[list[int]] = torch.stack(new, 1).tolist() if new else [[] for _ in range(len(tokens_BT))]
     return rows
-
-
-__all__ = ["encode_all", "greedy_answers", "template_of_run", "with_template"]

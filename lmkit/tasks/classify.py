@@ -273,6 +273,3 @@ def predictions(
             rows.append(("rows with a known label", f"{int(known.sum())} of {len(records)}"))
             rows += score_rows(scores, confusion_CC, labels)
     return added, numbers, rows
-
-
-__all__ = ["Classify", "build_model", "build_task", "class_weights", "confusion", "predictions", "summary"]

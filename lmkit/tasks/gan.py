@@ -210,6 +210,3 @@ def lm_scores(drawn: list[NDArray[np.int64]], prepared: PreparedData) -> dict[st
     forward = kn5_nats(train, samples, tokenizer.eos_id, tokenizer.vocab_size)
     reverse = kn5_nats(samples, valid, tokenizer.eos_id, tokenizer.vocab_size)
     return {"lm_score": float(forward.mean()), "reverse_lm_score": float(reverse.mean())}
-
-
-__all__ = ["AdversarialSentences", "adversarial_losses", "draw_sentences", "lm_scores"]

@@ -198,6 +198,3 @@ def build_instruct(cfg: FinetuneConfig, config: InstructTaskConfig, base: Loaded
         )
     console.say(f"train: {plural(len(train), 'conversation')} in {plural(task.num_rows, 'row')}; valid: {len(valid)}")
     return task
-
-
-__all__ = ["Instruct", "build_instruct"]

@@ -220,6 +220,3 @@ def build_batches(prepared: PreparedData, train: TrainConfig, seed: int, *, carr
             "leave them out, or train a model with carried state",
         )
     return Windows(tokens, eos_id, train.batch_size, train.seq_len, seed, vocab_size=vocab_size)
-
-
-__all__ = ["LanguageModelling", "NextToken", "build_batches"]

@@ -301,6 +301,3 @@ def _pairs(
         raise DataError(f"no {split} pair fits into train.seq_len={cfg.train.seq_len}", "raise train.seq_len")
     batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
     return with_reference(whole, base.model, pad_id=base.tokenizer.eos_id, device=device, batch_size=batch_size)
-
-
-__all__ = ["Pair", "Prefer", "build_prefer", "pair_batch", "with_reference"]

@@ -175,6 +175,3 @@ def _known(record: Record, column: str) -> float | None:
         return number_of(record, column)
     except DataError:
         return None
-
-
-__all__ = ["Regress", "build_model", "build_task", "predictions", "scales_of", "summary"]

@@ -27,6 +27,9 @@ DEFAULT_MAX_TOKENS = 512
 PREDICT_BATCH = 32
 """Examples at once in predictions for a file; changes the speed only."""
 
+Fitted = Mapping[str, Any]
+"""What a run has learnt from its training rows beside parameters: see ``RowsTask.fitted``."""
+
 
 class RowsTask(Task):
     """Learn one thing about each example; an epoch has each training example once."""
@@ -141,17 +144,3 @@ def table_value(value: float, size: float | None = None) -> float:
     ``size``, in which it was predicted, seven of that."""
     more = 0 if size is None or not abs(value) > size else math.ceil(min(10.0, math.log10(abs(value) / size)))
     return float(f"{value:.{7 + more}g}")
-
-
-Fitted = Mapping[str, Any]
-
-__all__ = [
-    "PREDICT_BATCH",
-    "Fitted",
-    "RowsTask",
-    "all_outputs",
-    "longest_text",
-    "reading_notes",
-    "split_notes",
-    "table_value",
-]

@@ -79,6 +79,3 @@ class SentenceTask(Task):
         if self.init is not None:
             tokens = self.prepared.splits["train"].tokens
             initialise_from_text(self.decoder, self.init, tokens, self.counts_V, seed=self.seed)
-
-
-__all__ = ["SentenceTask", "sentences_of"]

@@ -149,6 +149,3 @@ def vae_validation(scores: LatentScores, prepared: PreparedData, num_samples: in
         result={"dataset": prepared.name, "split": "valid", **numbers},
         rows=[(f"valid {name.strip()}", value) for name, value in latent_rows(numbers)],
     )
-
-
-__all__ = ["SentenceVae", "latent_numbers", "latent_rows", "vae_validation"]

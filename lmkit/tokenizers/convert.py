@@ -213,6 +213,3 @@ def _stripped(tokenizer: HfTokenizer) -> dict[str, Any]:
         added.append(_added(END, tokenizer.eos_id))
     spec["added_tokens"] = added
     return spec
-
-
-__all__ = ["cuts_like_qwen2", "end_name", "hf_json", "read_hf_tokenizer"]
