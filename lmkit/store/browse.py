@@ -18,11 +18,22 @@ from lmkit.config.runs import DEFAULT_ROOT
 from lmkit.errors import CheckpointError, DivergedError, ResourceError, RunLockedError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
-from lmkit.store.found import CHECKPOINTS, FINISHED, JOURNAL, LOCK, METRICS, RUN_INFO, absolute, read_info, read_result
+from lmkit.store.found import (
+    CHECKPOINTS,
+    FINISHED,
+    JOURNAL,
+    LOCK,
+    METRICS,
+    RUN_INFO,
+    absolute,
+    metrics_row,
+    read_info,
+    read_result,
+)
 from lmkit.store.listing import list_checkpoints, read_json_entry
 from lmkit.store.lock import acquire
 from lmkit.store.manifest import Manifest, read_manifest
-from lmkit.store.records import parse_row, read_rows
+from lmkit.store.records import read_rows
 
 MAX_DEPTH = 3
 """Folders below the root in which runs are looked for: a multirun makes a folder of runs."""
@@ -299,20 +310,14 @@ def readable(read: Callable[[Path], dict[str, Any] | None], run_dir: Path) -> di
         return {}
 
 
-def _lines(path: Path) -> list[bytes]:
-    try:
-        return storage.read_regular(path).splitlines()
-    except OSError:
-        return []
-
-
 def _metrics(run_dir: Path) -> tuple[list[dict[str, Any]], int | None]:
     """The rows of metrics.jsonl that hold a validation loss, and the last step; the rest is not parsed."""
-    lines = _lines(run_dir / METRICS)
-    rows = [row for line in lines if b'"valid_loss"' in line and (row := parse_row(line)) is not None]
-    steps = (
-        row["step"] for line in reversed(lines) if (row := parse_row(line)) is not None and type(row.get("step")) is int
-    )
+    try:
+        lines = storage.read_regular(run_dir / METRICS).splitlines()
+    except OSError:
+        return [], None
+    rows = [row for line in lines if b'"valid_loss"' in line and (row := metrics_row(line)) is not None]
+    steps = (row["step"] for line in reversed(lines) if (row := metrics_row(line)) is not None)
     return rows, next(steps, None)
 
 

@@ -29,7 +29,7 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
-def parse_row(line: bytes) -> dict[str, Any] | None:
+def metrics_row(line: bytes) -> dict[str, Any] | None:
     """One line of metrics.jsonl, or None if it is torn or foreign."""
     row = records.parse_row(line)
     return row if row is not None and type(row.get("step")) is int else None
@@ -47,7 +47,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    return [row for row in map(parse_row, lines) if row is not None]
+    return [row for row in map(metrics_row, lines) if row is not None]
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from lmkit.store.found import (
     RESULT,
     RUN_INFO,
     absolute,
-    parse_row,
+    metrics_row,
     read_info,
 )
 from lmkit.store.lock import LOOK_S, NoLocksError, acquire
@@ -250,7 +250,7 @@ class Run:
             raw = storage.read_regular(path)
         kept = 0
         for line in raw.splitlines(keepends=True):
-            row = parse_row(line)
+            row = metrics_row(line)
             last = step - 1 if row is not None and "valid_loss" in row and not validated else step
             if not line.endswith(b"\n") or (row is not None and row["step"] > last):
                 break
