@@ -4,14 +4,12 @@ eval-ppl, whose look it has. It runs no script and loads nothing."""
 from __future__ import annotations
 
 import math
-from base64 import b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 
 from lmkit.console import format_number
 from lmkit.evaluation.report_assets import STYLE
-from lmkit.evaluation.report_text import escape, running
+from lmkit.evaluation.report_text import FOOTER, escape, page_start, pairs, running
 from lmkit.plots import Curve
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 250, 62, 12, 12, 36
@@ -75,36 +73,24 @@ class RunPage:
 def render(page: RunPage) -> str:
     """The page as text. Every text in it is escaped."""
     style = STYLE.strip() + CHART_STYLE
-    source = b64encode(sha256(style.encode()).digest()).decode()
     parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{source}'\">",
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>{escape(page.title)}</title>\n<style>{style}</style>\n</head>\n<body>",
+        page_start(page.title, style),
         f"<header><h1>{escape(page.title)}</h1><p>{escape(page.lead)}</p></header>\n<main>",
         '<div class="pair">',
-        _pairs("Numbers", "numbers", page.numbers),
-        _pairs("Protocol and digests", "protocol", page.protocol),
+        pairs("Numbers", "numbers", page.numbers),
+        pairs("Protocol and digests", "protocol", page.protocol),
         "</div>",
         *_charts(page.charts),
         *_samples(page.samples),
         *_incidents(page.incidents),
         '<div class="pair">',
-        _pairs("Configuration", "config", page.config),
-        _pairs("Environment", "environment", page.environment),
+        pairs("Configuration", "config", page.config),
+        pairs("Environment", "environment", page.environment),
         "</div>",
         f'<section><h2>Command</h2><pre class="sample" id="command">{escape(page.command)}</pre></section>',
-        "</main>\n<footer>Written by lmkit. One file that loads nothing else.</footer>\n</body>\n</html>\n",
+        f"{FOOTER}\n</body>\n</html>\n",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _pairs(heading: str, id: str, rows: Iterable[tuple[str, str]]) -> str:
-    cells = "\n".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows)
-    if not cells:
-        return ""
-    return f'<section><h2>{heading}</h2><table class="pairs" id="{id}"><tbody>\n{cells}\n</tbody></table></section>'
 
 
 def _samples(samples: Sequence[tuple[int, str]]) -> list[str]:

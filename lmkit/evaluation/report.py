@@ -11,19 +11,17 @@ Shape letters: N tokens, V vocabulary. Surprisal is -log2 p, in bits; loss is th
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmkit.evaluation.report_assets import COLOURS, SCRIPT, STYLE
-from lmkit.evaluation.report_text import as_json, escape, for_people, running, visible
+from lmkit.evaluation.report_text import FOOTER, as_json, escape, for_people, page_start, pairs, running, visible
 
 Nats = NDArray[np.float32]
 Integers = NDArray[np.integer[Any]]
@@ -120,32 +118,22 @@ def _label(low: int, high: int | None, zero: str) -> str:
 def render(report: Report) -> str:
     """The page. Every text is escaped, and whatever cannot be seen is shown as a mark."""
     style, script = _style(), SCRIPT.strip()
-    policy = f"default-src 'none'; style-src '{_source(style)}'; script-src '{_source(script)}'"
     protocol = [(key, for_people(value)) for key, value in report.protocol.items()]
     parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>{escape(report.title)}</title>\n<style>{style}</style>\n</head>\n<body>",
+        page_start(report.title, style, script),
         f"<header><h1>{escape(report.title)}</h1></header>\n<main>",
         *_warnings(report.warnings),
         '<div class="pair">',
-        _pairs("Numbers", "numbers", report.rows),
-        _pairs("Protocol", "protocol-table", protocol),
+        pairs("Numbers", "numbers", report.rows),
+        pairs("Protocol", "protocol-table", protocol),
         "</div>",
         *_charts(report),
         *_text_section(report.text, report.text_note),
-        "</main>\n<footer>Written by lmkit. One file that loads nothing else.</footer>",
+        FOOTER,
         f'<script type="application/json" id="protocol">{as_json(report.protocol)}</script>',
         f"<script>{script}</script>\n</body>\n</html>\n",
     ]
     return "\n".join(parts)
-
-
-def _source(content: str) -> str:
-    """How a Content-Security-Policy names an element by what is in it."""
-    return "sha256-" + b64encode(sha256(content.encode()).digest()).decode()
 
 
 def _style() -> str:
@@ -162,11 +150,6 @@ def _warnings(warnings: Sequence[str]) -> list[str]:
         return []
     items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return [f'<section class="warnings" aria-label="Warnings"><ul>{items}</ul></section>']
-
-
-def _pairs(heading: str, id: str, rows: Iterable[tuple[str, str]]) -> str:
-    cells = "\n".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows)
-    return f'<section><h2>{heading}</h2><table class="pairs" id="{id}"><tbody>\n{cells}\n</tbody></table></section>'
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------

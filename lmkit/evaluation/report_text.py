@@ -1,10 +1,16 @@
-"""Text of any kind made safe to stand in a page: escaped, and with a mark in place of what cannot be seen."""
+"""What the pages of ``eval-ppl`` and ``runs report`` share: their frame, and how any text is made safe to stand in one.
+
+It is escaped, and has a mark in place of what cannot be seen.
+"""
 
 from __future__ import annotations
 
 import html
 import json
 import math
+from base64 import b64encode
+from collections.abc import Iterable
+from hashlib import sha256
 from typing import Any
 
 NEWLINE, TAB, BLANK, EMPTY = "\u21b5", "\u21e5", "\u2423", "\u25aa"
@@ -23,6 +29,33 @@ MARKS = {
     ord("\t"): TAB,
 }
 RUNNING_MARKS = MARKS | {ord("\n"): NEWLINE + "\n", ord("\t"): TAB + "\t"}
+FOOTER = "</main>\n<footer>Written by lmkit. One file that loads nothing else.</footer>"
+
+
+def page_start(title: str, style: str, script: str = "") -> str:
+    """A page up to the opening of its body, with a policy that allows this style and script and nothing else."""
+    policy = f"default-src 'none'; style-src '{_source(style)}'"
+    policy += f"; script-src '{_source(script)}'" if script else ""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>"
+    )
+
+
+def _source(content: str) -> str:
+    """How a Content-Security-Policy names an element by what is in it."""
+    return "sha256-" + b64encode(sha256(content.encode()).digest()).decode()
+
+
+def pairs(heading: str, id: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A section with a table of names and values; nothing if there are none."""
+    cells = "\n".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows)
+    if not cells:
+        return ""
+    return f'<section><h2>{heading}</h2><table class="pairs" id="{id}"><tbody>\n{cells}\n</tbody></table></section>'
 
 
 def visible(text: str) -> str:
