@@ -265,6 +265,9 @@ def _language(cfg: FinetuneConfig, base: LoadedRun, console: Console) -> Task:
     check_length(cfg.train.seq_len, base.model.context)
     prepared = prepare(cfg.dataset, base.tokenizer, console)
     check_data(prepared, base.model_config, cfg.train.seq_len)
+    train = prepared.splits["train"]
+    if train.num_unk:
+        console.say(f"train: {100 * train.num_unk / train.num_tokens:.1f} % of the tokens are <unk>")
     carries_state = base.model_config.carries_state
     task = LanguageModelling(base.model, prepared, cfg.train, cfg.softmax, seed=cfg.seed, carries_state=carries_state)
     share = cfg.task.replay if isinstance(cfg.task, LmTaskConfig) else 0.0

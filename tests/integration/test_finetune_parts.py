@@ -491,6 +491,18 @@ def test_from_the_command_line(
     assert capsys.readouterr().err.endswith(said)
 
 
+def test_it_is_told_how_much_of_a_text_is_unknown_to_the_words_of_the_run(
+    corpus: Path, numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["device=cpu", "device.threads=1", "train.max_steps=2", "train.batch_size=4", "train.seq_len=16"]
+    shape = ["tokenizer=word", "model=lstm", "model.d_embed=8", "model.d_hidden=8", f"run.dir={tmp_path / 'base'}"]
+    assert cli.main(["pretrain", "dataset=text", f"dataset.path={corpus}", *shape, *words]) == 0
+    capsys.readouterr()
+    tuned = ["dataset=text", f"dataset.path={numbers}", f"run={tmp_path / 'base'}", f"run.dir={tmp_path / 'tuned'}"]
+    assert cli.main(["finetune", *tuned, *words]) == 0
+    assert " % of the tokens are <unk>\n" in capsys.readouterr().err
+
+
 def test_the_time_of_the_scoring_after_a_finetuning_is_kept_back_once(
     bases: dict[str, Path], numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
