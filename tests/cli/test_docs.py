@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,3 +105,10 @@ def test_targets_scripts_and_pages_that_a_page_names_are_there(page: Path) -> No
     assert set(re.findall(r"\b(?:bench|check|make)_\w+\.py\b", text)) <= scripts
     for link in re.findall(r"\]\(([\w./]+)\)", text):
         assert (page.parent / link).is_file(), link
+
+
+def test_the_example_in_python_runs() -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(example, made)
+    assert made["model"].vocab_size == made["data"].tokenizer.vocab_size
