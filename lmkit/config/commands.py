@@ -197,7 +197,7 @@ class EvalPplConfig:
     split: str = "test"
     """Split to score: train, valid or test."""
     protocol: ProtocolConfig | None = None
-    """How the text is read and counted; null: mikolov for word-level benchmark sets, else stream."""
+    """How the text is read and counted; null: mikolov for word-level sets, sentence for VAE and GAN, else stream."""
     context: int | None = None
     """Tokens per window of a Transformer, so that it sees at most so many before each (>= 1); null: as in training."""
     stride: int | None = None
