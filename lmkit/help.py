@@ -26,6 +26,10 @@ EXIT_CODES = """\
   3 data or tokenizer       75 stopped on request and saved; resume=true continues
   4 run or checkpoint      130 interrupted"""
 
+ENVIRONMENT = """\
+  LMKIT_DATA    folder that holds the benchmark sets: ptb/, wikitext-2/ and so on
+  LMKIT_CACHE   folder of prepared data, instead of lmkit in the user's cache"""
+
 GENERATE_OPTIONS = """\
   -p, --prompt TEXT          text to continue, taken as it is; repeatable; - reads standard input
   --prompt-file FILE         the same from a file
@@ -68,7 +72,7 @@ def overview(commands: Mapping[str, str]) -> str:
         '                             eval "$(lmkit --completion bash)", in .zshrc the same with zsh; for fish',
         "                             lmkit --completion fish > ~/.config/fish/completions/lmkit.fish",
     ]
-    return "\n".join([*lines, "", "exit codes:", EXIT_CODES])
+    return "\n".join([*lines, "", "environment:", ENVIRONMENT, "", "exit codes:", EXIT_CODES])
 
 
 def command_help(command: str, text: str, config: Any, groups: Mapping[str, str]) -> str:

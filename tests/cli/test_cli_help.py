@@ -60,7 +60,8 @@ def test_help_shows_values_as_they_are_written_on_the_command_line(lmkit: Any) -
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_names_commands_options_and_exit_codes(lmkit: Any, words: list[str]) -> None:
     assert lmkit(*words) == 0
-    for part in [*cli.COMMANDS, "--cfg job", "-m ", "--completion", "--version", "exit codes"]:
+    options = ("--cfg job", "-m ", "--completion", "--version", "exit codes", "LMKIT_DATA", "LMKIT_CACHE")
+    for part in (*cli.COMMANDS, *options):
         assert part in lmkit.out
     for kind in errors.LmkitError.__subclasses__():
         assert f"{kind.exit_code} " in lmkit.out
