@@ -178,8 +178,8 @@ def _say_if_shorter(seq_len: int, base: LoadedRun, console: Console) -> None:
     """Say it where a Transformer's new run will be read in shorter windows than the one that it starts from."""
     if base.context is not None and seq_len < base.context:
         console.say(
-            f"train.seq_len={seq_len}: the new run is evaluated, and generates, with windows of {seq_len} tokens,"
-            f" {base.path} with {base.context} (train.seq_len={base.context} keeps these)"
+            f"train.seq_len={seq_len}: the new run will be evaluated, and generate, with windows of {seq_len} tokens"
+            f" ({base.path}: {base.context})"
         )
 
 

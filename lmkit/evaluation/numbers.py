@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmkit.errors import DataError
+from lmkit.errors import DataError, LmkitError
 from lmkit.evaluation.plan import Indices, Windows
 from lmkit.evaluation.protocols import Material, Protocol, Source, line_enders
 from lmkit.evaluation.scoring import TokenScores, exp, ratios
@@ -20,8 +20,8 @@ MAX_UNITS = 20_000
 """Neighbouring units are joined until there are at most so many: resampling more changes no digit."""
 ENOUGH_DOCUMENTS = 30
 """With fewer documents than this, lines are resampled."""
-MAX_READ_BYTES = 100_000_000
-"""The words of the lines of larger texts are not counted."""
+MAX_READ_BYTES = 20_000_000
+"""Larger texts are not read again for the words of their lines."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,11 @@ def _words_of(ends_U: Indices, material: Material, source: Source, count: float)
         return None
     newlines_V = np.array([tokenizer.decode([i]).count("\n") for i in range(tokenizer.vocab_size)])
     lines_U = np.append(0, np.cumsum(newlines_V[material.tokens]))[ends_U]
-    words_L = np.array([len(line.split()) + 1 for line in source.read().split("\n")[:-1]], dtype=np.float64)
+    try:
+        text = source.read()
+    except LmkitError:  # what was prepared may outlast it
+        return None
+    words_L = np.array([len(line.split()) + 1 for line in text.split("\n")[:-1]], dtype=np.float64)
     if len(words_L) != lines_U[-1] or words_L.sum() != total:
         return None
     return np.diff(np.append(0, np.cumsum(words_L))[lines_U], prepend=0.0)

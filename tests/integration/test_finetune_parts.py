@@ -268,7 +268,7 @@ def test_a_run_that_is_to_be_read_in_shorter_windows_than_its_base_says_so(
     said: int,
 ) -> None:
     finetune.run(tuning(bases[base], numbers, tmp_path / "run", train={"seq_len": seq_len, "max_steps": 2}))
-    line = f"with windows of 16 tokens, {bases[base]} with 32 (train.seq_len=32 keeps these)\n"
+    line = f"evaluated, and generate, with windows of 16 tokens ({bases[base]}: 32)\n"
     assert capsys.readouterr().err.count(line) == said
 
 
