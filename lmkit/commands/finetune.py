@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,6 +96,8 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             stored["train"]["seq_len"] = begin.base.context  # what the language model inside was trained on
         if fitted := begin.task.fitted():
             stored["fitted"] = fitted
+        if begin.base is not None and _began_elsewhere(begin.base.config):
+            stored["base_had_base"] = True
         job = Job(
             *(cfg, this_run, begin.task, begin.model, begin.model_config, stored, device, console, stop, started),
             world=world,
@@ -172,6 +175,11 @@ def _check_use(cfg: FinetuneConfig) -> None:
         if isinstance(cfg.softmax, AdaptiveSoftmaxConfig):
             rule = "has no use in finetuning, where the output layer is that of the run: leave it out"
             check.unused("softmax", cfg.softmax, ("cutoffs", "div_value"), rule)
+
+
+def _began_elsewhere(config: Mapping[str, Any]) -> bool:
+    """Whether a run did not begin with random weights, by what it has stored of itself."""
+    return config.get("base") is not None or (config.get("init") or {}).get("weights") is not None
 
 
 def _say_if_shorter(seq_len: int, base: LoadedRun, console: Console) -> None:

@@ -76,7 +76,7 @@ def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
         raise ConfigError(f"command={command!r} is unknown", NEWER)
     if command == "pretrain":
         return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
-    beside |= {"model", "base", "base_sha256", "corpus", "fitted"}
+    beside |= {"model", "base", "base_sha256", "base_had_base", "corpus", "fitted"}
     return from_plain(FinetuneConfig, {key: value for key, value in stored.items() if key not in beside})
 
 

@@ -33,6 +33,7 @@ from lmkit.config.training import EvalConfig, ExistingRunConfig, LogConfig, RunC
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError, StoppedError
+from lmkit.store.browse import read_newest_config
 from lmkit.store.checkpoint import latest_checkpoint, load_checkpoint
 from lmkit.store.found import read_metrics
 from lmkit.tasks import Task
@@ -450,6 +451,17 @@ def test_a_run_with_an_adapter_is_a_base_for_the_next(bases: dict[str, Path], nu
     )
     assert second["forgetting"]["new_corpus_before"]["token_ppl"] == pytest.approx(first["token_ppl"], rel=1e-4)
     assert second["forgetting"]["dataset"] == first["dataset"]
+
+
+def test_a_run_tells_that_its_base_had_a_base_itself_and_goes_on(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for base, run in ((bases["lstm"], first), (first, second)):
+        finetune.run(tuning(base, numbers, run, train={"max_steps": 2}))
+    assert [read_newest_config(run)[1].get("base_had_base") for run in (first, second)] == [None, True]
+    longer = replace(tuning(first, numbers, second, train={"max_steps": 4}), resume=True)
+    assert finetune.run(longer)["step"] == 4
 
 
 def test_an_adapter_of_another_base_is_refused_with_the_name_of_its_own(
