@@ -155,7 +155,8 @@ def _words_of(ends_U: Indices, material: Material, source: Source, count: float)
     words_L = np.array([len(line.split()) + 1 for line in text.split("\n")[:-1]], dtype=np.float64)
     if len(words_L) != lines_U[-1] or words_L.sum() != total:
         return None
-    return np.diff(np.append(0, np.cumsum(words_L))[lines_U], prepend=0.0)
+    words_U: Floats = np.diff(np.append(0, np.cumsum(words_L))[lines_U], prepend=0.0)
+    return words_U
 
 
 def _units(

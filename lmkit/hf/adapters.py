@@ -161,13 +161,15 @@ def _read_origin(folder: Path, base_digest: str) -> Origin | None:
     if not path.exists():
         return None
     data = _read_json(path)
-    base, digest, prefix, task = (data.get(key) for key in ("base", "base_sha256", "prefix", "task"))
-    texts = all(isinstance(value, str) for value in (base, digest, prefix))
-    if not texts or not isinstance(task, dict | None):
+    texts = all(isinstance(data.get(key), str) for key in ("base", "base_sha256", "prefix"))
+    if not texts or not isinstance(data.get("task"), dict | None):
         raise CheckpointError(f"{path} is damaged (base, base_sha256, prefix or task)")
-    if digest != base_digest:
-        raise CheckpointError(f"adapter={folder} was finetuned from another checkpoint", f"name that one: run={base}")
-    return Origin(base, digest, prefix, task)
+    origin = Origin(data["base"], data["base_sha256"], data["prefix"], data.get("task"))
+    if origin.base_sha256 != base_digest:
+        raise CheckpointError(
+            f"adapter={folder} was finetuned from another checkpoint", f"name that one: run={origin.base}"
+        )
+    return origin
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -165,6 +165,7 @@ class CheckpointWriter:
         self.wait()
         staged, self._is_waiting = self._held, False
         if staged is not None:
+            assert self._thread is not None, "closed"
             self._in_flight = SimpleQueue()
             self._handed.put((staged, self._in_flight))
 

@@ -441,13 +441,6 @@ def test_without_a_thread_there_is_no_writer_and_a_clear_error(run: Run, monkeyp
         CheckpointWriter(run, ByteTokenizer(), keep=2)
 
 
-def test_after_close_a_save_is_made_at_once(run: Run) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
-        writer.submit(snapshot(1))
-    writer.submit(snapshot(2))
-    assert steps(run) == [1, 2]
-
-
 def test_a_step_that_cannot_be_replaced_keeps_its_old_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_checkpoint(run, snapshot(1, 5.0), ByteTokenizer(), keep=1)
     before = read_manifest(path)
