@@ -39,9 +39,9 @@ class VaeObjectiveConfig(ObjectiveConfig):
     cycles: int = 4
     """Cycles of anneal=cyclical after the plain part (>= 1)."""
     free_nats: float = 6.0
-    """KL per sentence that costs nothing (>= 0), in equal parts per latent unit (free bits; Kingma et al. 2016)."""
+    """Mean KL of a micro-batch's sentences that is free (>= 0), in equal parts a unit (free bits; Kingma et al. 2016)."""
     target_nats: float = 0.0
-    """KL per sentence up to which none costs anything, however the units share it (>= 0; 0: free_nats alone count)."""
+    """The same, however the units share it: up to that none costs anything (>= 0; 0: free_nats alone count)."""
     plain_share: float = 0.0
     """Share of the run, at its start, in which the decoder learns alone, as a language model (0 to below 1)."""
     num_samples: int = 10
