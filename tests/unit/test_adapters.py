@@ -147,6 +147,7 @@ def test_writing_again_replaces_the_folder_and_leaves_nothing_else(
     synced: list[int] = []
     monkeypatch.setattr(storage, "sync_file", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     written(tmp_path / "a")
+    synced.clear()
     written(tmp_path / "a", KINDS[2])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS, ORIGIN]

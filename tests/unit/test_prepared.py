@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -562,12 +562,16 @@ def test_what_a_preparation_leaves_that_is_killed_while_it_writes_a_note_is_remo
 def test_each_folder_of_the_cache_may_be_a_link_to_another_disk(
     folder: Path, cache: Path, settled: None, linked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def replace(source: Path, target: Path) -> None:
-        if source.parent.resolve() != target.parent.resolve():
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        os.replace(source, target)
+    def within_a_disk(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def renamed(source: Path, target: Path) -> None:
+            if source.parent.resolve() != target.parent.resolve():
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            rename(source, target)
 
-    monkeypatch.setattr(storage, "replace", replace)
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(storage, name, within_a_disk(getattr(storage, name)))
     cache.mkdir()
     (cache.parent / "other disk").mkdir()
     (cache / linked).symlink_to(cache.parent / "other disk")
