@@ -70,6 +70,8 @@ class Run:
         self.place: dict[str, str] = {}
         """Where it is trained, as far as bits may depend on it (``device``); written into every checkpoint, too."""
         self._lock = lock
+        self._has_ended = False
+        """Whether the journal says how this process's part has ended."""
         self._listeners: list[Listener] = []
         self._metrics = LineFile(path / METRICS, warn)
         self._journal = LineFile(path / JOURNAL, warn)
@@ -223,6 +225,7 @@ class Run:
 
     def journal(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Append an event to journal.jsonl; may be called from any thread, never raises for a full disk."""
+        self._has_ended = self._has_ended or event in ("stopped", FINISHED)
         self._journal.append({"time": _utc_now(), "event": event, "pid": os.getpid(), **(fields or {})})
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
@@ -296,8 +299,9 @@ class Run:
     def _note(self, error: BaseException | None) -> None:
         """Journal what ends this process's part early; a stop that was waited for was journalled before."""
         with contextlib.suppress(Exception):  # whatever it is: the error that people must see is the other one
-            if isinstance(error, KeyboardInterrupt):  # before the first step, or by a second signal
-                self.journal("interrupted")
+            if isinstance(error, KeyboardInterrupt):
+                if not self._has_ended:  # but before the first step, or by a second signal
+                    self.journal("interrupted")
             elif isinstance(error, LmkitError) and not isinstance(error, StoppedError):
                 self.journal("error", {"code": error.exit_code, "message": str(error)})
 

@@ -249,6 +249,8 @@ def test_row_50_a_signal_after_the_last_step_ends_the_command_and_loses_nothing(
             pretrain.run(cfg)
     assert read_result(path_of(cfg)) is None
     assert status_of(path_of(cfg)) is Status.stopped
+    with pytest.raises(ConfigError, match="it has made no step 13"):
+        replay(path_of(cfg), 13, Console())
     assert pretrain.run(replace(cfg, resume=True))["step"] == 12
     assert [row["step"] for row in read_metrics(path_of(cfg)) if "loss" in row][-1] == 12
 
