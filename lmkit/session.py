@@ -339,6 +339,8 @@ class Session:
         state = self.state
         state.skipped_steps = sorted({*state.skipped_steps, *before.skipped_steps})
         state.eval_s, state.data_changes = before.eval_s, before.data_changes
+        if state.data_changes[-1:] == [state.step]:
+            state.eval_pending = False  # it was to be of the data before
         if state.eval_pending and state.step in before.valid_steps:  # the run was stopped before it, and has done it
             known = before.valid_steps.index(state.step) + 1
             state.valid_steps, state.valid_losses = before.valid_steps[:known], before.valid_losses[:known]

@@ -438,10 +438,19 @@ def test_row_70_plateaus_and_the_beginning_of_an_average_go_by_losses_of_one_tex
     assert (state["averaged_since"], state["data_changes"]) == (since, [12])
 
 
+@pytest.mark.parametrize("bad_step", [None, 10])
 def test_row_70_a_validation_that_was_due_when_the_data_changed_is_not_taken_for_one_of_the_data_before(
-    small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: list[str],
+    lmkit: Lmkit,
+    own_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bad_step: int | None,
 ) -> None:
-    """The losses of the new text are above that before: one of them behind it would be a plateau, the rate half."""
+    """The losses of the new text are above that before: one of them behind it would be a plateau, the rate half.
+
+    bad_step: of a batch that is not finite, so that the run goes back to where the data changed.
+    """
     losses, judge_alone = {4: 1.0, 8: 9.0, 12: 8.0, 16: 7.0, 20: 6.0}, judging._judge_alone
 
     def given(trainer: Trainer, *others: Any) -> Any:
@@ -451,12 +460,19 @@ def test_row_70_a_validation_that_was_due_when_the_data_changed_is_not_taken_for
     monkeypatch.setattr(judging, "_judge_alone", given)
     words = [
         *small, f"dataset.path={own_corpus}", "schedule=plateau", "schedule.patience=0", "schedule.warmup_ratio=0",
-        f"run.dir={tmp_path}/run",
+        "train.nonfinite=rollback", f"run.dir={tmp_path}/run",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
         signal_after(patch, 8)
         assert lmkit(*words).code == 75
     (own_corpus / "03.txt").unlink()
+    run_micro_batch = Trainer.run_micro_batch
+
+    def poisoned(self: Trainer, *args: Any) -> Any:
+        loss, state = run_micro_batch(self, *args)
+        return loss * (np.nan if self.state.step + 1 == bad_step else 1.0), state
+
+    monkeypatch.setattr(Trainer, "run_micro_batch", poisoned)
     assert lmkit(*words, "resume=true", "train.max_steps=20", NEW_DATA).code == 0
     assert len({row["lr"] for row in read_metrics(tmp_path / "run") if "lr" in row}) == 1
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1], with_optimizer=False).state
