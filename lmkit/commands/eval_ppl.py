@@ -92,8 +92,9 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
         outcome.windows,
         has_accuracy=outcome.has_accuracy,
     )
-    units = _units(evaluator, passage, outcome, outcome.scores.nats_N)
-    interval = bootstrap(units, cfg.bootstrap, cfg.seed)
+    interval = None
+    if cfg.bootstrap:
+        interval = bootstrap(_units(evaluator, passage, outcome, outcome.scores.nats_N), cfg.bootstrap, cfg.seed)
     result["interval"] = None if interval is None else asdict(interval)
     result["kind"] = kind_of(cfg)
     result["chosen"] = as_json(outcome.choice, outcome.members)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lmkit.errors import DataError, LmkitError
 from lmkit.evaluation.plan import Indices, Windows
-from lmkit.evaluation.protocols import Material, Protocol, Source, line_enders
+from lmkit.evaluation.protocols import Material, Protocol, Source, line_enders, newlines
 from lmkit.evaluation.scoring import TokenScores, exp, ratios
 
 Floats = NDArray[np.float64]
@@ -146,8 +146,7 @@ def _words_of(ends_U: Indices, material: Material, source: Source, count: float)
     tokenizer, total = source.tokenizer, material.num_words + material.num_lines
     if tokenizer.ends_lines or not math.isclose(count, total) or material.num_bytes > MAX_READ_BYTES:
         return None
-    newlines_V = np.array([tokenizer.decode([i]).count("\n") for i in range(tokenizer.vocab_size)])
-    lines_U = np.append(0, np.cumsum(newlines_V[material.tokens]))[ends_U]
+    lines_U = np.append(0, np.cumsum(newlines(tokenizer)[material.tokens]))[ends_U]
     try:
         text = source.read()
     except LmkitError:  # what was prepared may outlast it

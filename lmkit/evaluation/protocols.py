@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -357,7 +358,13 @@ def line_enders(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     """(V,) whether a token ends a line: the end token of a word-level tokenizer, else any with a newline in it."""
     if tokenizer.ends_lines:
         return np.isin(np.arange(tokenizer.vocab_size), [tokenizer.eos_id])
-    return np.array(["\n" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
+    return newlines(tokenizer) > 0
+
+
+@functools.lru_cache(maxsize=2)
+def newlines(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """(V,) how many newlines are in each token's text; kept, since large vocabularies take seconds."""
+    return np.array([tokenizer.decode([i]).count("\n") for i in range(tokenizer.vocab_size)], dtype=np.int64)
 
 
 def _hub_row(line: str, is_wikitext: bool) -> str:

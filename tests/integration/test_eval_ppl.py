@@ -592,6 +592,11 @@ def test_the_interval_resamples_lines_by_the_weights_of_their_own_tokens(runs: F
     assert found["interval"]["high"] == pytest.approx(math.exp(high), rel=1e-5)
 
 
+def test_without_an_interval_nothing_is_counted_for_one(runs: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval_ppl, "units_of", lambda *_: pytest.fail("the parts are not needed"))
+    assert evaluate(runs, "lstm", checks=False, bootstrap=0)["interval"] is None
+
+
 def test_where_no_token_that_both_score_counts_there_is_nothing_to_compare(runs: Folder, tmp_path: Path) -> None:
     """In windows of one new token, hf-strided only counts that of the first one."""
     fields: dict[str, Any] = {"protocol": HfStridedProtocolConfig(max_length=2, stride=1), "checks": False}
