@@ -71,10 +71,15 @@ class StopRequests:
         self._before: dict[int, Any] = {}
 
     @property
+    def signalled(self) -> str | None:
+        """The name of the first signal that asked to stop."""
+        return self._stop_signals[0] if self._stop_signals else None
+
+    @property
     def requested(self) -> str | None:
         """What asks to stop: the name of a signal or of a limit."""
-        if self._stop_signals:
-            return self._stop_signals[0]
+        if self.signalled is not None:
+            return self.signalled
         limit = self._deadline
         if limit is not None and time.monotonic() + limit.margin_s + self.notice_s >= limit.at_s:
             return limit.name

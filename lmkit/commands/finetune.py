@@ -108,9 +108,9 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             _save_adapter(cfg.adapter, cfg.task, this_run, begin.model, begin.base, console)
     if cfg.predict is None or not world.is_first:
         return result
-    if stop.requested is not None:  # while the end of the training was written, which nothing interrupts
+    if stop.signalled is not None:  # while the end of the training was written, which nothing interrupts
         raise StoppedError(
-            f"stopped by {stop.requested} before predicting; the training is finished in {this_run.path}",
+            f"stopped by {stop.signalled} before predicting; the training is finished in {this_run.path}",
             f"go on with: {resume_command(command_line(world), this_run.path)}",
         )
     trained = ExistingRunConfig(root=cfg.run.root, path=str(this_run.path))

@@ -130,7 +130,7 @@ def test_a_limit_asks_to_stop_a_tenth_of_it_or_a_minute_early_and_by_the_notice_
     assert stop.requested == "train.time_limit"
     stop.notice_s = 0.0
     clock[0] = 45.1
-    assert stop.requested == "train.time_limit"
+    assert (stop.requested, stop.signalled) == ("train.time_limit", None)
     assert find_deadline(86400.0, 0.0) == Deadline("train.time_limit", 86400.0, 60.0)
 
 
