@@ -108,7 +108,8 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], console: Console |
         if console is not None:
             show_changes(console, [(key, before.get(key), after.get(key)) for key in fatal])
         raise ConfigError(f"the run cannot be resumed with other values ({pairs})", "start a new run, or use finetune")
-    return [text for key, text in said.items() if key.partition(".")[0] not in (*NOT_COMPARED, DATA_ORDER)]
+    beside = (*NOT_COMPARED, DATA_ORDER, "base_had_base")  # an older lmkit has not written down the last one
+    return [text for key, text in said.items() if key.partition(".")[0] not in beside]
 
 
 def show_changes(console: Console, changes: Sequence[Change]) -> None:

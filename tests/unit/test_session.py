@@ -255,6 +255,7 @@ def test_the_policies_may_change_on_resume_and_the_shape_of_a_batch_may_not() ->
     ]
     with pytest.raises(ConfigError, match=r"train\.batch_size: 4 -> 8"):
         check_resumable(old, {"train": {"batch_size": 8}})
+    assert check_resumable(old, {**old, "base_had_base": True}) == []  # an older lmkit has not written it down
 
 
 def test_a_tokenizer_may_lie_elsewhere_on_resume_since_its_digest_tells_whether_it_is_the_same() -> None:
