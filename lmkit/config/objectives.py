@@ -39,7 +39,7 @@ class VaeObjectiveConfig(ObjectiveConfig):
     cycles: int = 4
     """Cycles of anneal=cyclical after the plain part (>= 1)."""
     free_nats: float = 6.0
-    """Mean KL of a micro-batch's sentences that is free (>= 0), in equal parts a unit (Kingma et al. 2016)."""
+    """Mean KL of a micro-batch's rows that is free (>= 0), in equal parts a unit (free bits; Kingma et al. 2016)."""
     target_nats: float = 0.0
     """The same, however the units share it: up to that none costs anything (>= 0; 0: free_nats alone count)."""
     plain_share: float = 0.0
