@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lmkit.hf import import_hf, resolve_hf
 from lmkit.hf.adapters import ORIGIN, read_adapter
 from lmkit.lora import add_adapter, merge_adapter
 from lmkit.models.base import LanguageModel
-from lmkit.store.browse import Status, newest_finished_run, status_of
+from lmkit.store.browse import Status, is_run, newest_finished_run, status_of
 from lmkit.store.checkpoint import Snapshot, load_checkpoint, resolve_checkpoint
 from lmkit.store.found import RUN_INFO, FoundRun, open_run
 from lmkit.store.manifest import TOKENIZER, read_manifest
@@ -90,12 +91,18 @@ class StoredRun:
         return str((self.config.get("task") or {}).get("kind", "lm"))
 
 
+def folder_of(name: str, root: str) -> str:
+    """The folder of a run that is named by it, or, where there is no such folder, by its name in ``root``."""
+    inside = Path(root) / name
+    return str(inside) if not os.path.exists(os.path.expanduser(name)) and is_run(inside) else name
+
+
 def find_checkpoint(config: ExistingRunConfig, console: Console) -> tuple[FoundRun, Path]:
     """The run ``run.path`` (default: the newest finished run in ``run.root``), and ``run.checkpoint`` of it.
 
     Raises CheckpointError if there is no such run or checkpoint.
     """
-    found = open_run(config.path if config.path is not None else newest_finished_run(config.root))
+    found = open_run(newest_finished_run(config.root) if config.path is None else folder_of(config.path, config.root))
     return found, resolve_checkpoint(found, config.checkpoint, console.warn)
 
 

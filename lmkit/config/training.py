@@ -280,7 +280,7 @@ class ExistingRunConfig(RunRootConfig):
     """Which run is used. On the command line ``run=DIR`` is short for ``run.path=DIR``."""
 
     path: str | None = None
-    """Existing run to use; null: the newest finished run in ``run.root``."""
+    """Existing run to use, or its name in ``run.root``; null: the newest finished run there."""
     checkpoint: str = "best"
     """Which checkpoint of the run to use: best, latest, or a name such as step-000000001000."""
     allow_nonfinite: bool = False

@@ -40,7 +40,7 @@ from lmkit.evaluation.protocols import Material, Protocol, Source, build_protoco
 from lmkit.evaluation.scoring import Scorer, TokenScores, own_scores, score
 from lmkit.evaluation.temperature import tempered
 from lmkit.ids import check_text
-from lmkit.loading import LoadedRun, load_run
+from lmkit.loading import LoadedRun, folder_of, load_run
 from lmkit.rng import derive_key
 from lmkit.store.checkpoint import BEST, LATEST
 
@@ -290,7 +290,7 @@ class Evaluator:
     def other(self, name: str) -> LoadedRun:
         """Another run by its path, loaded once. Raises CheckpointError if there is none."""
         if name not in self._others:
-            if not os.path.isdir(os.path.expanduser(name)):
+            if not os.path.isdir(os.path.expanduser(folder_of(name, self.cfg.run.root))):
                 raise CheckpointError(
                     f"there is no run {name}",
                     f"ensemble, mix and compare name folders of runs, and mix {' or '.join(COUNTED)}, too",

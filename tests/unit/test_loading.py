@@ -27,7 +27,7 @@ from lmkit.config.training import RunConfig
 from lmkit.console import Console
 from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError
-from lmkit.loading import load_run
+from lmkit.loading import find_checkpoint, load_run
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.lock import acquire
@@ -102,6 +102,21 @@ def test_without_a_path_the_newest_finished_run_is_taken_and_named(tmp_path: Pat
     assert str(loaded.path) == config.path
     assert str(config.path) in said.getvalue()
     assert "step-" in said.getvalue()
+
+
+def test_a_run_is_found_by_its_name_in_the_root_where_there_is_no_such_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run(tmp_path, RecurrentConfig(d_embed=8, d_hidden=8))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    named = replace(config, path=Path(str(config.path)).name)
+    assert str(find_checkpoint(named, Console(io.StringIO()))[0].path) == config.path
+    evaluated = evaluate(config, ensemble=[str(named.path)])
+    assert evaluated["kind"] == "ensemble"
+    (tmp_path / "elsewhere" / str(named.path)).mkdir()
+    with pytest.raises(CheckpointError, match=r"elsewhere/.* is not a run directory"):
+        find_checkpoint(named, Console(io.StringIO()))
 
 
 def test_a_run_that_has_not_come_to_its_end_is_named_as_such(tmp_path: Path) -> None:
