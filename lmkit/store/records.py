@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -41,6 +42,12 @@ class LineFile:
             if not self._warned:
                 self._warned = True
                 self._warn(f"cannot write {self._path}: {error.strerror or error}; going on without some of its lines")
+
+    def sync(self) -> None:
+        """Wait until its lines are on the disk, if the disk takes them."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                storage.sync_file(self._descriptor)
 
     def close(self) -> None:
         """Close the file; a later append opens it again."""

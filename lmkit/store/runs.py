@@ -269,7 +269,9 @@ class Run:
                 storage.replace_file(path, raw[:kept])
 
     def write_result(self, result: Mapping[str, Any], *, status: str = FINISHED) -> None:
-        """Write result.json atomically, with ``status`` and the time. Raises ResourceError."""
+        """Write result.json atomically, with ``status`` and the time, when the journal is on the disk. Raises
+        ResourceError."""
+        self._journal.sync()  # or else the result of a run that has not ended might be all that a power cut leaves
         self._replace(RESULT, {"status": status, "ended": _utc_now(), "run_id": self.run_id, **result})
 
     def _replace(self, name: str, value: Mapping[str, Any]) -> None:

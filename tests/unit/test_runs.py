@@ -396,6 +396,22 @@ def test_a_line_that_a_full_disk_has_torn_does_not_swallow_the_first_one_of_the_
     assert (run.path / "journal.jsonl").read_bytes().count(b"\n") == 3
 
 
+def test_the_journal_is_on_the_disk_before_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def sync_file(descriptor: int) -> None:
+        name = "journal" if os.path.samestat(os.fstat(descriptor), (run.path / "journal.jsonl").stat()) else "another"
+        synced.append(name)
+        raise OSError(5, "Input/output error")
+
+    with create(tmp_path) as run:
+        run.journal("finished")
+        monkeypatch.setattr(storage, "sync_file", sync_file)
+        with pytest.raises(ResourceError):
+            run.write_result({})
+    assert synced == ["journal", "another"]
+
+
 def test_the_result_is_read_back_with_its_status(tmp_path: Path) -> None:
     with create(tmp_path) as run:
         assert read_result(run.path) is None
