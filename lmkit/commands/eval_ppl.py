@@ -26,7 +26,7 @@ from lmkit.evaluation.baselines import compressed_bits_per_byte
 from lmkit.evaluation.choosing import Outcome, as_json, evaluate, kind_of
 from lmkit.evaluation.evaluator import Evaluator, Passage
 from lmkit.evaluation.numbers import Units, bootstrap, summary, units_of
-from lmkit.evaluation.protocols import describe, line_enders
+from lmkit.evaluation.protocols import describe
 from lmkit.evaluation.published import published_kind, standing
 from lmkit.evaluation.scoring import TokenScores, exp
 from lmkit.evaluation.wordprobs import (
@@ -38,6 +38,7 @@ from lmkit.evaluation.wordprobs import (
 )
 from lmkit.loading import LoadedRun, load_run
 from lmkit.tokenizers.base import UNK
+from lmkit.tokenizers.lines import line_enders
 
 MAX_BASELINE_TOKENS = 5_000_000
 """Larger training texts are not counted for kn5 on the spot."""

@@ -14,13 +14,13 @@ from lmkit.commands.eval_table import facts
 from lmkit.evaluation.choosing import Outcome
 from lmkit.evaluation.evaluator import Evaluator, Passage
 from lmkit.evaluation.plan import Indices, Windows
-from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.report import Report, ShownToken, by_frequency, by_length, by_position, render
 from lmkit.evaluation.scoring import own_scores, score
 from lmkit.heads import rows_per_chunk
 from lmkit.initialise import token_counts
 from lmkit.models.base import Scores
 from lmkit.tokenizers.base import BytesDecoder
+from lmkit.tokenizers.lines import line_enders
 
 NUM_ALTERNATIVES = 5
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from lmkit.errors import DataError, LmkitError
 from lmkit.evaluation.plan import Indices, Windows
-from lmkit.evaluation.protocols import Material, Protocol, Source, line_enders, newlines
+from lmkit.evaluation.protocols import Material, Protocol, Source
 from lmkit.evaluation.scoring import TokenScores, exp, ratios
+from lmkit.tokenizers.lines import line_enders, newlines
 
 Floats = NDArray[np.float64]
 

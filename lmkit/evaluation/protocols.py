@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from lmkit.evaluation.plan import (
     unbroken,
 )
 from lmkit.tokenizers import Tokenizer
+from lmkit.tokenizers.lines import line_enders
 
 ALL_SCORED = "given the end token"
 FIRST_LEFT_OUT = "not scored"
@@ -352,19 +352,6 @@ def build_protocol(config: ProtocolConfig | None, *, word_level: bool) -> Protoc
         SentenceProtocolConfig: Sentence,
     }
     return plain[type(config)]()
-
-
-def line_enders(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """(V,) whether a token ends a line: the end token of a word-level tokenizer, else any with a newline in it."""
-    if tokenizer.ends_lines:
-        return np.isin(np.arange(tokenizer.vocab_size), [tokenizer.eos_id])
-    return newlines(tokenizer) > 0
-
-
-@functools.lru_cache(maxsize=2)
-def newlines(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """(V,) how many newlines are in each token's text; kept, since large vocabularies take seconds."""
-    return np.array([tokenizer.decode([i]).count("\n") for i in range(tokenizer.vocab_size)], dtype=np.int64)
 
 
 def _hub_row(line: str, is_wikitext: bool) -> str:

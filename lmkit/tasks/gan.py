@@ -25,7 +25,6 @@ from lmkit.data.prepared import PreparedData
 from lmkit.device import Device
 from lmkit.evaluation.baselines import kn5_nats
 from lmkit.evaluation.plan import Windows
-from lmkit.evaluation.protocols import line_enders
 from lmkit.evaluation.scoring import exp, perplexity
 from lmkit.models.base import IGNORE, LanguageModel, State
 from lmkit.models.gan import Relgan
@@ -33,6 +32,7 @@ from lmkit.rng import derive_key
 from lmkit.sampling import sample
 from lmkit.tasks.base import Validation
 from lmkit.tasks.sentences import SentenceTask
+from lmkit.tokenizers.lines import line_enders
 
 LONGEST_SAMPLE = 100
 """Tokens after which a sampled sentence is cut."""

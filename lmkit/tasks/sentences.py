@@ -10,12 +10,12 @@ from lmkit.config.start import InitConfig
 from lmkit.config.training import TrainConfig
 from lmkit.data.prepared import PreparedData, Split
 from lmkit.data.sentences import POOL_BATCHES, SentenceBatches, Sentences
-from lmkit.evaluation.protocols import line_enders
 from lmkit.initialise import initialise_from_text, token_counts
 from lmkit.models.base import LanguageModel
 from lmkit.objectives import build_objective
 from lmkit.tasks.base import Task
 from lmkit.tokenizers import Tokenizer
+from lmkit.tokenizers.lines import line_enders
 
 
 def sentences_of(split: Split, tokenizer: Tokenizer, longest: int | None = None) -> Sentences:
