@@ -115,5 +115,15 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt and len(self._stop_signals) == 1 and not self.deferring:
-            when, remedy = self.otherwise
-            raise StoppedError(f"stopped by {self._stop_signals[0]} {when}", remedy) from None
+            raise self._stopped() from None
+
+    def heed(self) -> None:
+        """From here on nobody looks: a signal that stops ends the block at once. Raises StoppedError for one that was
+        noted before."""
+        self.deferring = False
+        if self._stop_signals:
+            raise self._stopped()
+
+    def _stopped(self) -> StoppedError:
+        when, remedy = self.otherwise
+        return StoppedError(f"stopped by {self._stop_signals[0]} {when}", remedy)

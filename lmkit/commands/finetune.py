@@ -12,7 +12,7 @@ from torch import nn
 from lmkit.commands.forgetting import Forgetting, corpus_of
 from lmkit.commands.place import Place, check_data, deal, here
 from lmkit.commands.predict import check_prediction, predict_file
-from lmkit.commands.training import Job, command_line, execute, open_run
+from lmkit.commands.training import Job, execute, open_run
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig
 from lmkit.config.check import Problems
@@ -26,7 +26,7 @@ from lmkit.console import Console
 from lmkit.data.prepared import prepare
 from lmkit.device import Device
 from lmkit.distributed import World
-from lmkit.errors import CheckpointError, ConfigError, StoppedError
+from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf.adapters import Origin, write_adapter
 from lmkit.loading import LoadedRun, find_checkpoint, load_hf, load_run
 from lmkit.lora import adapter_tensors, layers_to_adapt
@@ -34,7 +34,6 @@ from lmkit.store import storage
 from lmkit.store.browse import read_newest_config, readable
 from lmkit.store.checkpoint import BEST, load_checkpoint, resolve_checkpoint
 from lmkit.store.found import absolute, read_info
-from lmkit.store.incidents import resume_command
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
 from lmkit.tasks.instruct import build_instruct
@@ -81,7 +80,7 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
     if begin.base is not None and world.is_first:
         rows = cfg.train.micro_batch_size or cfg.train.batch_size
         forgetting = Forgetting.watch(begin.base, corpus, device=device, micro_batch_size=rows, console=console)
-    with open_run(cfg, begin.task.data_name, kind_of(begin.model_config), world, console) as this_run:
+    with open_run(cfg, begin.task.data_name, kind_of(begin.model_config), place) as this_run:
         stored = {
             "command": "finetune",
             "vocab_size": begin.task.tokenizer.vocab_size,
@@ -108,11 +107,6 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             _save_adapter(cfg.adapter, cfg.task, this_run, begin.model, begin.base, console)
     if cfg.predict is None or not world.is_first:
         return result
-    if stop.signalled is not None:  # while the end of the training was written, which nothing interrupts
-        raise StoppedError(
-            f"stopped by {stop.signalled} before predicting; the training is finished in {this_run.path}",
-            f"go on with: {resume_command(command_line(world), this_run.path)}",
-        )
     trained = ExistingRunConfig(root=cfg.run.root, path=str(this_run.path))
     return {**result, "prediction": predict_file(cfg, trained)}
 

@@ -52,7 +52,7 @@ def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
         return {}
     if cfg.plan:
         return _plan(cfg, prepared, imported, place)
-    with open_run(cfg, prepared.name, kind_of(cfg.model), world, console) as this_run:
+    with open_run(cfg, prepared.name, kind_of(cfg.model), place) as this_run:
         model = build_model(cfg, imported, vocab_size)
         del imported  # its weights are in the model now
         stored = {"command": "pretrain", "vocab_size": vocab_size, **to_plain(cfg)}

@@ -17,6 +17,7 @@ from torch import nn
 from lmkit.averaging import average_begins, build_average
 from lmkit.commands.forgetting import Forgetting
 from lmkit.commands.new_data import DATA_ORDER, DataOrder, data_of, follow, order_behind, remember
+from lmkit.commands.place import Place
 from lmkit.commands.resuming import (
     LENGTH,
     check_known,
@@ -37,7 +38,7 @@ from lmkit.console import Console, format_count, format_duration, plural
 from lmkit.data.batches import ORDER
 from lmkit.device import Device, attention_of_any_shape
 from lmkit.distributed import SINGLE, World
-from lmkit.errors import CheckpointError, ConfigError, DivergedError
+from lmkit.errors import CheckpointError, ConfigError, DivergedError, StoppedError
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import perplexity
 from lmkit.judging import judged
@@ -109,20 +110,22 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_run(
-    cfg: PretrainConfig | FinetuneConfig, dataset: str, model: str, world: World, console: Console
-) -> Iterator[Run]:
-    """The run directory of a command; the first process makes and locks it, and the others are told where it is."""
+def open_run(cfg: PretrainConfig | FinetuneConfig, dataset: str, model: str, place: Place) -> Iterator[Run]:
+    """The run directory of a command; the first process makes and locks it, and the others are told where it is.
+
+    Raises StoppedError at the end if a signal came while that was written.
+    """
     made: list[Run] = []
 
     def make() -> str:
-        options: dict[str, Any] = {"resume": cfg.resume, "warn": console.warn, "lock": cfg.run.lock}
+        options: dict[str, Any] = {"resume": cfg.resume, "warn": place.console.warn, "lock": cfg.run.lock}
         made.append(Run.create(cfg.run.dir, root=cfg.run.root, dataset=dataset, model=model, **options))
         return str(made[0].path)
 
-    path = Path(world.tell(make))
+    path = Path(place.world.tell(make))
     with made[0] if made else SharedRun(path) as run:
         yield run
+    place.stop.heed()
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -279,7 +282,6 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
     with attention_of_any_shape() if job.task.shapes_vary else contextlib.nullcontext():
         validation = session.execute()
     job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
-    job.stop.deferring = False
     state = trainer.state
     average = cfg.train.average
     if average in WHAT_BEGINS and state.averaged_since is None:
@@ -288,12 +290,13 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
             f" the weights are those of the last step ({WHAT_BEGINS[average]} when it begins)"
         )
     try:
+        job.stop.heed()
         if job.world.is_first:
             plot_run(job.run.path, job.console.warn, job.task.unit)
         with judged(trainer):
             if forgetting is not None:
                 validation = forgetting.added_to(validation)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         job.run.journal("stopped", {"signal": job.stop.requested, "step": state.step})
         raise
     losses = state.losses_by_data()[-1] or [validation.loss]  # it is of these data, whatever step they begin with
@@ -352,10 +355,11 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
         **numbers,
         **validation.result,
     }
-    job.stop.deferring = True  # these two take a moment, and one without the other would be no end
+    # one of the next two without the other would be no end, and all that is left takes a moment
+    job.stop.deferring = True
     job.run.journal("finished", {"step": numbers["step"]})
     job.run.write_result(result)
-    job.stop.deferring = False
+    job.stop.otherwise = (f"when {job.run.path} was finished", "what was to follow comes with resume=true")
     counted = job.model_config.trains_by_counting
     length = "counted" if counted else f"{plural(numbers['step'], 'step')}, {numbers['epochs']:.2f} epochs"
     whole = all(p.requires_grad for p in job.model.parameters())

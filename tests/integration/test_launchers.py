@@ -19,7 +19,9 @@ from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
 from lmkit.errors import ConfigError, StoppedError
-from lmkit.store.browse import read_summary
+from lmkit.store.browse import Status, read_summary, status_of
+from lmkit.store.runs import Run
+from lmkit.store.saving import Saves
 from lmkit.store.sweeps import Job as StoredJob
 from lmkit.store.sweeps import begin, note_failure, read
 from lmkit.sweep import Job, Outcome, here
@@ -127,6 +129,25 @@ def test_ctrl_c_ends_a_sweep_by_a_launcher_that_stays_in_this_process_and_it_goe
     assert not Path("jobs/1").exists()
     assert lmkit(*words, "resume=true") == 0
     assert [read_summary(Path("jobs") / str(n)).step for n in (0, 1)] == [2, 2]
+
+
+@pytest.mark.parametrize(("owner", "moment"), [(Saves, "finish"), (Run, "write_result")])
+def test_a_signal_that_comes_while_a_job_comes_to_its_end_ends_the_multirun_which_goes_on(
+    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output, owner: type, moment: str
+) -> None:
+    original = getattr(owner, moment)
+
+    def asked(*args: object, **keys: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        original(*args, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, asked)
+        assert lmkit("seed=1,2") == 75
+    assert "error: stopped by SIGTERM " in capsys.readouterr().err
+    assert not Path("jobs/1").exists()
+    assert lmkit("seed=1,2", "resume=true") == 0
+    assert [status_of(Path("jobs") / str(n)) for n in (0, 1)] == [Status.finished, Status.finished]
 
 
 def test_a_job_in_a_worker_notes_the_command_line_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,8 +264,10 @@ def test_row_50_a_signal_between_the_end_in_the_journal_and_the_result_waits_for
         signal.raise_signal(signal.SIGTERM)
         write(self, *args, **keys)
 
-    monkeypatch.setattr(Run, "write_result", asked)
-    pretrain.run(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_result", asked)
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM when .* was finished; .* resume=true"):
+            pretrain.run(cfg)
     assert (read_result(path_of(cfg)) or {})["step"] == 12
     assert status_of(path_of(cfg)) is Status.finished
 

@@ -480,7 +480,7 @@ def test_a_signal_while_the_training_is_written_down_as_finished_ends_the_comman
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_result", signalled)
-        with pytest.raises(StoppedError, match=r"stopped by SIGTERM before predicting; .* finished in .*resume=true"):
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM when .* was finished; .* resume=true"):
             finetune.run(cfg)
     assert status_of(tmp_path / "run") is Status.finished
     assert not (tmp_path / "rows.predictions.jsonl").exists()
