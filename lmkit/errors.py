@@ -13,6 +13,8 @@ class LmkitError(Exception):
     """Base of every error that lmkit raises for people. Exit code 1 is left to bugs and is never raised on purpose."""
 
     exit_code = 1
+    stopping = False
+    """Whether a signal had asked to stop before, so that no further job is to begin."""
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:
         super().__init__(problem if remedy is None else f"{problem}; {remedy}")

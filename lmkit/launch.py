@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.console import Console
-from lmkit.errors import ConfigError, ResourceError, StoppedError
+from lmkit.errors import ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.sweep import (
     SEARCH,
     Job,
@@ -98,7 +98,7 @@ class _Task:
         sys.argv[1:] = self.words
         try:
             return run_job(job)
-        except StoppedError as error:
+        except LmkitError as error:  # one that ends the multirun
             self.stopped = True
             return Outcome(error.exit_code, str(error), stopped=True)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-from lmkit.errors import StoppedError
+from lmkit.errors import LmkitError, StoppedError
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
 SAVING = ("SIGUSR2", "SIGHUP")
@@ -116,6 +116,8 @@ class StopRequests:
             signal.signal(number, handler)
         if kind is KeyboardInterrupt and len(self._stop_signals) == 1 and not self.deferring:
             raise self._stopped() from None
+        if isinstance(error, LmkitError):
+            error.stopping = bool(self._stop_signals)
 
     def heed(self) -> None:
         """From here on nobody looks: a signal that stops ends the block at once. Raises StoppedError for one that was

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.console import Console
-from lmkit.errors import ConfigError, StoppedError
+from lmkit.errors import ConfigError, LmkitError, StoppedError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -179,7 +179,8 @@ def here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
 
 
 def run_job(job: Job) -> Outcome:
-    """Run one job; its error is shown, and is no error of the sweep. Raises StoppedError where it was stopped."""
+    """Run one job; its error is shown, and is no error of the sweep. Raises StoppedError where it was stopped, and its
+    error where it could not be stopped in order."""
     from lmkit.cli import run_command
     from lmkit.config.plain import to_plain
     from lmkit.reporting import report
@@ -190,6 +191,8 @@ def run_job(job: Job) -> Outcome:
     except (StoppedError, BrokenPipeError):
         raise
     except Exception as error:
+        if isinstance(error, LmkitError) and error.stopping:
+            raise
         debug = getattr(job.made, "debug", False)
         code = report(error, job.line.command, debug=debug, where=f"job {job.number + 1}: ")
         return Outcome(code, str(error))

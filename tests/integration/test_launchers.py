@@ -18,7 +18,7 @@ from lmkit import cli, launch
 from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
-from lmkit.errors import ConfigError, StoppedError
+from lmkit.errors import ConfigError, ResourceError, StoppedError
 from lmkit.store.browse import Status, read_summary, status_of
 from lmkit.store.runs import Run
 from lmkit.store.saving import Saves
@@ -148,6 +148,19 @@ def test_a_signal_that_comes_while_a_job_comes_to_its_end_ends_the_multirun_whic
     assert not Path("jobs/1").exists()
     assert lmkit("seed=1,2", "resume=true") == 0
     assert [status_of(Path("jobs") / str(n)) for n in (0, 1)] == [Status.finished, Status.finished]
+
+
+def test_a_job_that_cannot_be_saved_where_a_signal_asks_to_stop_ends_the_multirun(
+    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise ResourceError("the last save failed")
+
+    monkeypatch.setattr(Saves, "finish", full)
+    assert lmkit("seed=1,2") == 6
+    assert capsys.readouterr().err.count("error: the last save failed") == 1
+    assert not Path("jobs/1").exists()
 
 
 def test_a_job_in_a_worker_notes_the_command_line_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
