@@ -78,7 +78,9 @@ def _source(loaded: LoadedRun) -> Source:
 
 @contextlib.contextmanager
 def _made_whole(target: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the target's name at the end and is removed on any error."""
+    """A folder to write into, which gets the target's name at the end and is removed on any error; the next export to
+    the same target removes that of a killed one."""
+    storage.remove_unfinished(target)
     folder = target.parent / storage.scratch_name(storage.TMP_PREFIX, target.name)
     try:
         folder.mkdir(parents=True)

@@ -193,6 +193,20 @@ def empty_trash(folder: Path) -> None:
                 remove_tree(entry)
 
 
+def remove_unfinished(target: Path) -> None:
+    """Remove what processes that are gone have left of a ``target`` that they did not come to the end of, as far as
+    possible; the folder that it is in is not lmkit's own."""
+    import psutil
+
+    scratch = re.compile(re.escape(f"{TMP_PREFIX}{target.name}-") + r"(\d{1,9})-[0-9a-f]{8}")
+    with contextlib.suppress(OSError):
+        for entry in sorted(target.parent.iterdir()):
+            found = scratch.fullmatch(entry.name)
+            if found is not None and not psutil.pid_exists(int(found[1])):
+                with contextlib.suppress(OSError):
+                    remove_tree(entry)
+
+
 def replace_directory(source: Path, target: Path) -> None:
     """Give ``source`` the name of an existing directory beside it, which is deleted after that.
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,18 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypat
         with pytest.raises(DataError, match="computes something else"):
             export.run(config(run, tmp_path / "out", kind))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_killed_exports_to_the_same_folder_have_left_is_removed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stay = [f".tmp-out-{os.getpid()}-0123abcd", f".tmp-other-{gone.pid}-0123abcd", ".tmp-out", ".tmp-out-mine"]
+    for name in (f".tmp-out-{gone.pid}-0123abcd", *stay):
+        (tmp_path / "models" / name / "tokenizer").mkdir(parents=True)
+        (tmp_path / "models" / name / "model.safetensors").write_bytes(b"half")
+    export.run(config(run, tmp_path / "models" / "out", ExportFormat.safetensors))
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted([*stay, "out"])
 
 
 def test_a_model_with_a_memory_is_read_again_as_one(tmp_path: Path) -> None:
