@@ -85,9 +85,12 @@ def _made_whole(target: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
         yield folder
+        storage.sync_tree(folder)
         if target.is_dir():
             target.rmdir()
         storage.rename(folder, target)
+        with contextlib.suppress(OSError):  # a parent that may be passed through but not read
+            storage.sync_directory(target.parent)
     except OSError as error:
         raise ResourceError(f"cannot write to={target}: {error.strerror or error}", "name another folder") from error
     finally:

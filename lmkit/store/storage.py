@@ -253,6 +253,16 @@ def _target_of(old: Path) -> Path:
     return old.with_name(old.name.removeprefix(OLD_PREFIX).rsplit("-", 2)[0])
 
 
+def sync_tree(folder: Path) -> None:
+    """Wait until the files in a directory, and their names, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with path.open("r+b") as file:
+                sync_file(file.fileno())
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading. A link, pipe, device or directory is an OSError and never blocks."""
     return os.fdopen(_regular(path, os.O_RDONLY), "rb")

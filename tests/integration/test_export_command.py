@@ -28,6 +28,7 @@ from lmkit.errors import ConfigError, DataError
 from lmkit.hf import exporting, import_hf
 from lmkit.hf.exporting import Source, export_as
 from lmkit.hf.sample import sample_text
+from lmkit.store import storage
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot
 from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.runs import Run
@@ -129,6 +130,27 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypat
         with pytest.raises(DataError, match="computes something else"):
             export.run(config(run, tmp_path / "out", kind))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_all_files_are_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "runs")
+    synced: list[int] = []
+    sync_file, rename = storage.sync_file, storage.rename
+
+    def noted(descriptor: int) -> None:
+        sync_file(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def last(source: Path, target: Path) -> None:
+        monkeypatch.setattr(storage, "sync_file", sync_file)
+        rename(source, target)
+
+    monkeypatch.setattr(storage, "sync_file", noted)
+    monkeypatch.setattr(storage, "rename", last)
+    export.run(config(run, tmp_path / "out", ExportFormat.safetensors))
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stat().st_ino not in synced] == []
 
 
 def test_what_killed_exports_to_the_same_folder_have_left_is_removed(tmp_path: Path) -> None:
