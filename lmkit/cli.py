@@ -46,24 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_spinning(command)
     try:
         with said_by_first():
-            answered = _answered(args)
-        if answered:
-            code = 0
-        elif command == RUNS:
-            from lmkit.runs_line import execute, parse_runs
+            if _answered(args):
+                code = 0
+            elif command == RUNS:
+                from lmkit.runs_line import execute, parse_runs
 
-            config = parse_runs(args[1:])
-            debug = config.debug
-            execute(config)
-            code = 0
-        else:
-            with said_by_first(), interrupted_at_once():
-                from lmkit.arguments import parse
+                config = parse_runs(args[1:])
+                debug = config.debug
+                execute(config)
+                code = 0
+            else:
+                with interrupted_at_once():
+                    from lmkit.arguments import parse
 
-                line = parse(command, args[1:])
-            debug = line.values.get("debug", "").lower() in ("true", "yes", "on", "y", "1")
-            code = _run(line)
+                    line = parse(command, args[1:])
+                debug = line.values.get("debug", "").lower() in ("true", "yes", "on", "y", "1")
+                code = _run(line)
         sys.stdout.flush()
+        _leave_job(code)
         return code
     except SystemExit as error:
         _leave_job(error.code)
@@ -157,7 +157,7 @@ def _run(line: Line) -> int:
         from lmkit.sweep import sweep
 
         return sweep(line)
-    with said_by_first(), interrupted_at_once():
+    with interrupted_at_once():
         from lmkit.composing import compose, to_dataclass, to_yaml
 
         config = compose(line, partial=line.help)
@@ -175,7 +175,7 @@ def _run(line: Line) -> int:
 
 def run_command(line: Line, config: Any) -> Any:
     """Import the command and run it, if the libraries that it needs are there."""
-    with said_by_first(), interrupted_at_once():
+    with interrupted_at_once():
         from lmkit.requirements import check_installed
 
         check_installed()

@@ -101,6 +101,8 @@ class World:
             yield
             return
         timeout = timedelta(seconds=config.timeout_s)
+        if _is_joined():
+            dist.destroy_process_group()  # of the job before in a multirun, which an error has ended
         with _lost("do not find each other"):
             store, rank, size = next(rendezvous("env://", timeout=min(timeout, timedelta(seconds=JOIN_S))))
             store = PrefixStore(f"lmkit-{next(_joins)}", store)  # a process may join more than once
@@ -290,11 +292,20 @@ def leave(code: int) -> None:
 
     What connects it to them runs in threads, which would now and then abort it while Python shuts down.
     """
-    if dist.is_available() and dist.is_initialized():
+    if _is_joined():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+
+
+def has_joined(error: BaseException) -> bool:
+    """Whether this process had joined others when it met the error, which some of them may not have met."""
+    return isinstance(error, StoppedError | LostError) or _is_joined()
+
+
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def find_world(config: ParallelConfig) -> World:

@@ -58,16 +58,23 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def said_by_first() -> Iterator[None]:
-    """Context of what processes do before they join each other; what is wrong in all of them is said by the first one.
+    """Context in which what is wrong in all processes, before they join each other, is said by the first of them.
 
     When that one has left, torchrun ends the others on its machine. One that is still there has met the error alone.
     """
     try:
         yield
-    except LmkitError:
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+    except LmkitError as error:
+        distributed = sys.modules.get("lmkit.distributed")  # imported by the commands that train
+        joined = distributed is not None and distributed.has_joined(error)
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0" and not joined:
             time.sleep(FIRST_S)
         raise
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or on its own."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def report(error: BaseException, command: str, *, debug: bool, where: str = "") -> int:

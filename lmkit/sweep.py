@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmkit.console import Console
 from lmkit.errors import ConfigError, LmkitError, StoppedError
+from lmkit.reporting import is_first, report, show
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -115,26 +116,22 @@ def sweep(line: Line) -> int:
     the same configuration are skipped.
     """
     from lmkit.composing import to_yaml
-    from lmkit.reporting import said_by_first, show
 
     runner: Runner = here
     if line.plugins:
         from lmkit import launch
 
-        with said_by_first():
-            launch.check(line)
+        launch.check(line)
         if launch.SWEEPER in line.plugins and not line.show_config:
             return launch.search(line)
         runner = launch.launched(line)
-    with said_by_first():
-        lines = combinations(line)
-        composed, configs = compose_all(lines)
+    lines = combinations(line)
+    composed, configs = compose_all(lines)
     if line.show_config:
         for one, config in zip(lines, composed, strict=True):
             show(f"---  # {' '.join(_words(one).split())}\n{to_yaml(config)}", end="")
         return 0
-    with said_by_first():
-        noted = _note(line, lines) if any(_run_dir(made) is not None for made in configs) else []
+    noted = _note(line, lines) if is_first() and any(_run_dir(made) is not None for made in configs) else []
     jobs = [
         Job(number, f"job {number + 1} of {len(lines)}", one, made)
         for number, (one, made) in enumerate(zip(lines, configs, strict=True))
@@ -144,7 +141,12 @@ def sweep(line: Line) -> int:
 
 
 def summed_up(outcomes: Sequence[Outcome]) -> int:
-    """Say how many jobs have failed, and return the worst exit code."""
+    """Say how many jobs have failed, and return the worst exit code.
+
+    Of several processes only the first does; torchrun would end it as soon as another one fails.
+    """
+    if not is_first():
+        return 0
     failed = sum(outcome.code != 0 and not outcome.stopped for outcome in outcomes)
     if failed:
         Console().say(f"{failed} of {len(outcomes)} jobs failed")
@@ -160,7 +162,7 @@ def take(jobs: Sequence[Job], runner: Runner, noted: Sequence[StoredJob]) -> lis
     outcomes = {job.number: Outcome() for job in jobs if is_finished(job.made)}
     for job in jobs:
         if job.number in outcomes:
-            Console().say(f"{job.name}: finished before, skipped: {_words(job.line)}")
+            _say(f"{job.name}: finished before, skipped: {_words(job.line)}")
     stored = {one.folder: one for one in noted}
     rest = [job for job in jobs if job.number not in outcomes]
     for job, outcome in runner(rest) if rest else ():
@@ -174,8 +176,12 @@ def take(jobs: Sequence[Job], runner: Runner, noted: Sequence[StoredJob]) -> lis
 def here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
     """Run jobs in this process, one after the other."""
     for job in jobs:
-        Console().say(f"{job.name}: {_words(job.line)}")
+        _say(f"{job.name}: {_words(job.line)}")
         yield job, run_job(job)
+
+
+def _say(text: str) -> None:
+    Console(silent=not is_first()).say(text)
 
 
 def run_job(job: Job) -> Outcome:
@@ -183,7 +189,6 @@ def run_job(job: Job) -> Outcome:
     error where it could not be stopped in order."""
     from lmkit.cli import run_command
     from lmkit.config.plain import to_plain
-    from lmkit.reporting import report
     from lmkit.store.sweeps import note_asked
 
     try:
@@ -196,7 +201,11 @@ def run_job(job: Job) -> Outcome:
         debug = getattr(job.made, "debug", False)
         code = report(error, job.line.command, debug=debug, where=f"job {job.number + 1}: ")
         return Outcome(code, str(error))
-    if (folder := _run_dir(job.made)) is not None:
+    except SystemExit as left:  # the first of several processes says why
+        if left.code == StoppedError.exit_code:
+            raise
+        return Outcome(left.code if isinstance(left.code, int) else 1)
+    if is_first() and (folder := _run_dir(job.made)) is not None:
         note_asked(folder, to_plain(job.made))
     return Outcome()
 

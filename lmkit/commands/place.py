@@ -20,7 +20,6 @@ from lmkit.device import Device, resolve_device
 from lmkit.distributed import World, find_world
 from lmkit.errors import ConfigError, DataError
 from lmkit.loggers import require_logger
-from lmkit.reporting import said_by_first
 from lmkit.signals import StopRequests, find_deadline
 
 
@@ -41,12 +40,11 @@ def here(cfg: PretrainConfig | FinetuneConfig) -> Iterator[Place]:
     """What a training command begins with; within it signals and time limits only ask to stop."""
     started = time.monotonic()
     deadline = find_deadline(cfg.train.time_limit_s, started)
-    with said_by_first():
-        world = find_world(cfg.parallel)
-        device = resolve_device(cfg.device, world)
-        require_logger(cfg.logger)
-        check_schedule_free(cfg.optimizer, cfg.schedule, cfg.train)
-        check_sharding(cfg)
+    world = find_world(cfg.parallel)
+    device = resolve_device(cfg.device, world)
+    require_logger(cfg.logger)
+    check_schedule_free(cfg.optimizer, cfg.schedule, cfg.train)
+    check_sharding(cfg)
     with (
         StopRequests(usr1_saves=cfg.train.on_usr1 is OnUsr1.save, deadline=deadline) as stop,
         world.joined(device.torch_device, cfg.parallel),

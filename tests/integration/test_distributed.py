@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmkit import launch
 from lmkit.cli import main
 from lmkit.commands import pretrain, training
 from lmkit.commands.place import check_sharding, deal
@@ -49,6 +50,7 @@ from lmkit.sharding import is_sharded
 from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
+from lmkit.store.sweeps import read_failures
 from lmkit.timing import Timing
 from lmkit.train import Trainer
 
@@ -465,6 +467,60 @@ def test_a_process_says_late_what_only_it_has_met(
     assert main(["pretrain", *option, "train.max_step=3"]) == 2
     assert waited == [FIRST_S]
     assert capfd.readouterr().err.count("error: unknown key") == 3
+
+
+def test_a_job_of_a_multirun_that_fails_in_all_processes_is_said_once_and_the_next_one_is_run(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """The first job in all of them, the second one in the first process."""
+    (tmp_path / "jobs" / "1").mkdir(parents=True)
+    (tmp_path / "jobs" / "1" / "foreign.txt").touch()
+    words = [
+        *("pretrain", "-m", "dataset=text", f"dataset.path={corpus}", "tokenizer=byte", "model=lstm", "device=cpu"),
+        *("model.d_embed=16", "model.d_hidden=16", "train.batch_size=3,2,4", "train.seq_len=8", "train.max_steps=2"),
+        *("parallel=ddp", f"run.dir={tmp_path / 'jobs'}"),
+    ]
+    done = subprocess.run(torchrun(2, "-m", "lmkit", *words), capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "job ", "2 of 3"))]
+    assert len(said) == 6, done.stderr
+    assert said[1].startswith("error: job 1: train.batch_size=3 cannot be dealt to 2 processes")
+    assert said[3].startswith("error: job 2: run.dir=")
+    assert said[5] == "2 of 3 jobs failed"
+    assert done.returncode != 0
+    assert (read_result(tmp_path / "jobs" / "2") or {})["step"] == 2
+    assert list(read_failures(tmp_path / "jobs")) == ["0", "1"]
+
+
+def test_a_process_does_not_wait_for_the_first_one_where_there_is_another_job(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    started = {**ENVIRONMENT, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+    for key, value in started.items():
+        monkeypatch.setenv(key, value)
+    assert main(["pretrain", "-m", "seed=1,2", "device=cpu"]) == 0  # the first one has the exit code
+    assert capfd.readouterr().err.count("has started 2 processes, but parallel=none") == 2
+    assert waited == []
+
+
+@pytest.mark.parametrize("plugin", ["launcher=joblib", "sweeper=optuna"])
+def test_what_is_wrong_with_a_launcher_or_a_search_is_said_by_the_first_process(
+    plugin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: object) -> None:
+        raise ConfigError("a wrong setting")
+
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(launch, "check", lambda _: None)  # as if it were installed
+    for name in ("launched", "search"):
+        monkeypatch.setattr(launch, name, wrong)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank, waits in (("0", []), ("1", [FIRST_S])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["pretrain", "-m", plugin, "run.dir=jobs"]) == 2
+        assert waited == waits
 
 
 @pytest.mark.parametrize(
