@@ -65,7 +65,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
 
 
 def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
-    world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
+    world, device, console = place.world, place.device, place.console
     _check_use(cfg)
     start = _started_alike(cfg, world, console)
     begin = world.first_alone(lambda: set_up(start, device, console))
@@ -97,11 +97,7 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             stored["fitted"] = fitted
         if begin.base is not None and _began_elsewhere(begin.base.config):
             stored["base_had_base"] = True
-        job = Job(
-            *(cfg, this_run, begin.task, begin.model, begin.model_config, stored, device, console, stop, started),
-            world=world,
-            forgetting=forgetting,
-        )
+        job = Job(cfg, this_run, begin.task, begin.model, begin.model_config, stored, place, forgetting)
         result = execute(job)
         if cfg.adapter is not None and begin.base is not None and world.is_first:
             _save_adapter(cfg.adapter, cfg.task, this_run, begin.model, begin.base, console)

@@ -94,7 +94,7 @@ def follow(job: Job, order: DataOrder | None, snapshot: Snapshot, before: str, f
     if order is None or not anew:
         return
     job.run.journal("data changed", {"from": before, "to": order.data, "step": order.first_step, "order": order.number})
-    job.console.warn(
+    job.place.console.warn(
         f"the data changed: behind step {order.first_step} they come in a new order (number {order.number}), from its"
         " beginning; losses before and after are of different texts"
     )

@@ -39,7 +39,7 @@ def run(cfg: PretrainConfig) -> dict[str, Any]:
 
 
 def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
-    world, device, console, stop, started = place.world, place.device, place.console, place.stop, place.started
+    world, console = place.world, place.console
     _check_use(cfg)
     _check_softmax(cfg)
     prepared, imported = world.first_alone(lambda: prepare_data(cfg, console))
@@ -59,7 +59,7 @@ def _run(cfg: PretrainConfig, place: Place) -> dict[str, Any]:
         task = build_task(cfg, model, prepared)
         if isinstance(task, SentenceTask) and (note := task.cut_note()):
             console.warn(note)
-        job = Job(cfg, this_run, task, model, cfg.model, stored, device, console, stop, started, world)
+        job = Job(cfg, this_run, task, model, cfg.model, stored, place)
         return execute(job)
 
 

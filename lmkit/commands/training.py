@@ -34,7 +34,7 @@ from lmkit.config.model import ModelConfig
 from lmkit.config.optimization import SgdConfig
 from lmkit.config.plain import kind_of, with_defaults
 from lmkit.config.training import Average, NonFinite
-from lmkit.console import Console, format_count, format_duration, plural
+from lmkit.console import format_count, format_duration, plural
 from lmkit.data.batches import ORDER
 from lmkit.device import Device, attention_of_any_shape
 from lmkit.distributed import SINGLE, World
@@ -49,7 +49,6 @@ from lmkit.optim import build_optimizer
 from lmkit.plots import plot_run
 from lmkit.session import Session
 from lmkit.sharding import shard
-from lmkit.signals import StopRequests
 from lmkit.snapshots import restore_trainer, state_in
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot, list_checkpoints, load_latest
 from lmkit.store.checkpoint_writer import CheckpointWriter
@@ -80,13 +79,7 @@ class Job:
     model_config: ModelConfig
     stored_config: dict[str, Any]
     """What goes into every checkpoint's config.json."""
-    device: Device
-    console: Console
-    stop: StopRequests
-    started: float
-    """time.monotonic() at which the command began."""
-    world: World = SINGLE
-    """The processes that train together."""
+    place: Place
     forgetting: Forgetting | None = None
     """What finetuning does to the perplexity on the text that the base run learnt; None: it is not measured."""
 
@@ -130,30 +123,31 @@ def open_run(cfg: PretrainConfig | FinetuneConfig, dataset: str, model: str, pla
 
 def execute(job: Job) -> dict[str, Any]:
     """Train (or count), evaluate on valid, save, write result.json, and show the result."""
-    if job.world.size > 1 and job.model_config.trains_by_counting:
+    place = job.place
+    if place.world.size > 1 and job.model_config.trains_by_counting:
         kind = kind_of(job.cfg.parallel)
         raise ConfigError(f"parallel={kind}: a model that counts is made by one process", "leave parallel out")
     refuse_links(job.run.path)
     job.run.place = {
-        "device": f"{job.device.torch_device.type} {job.device.precision.name}",
-        "processes": str(job.world.size),
+        "device": f"{place.device.torch_device.type} {place.device.precision.name}",
+        "processes": str(place.world.size),
     }
     new_data = job.cfg.run.allow_data_change
-    if job.world.is_first and not (job.run.path / RUN_INFO).is_file():
+    if place.world.is_first and not (job.run.path / RUN_INFO).is_file():
         for path in list_checkpoints(job.run.path):
             with contextlib.suppress(CheckpointError):  # damaged; load_latest says so
                 # before it is written that the run was of this data
-                check_origin(job.run, job.digests, path, job.console, new_data=new_data)
+                check_origin(job.run, job.digests, path, place.console, new_data=new_data)
                 remember(job.run.former_data, data_of(path, job.digests), job.digests["data"])
     job.run.begin(
         seed=job.cfg.seed,
-        command=command_line(job.world),
+        command=command_line(place.world),
         digests=job.digests,
         base=job.base,
-        show=functools.partial(show_changes, job.console),
+        show=functools.partial(show_changes, place.console),
         new_data=new_data,
     )
-    found = load_latest(job.run.path, job.console.warn, shared=job.world.local_size > 1)
+    found = load_latest(job.run.path, place.console.warn, shared=place.world.local_size > 1)
     _check_shared(job, -1 if found is None else found[1].step)
     before, former = "", list[str]()
     order: DataOrder | None = None
@@ -162,14 +156,14 @@ def execute(job: Job) -> dict[str, Any]:
         job.run.take_data([])
     else:
         before = data_of(found[0], job.digests)
-        former = json.loads(job.world.tell(lambda: json.dumps(job.run.former_data)))
+        former = json.loads(place.world.tell(lambda: json.dumps(job.run.former_data)))
         # what was allowed before a kill, and is in no checkpoint yet, stays allowed
-        check_origin(job.run, job.digests, found[0], job.console, new_data=new_data or before in former)
+        check_origin(job.run, job.digests, found[0], place.console, new_data=new_data or before in former)
         check_known(*found)
         order = order_behind(found[1], job.digests, before)
     if order is not None:
         job.stored_config = {**job.stored_config, DATA_ORDER: asdict(order)}
-    changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, job.console)
+    changes = [] if found is None else check_resumable(with_defaults(found[1].config), job.stored_config, place.console)
     if changes:
         job.run.journal("changed", {"keys": changes})
     result = read_result(job.run.path)
@@ -177,23 +171,24 @@ def execute(job: Job) -> dict[str, Any]:
     # a result may be of an end that the run had before it was given more steps
     ended = result is not None and found is not None and result.get("step", found[1].step) == found[1].step
     if result is not None and found is not None and ended and not longer:
-        job.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
+        place.console.say(f"{job.run.path} is finished at step {found[1].step}: nothing to do")
         return result
     if changes:
-        job.console.say(f"going on with other values than before: {', '.join(changes)}")
+        place.console.say(f"going on with other values than before: {', '.join(changes)}")
     if found is not None:
         follow(job, order, found[1], before, former)
     if job.model_config.trains_by_counting:
         return _count(job)
     if found is not None:
-        say_environment(job.run, found[0], job.console)
+        say_environment(job.run, found[0], place.console)
     return _train(job, found[1] if found is not None else None, longer=longer)
 
 
 def _check_shared(job: Job, step: int) -> None:
     """Raise CheckpointError unless all processes have found the checkpoint of the same step (-1: none)."""
-    (first,), _ = job.world.agree([float(step)])
-    _, (other,) = job.world.agree([], [step != first])
+    world = job.place.world
+    (first,), _ = world.agree([float(step)])
+    _, (other,) = world.agree([], [step != first])
     if other:
         raise CheckpointError(
             f"not all processes find the checkpoint of step {first:.0f} in {job.run.path}",
@@ -254,17 +249,17 @@ def build_trainer(
 
 
 def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, Any]:
-    cfg, forgetting = job.cfg, job.forgetting
+    cfg, place, forgetting = job.cfg, job.place, job.forgetting
     if forgetting is not None:
         forgetting.measure_before(job.task)
-    trainer = build_trainer(cfg, job.task, job.model, job.device, snapshot, job.world)
+    trainer = build_trainer(cfg, job.task, job.model, place.device, snapshot, place.world)
     job.run.cut_metrics(trainer.state.step, validated=trainer.state.valid_steps[-1:] == [trainer.state.step])
-    if job.world.is_first:
-        attach_logger(cfg.logger, job.run, job.stored_config, job.console.warn)
+    if place.world.is_first:
+        attach_logger(cfg.logger, job.run, job.stored_config, place.console.warn)
     if snapshot is not None:
-        job.console.say(f"resuming {job.run.path} after step {snapshot.step}")
+        place.console.say(f"resuming {job.run.path} after step {snapshot.step}")
     reserve_s = 0.0 if forgetting is None else forgetting.seconds
-    timing = Timing(trainer, cfg.train, job.started, longer=longer, reserve_s=reserve_s)
+    timing = Timing(trainer, cfg.train, place.started, longer=longer, reserve_s=reserve_s)
     session = Session(
         run=job.run,
         trainer=trainer,
@@ -274,30 +269,30 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
         log=cfg.log,
         eval=cfg.eval,
         save=cfg.save,
-        console=job.console,
-        stop=job.stop,
-        command=command_line(job.world),
+        console=place.console,
+        stop=place.stop,
+        command=command_line(place.world),
     )
     _say_plan(job, timing)
     with attention_of_any_shape() if job.task.shapes_vary else contextlib.nullcontext():
         validation = session.execute()
-    job.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
+    place.stop.otherwise = (f"after the last step, which is saved in {job.run.path}", "go on with resume=true")
     state = trainer.state
     average = cfg.train.average
     if average in WHAT_BEGINS and state.averaged_since is None:
-        job.console.warn(
+        place.console.warn(
             f"train.average={average.name} never began in {state.step} steps and {len(state.valid_losses)} validations:"
             f" the weights are those of the last step ({WHAT_BEGINS[average]} when it begins)"
         )
     try:
-        job.stop.heed()
-        if job.world.is_first:
-            plot_run(job.run.path, job.console.warn, job.task.unit)
+        place.stop.heed()
+        if place.world.is_first:
+            plot_run(job.run.path, place.console.warn, job.task.unit)
         with judged(trainer):
             if forgetting is not None:
                 validation = forgetting.added_to(validation)
     except (KeyboardInterrupt, StoppedError):
-        job.run.journal("stopped", {"signal": job.stop.requested, "step": state.step})
+        job.run.journal("stopped", {"signal": place.stop.requested, "step": state.step})
         raise
     losses = state.losses_by_data()[-1] or [validation.loss]  # it is of these data, whatever step they begin with
     if (best := min(losses)) < losses[-1]:
@@ -315,7 +310,7 @@ def _train(job: Job, snapshot: Snapshot | None, *, longer: bool) -> dict[str, An
 
 def _say_plan(job: Job, timing: Timing) -> None:
     steps = plural(timing.max_steps, "step") if timing.max_steps is not None else f"{job.cfg.train.budget}"
-    job.console.say(
+    job.place.console.say(
         f"model: {format_count(job.num_parameters)} parameters; train: {format_count(job.task.num_targets)}"
         f" {job.task.unit}s, {plural(timing.steps_per_epoch, 'step')} an epoch; {steps}; run: {job.run.path}"
     )
@@ -323,23 +318,23 @@ def _say_plan(job: Job, timing: Timing) -> None:
 
 def _count(job: Job) -> dict[str, Any]:
     """Estimate an n-gram model, save it as the checkpoint of step 1, and score valid."""
-    task = cast(LanguageModelling, job.task)
+    task, place = cast(LanguageModelling, job.task), job.place
     tokenizer, splits = task.tokenizer, task.prepared.splits
     if (logger := kind_of(job.cfg.logger)) != "none":
-        job.console.warn(f"logger={logger} gets nothing: a model that counts makes no steps to log")
-    job.console.say(f"counting {format_count(splits['train'].num_tokens)} tokens")
+        place.console.warn(f"logger={logger} gets nothing: a model that counts makes no steps to log")
+    place.console.say(f"counting {format_count(splits['train'].num_tokens)} tokens")
     from lmkit.models.ngram import KneserNey
 
     model = cast(KneserNey, job.model)
     model.fit(splits["train"].tokens, eos_id=tokenizer.eos_id)
-    model.to(job.device.torch_device)
+    model.to(place.device.torch_device)
     tokens = splits["valid"].tokens
     windows = unbroken(Segments.whole(len(tokens), tokenizer.eos_id))
-    tally = perplexity(model, tokens, windows, seq_len=1024, batch_size=1, device=job.device)
+    tally = perplexity(model, tokens, windows, seq_len=1024, batch_size=1, device=place.device)
     loss = tally.nats / tally.num_tokens
     if not loss < float("inf"):
         raise DivergedError("the n-gram model gives a valid token no probability")
-    with CheckpointWriter(job.run, tokenizer, keep=job.cfg.save.keep, warn=job.console.warn) as writer:
+    with CheckpointWriter(job.run, tokenizer, keep=job.cfg.save.keep, warn=place.console.warn) as writer:
         state = {"step": 1, VALID_LOSS: loss}
         writer.submit(Snapshot(1, dict(model.state_dict()), {}, state, job.stored_config))
     numbers = {"step": 1, "epochs": 1.0, "trained_tokens": splits["train"].num_tokens, "best_valid_loss": loss}
@@ -348,6 +343,7 @@ def _count(job: Job) -> dict[str, Any]:
 
 def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[str, Any]:
     """Write result.json and show the table."""
+    place = job.place
     result = {
         "command": job.stored_config["command"],
         "dataset": job.task.data_name,
@@ -356,10 +352,10 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
         **validation.result,
     }
     # one of the next two without the other would be no end, and all that is left takes a moment
-    job.stop.deferring = True
+    place.stop.deferring = True
     job.run.journal("finished", {"step": numbers["step"]})
     job.run.write_result(result)
-    job.stop.otherwise = (f"when {job.run.path} was finished", "what was to follow comes with resume=true")
+    place.stop.otherwise = (f"when {job.run.path} was finished", "what was to follow comes with resume=true")
     counted = job.model_config.trains_by_counting
     length = "counted" if counted else f"{plural(numbers['step'], 'step')}, {numbers['epochs']:.2f} epochs"
     whole = all(p.requires_grad for p in job.model.parameters())
@@ -373,6 +369,6 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
     ]
     if "elapsed_s" in numbers:
         rows.insert(3, ("time", format_duration(numbers["elapsed_s"])))
-    job.console.table("Result", rows)
-    job.console.say(f"next: {job.task.advice(shlex.quote(str(job.run.path)))}")
+    place.console.table("Result", rows)
+    place.console.say(f"next: {job.task.advice(shlex.quote(str(job.run.path)))}")
     return result

@@ -385,7 +385,7 @@ def test_row_18_processes_that_find_the_checkpoints_of_different_steps_are_refus
         def agree(self, values: list[float], requests: Sequence[bool] = ()) -> tuple[list[float], Sequence[bool]]:
             return [12.0] * len(values), requests
 
-    job: Any = SimpleNamespace(world=Other(), run=SimpleNamespace(path=Path("runs/one")))
+    job: Any = SimpleNamespace(place=SimpleNamespace(world=Other()), run=SimpleNamespace(path=Path("runs/one")))
     training._check_shared(job, 12)
     with pytest.raises(CheckpointError, match=r"not all processes find the checkpoint of step 12 in runs/one"):
         training._check_shared(job, 8)
