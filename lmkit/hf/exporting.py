@@ -18,7 +18,7 @@ from torch import Tensor
 from lmkit.config.export import ExportFormat
 from lmkit.config.model import TransformerConfig
 from lmkit.config.plain import from_plain, to_plain
-from lmkit.errors import DataError
+from lmkit.errors import DataError, is_out_of_memory
 from lmkit.hf.families import FAMILIES, family_for
 from lmkit.hf.importing import CONFIG, read_model
 from lmkit.hf.keys import read_json
@@ -126,6 +126,8 @@ def _check_with_transformers(source: Source, folder: Path) -> str:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model.eval()
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"transformers {transformers.__version__} cannot load the folder ({one_line(error)})") from None
 
     @torch.no_grad()

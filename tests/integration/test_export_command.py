@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,20 @@ def test_what_killed_exports_to_the_same_folder_have_left_is_removed(tmp_path: P
         (tmp_path / "models" / name / "model.safetensors").write_bytes(b"half")
     export.run(config(run, tmp_path / "models" / "out", ExportFormat.safetensors))
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted([*stay, "out"])
+
+
+def test_where_memory_runs_out_for_the_check_by_transformers_the_folder_is_not_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+
+    quiet = SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
+    model = SimpleNamespace(from_pretrained=full)
+    library = SimpleNamespace(__version__="5", logging=quiet, AutoModelForCausalLM=model)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        exporting._check_with_transformers(None, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_model_with_a_memory_is_read_again_as_one(tmp_path: Path) -> None:
