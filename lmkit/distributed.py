@@ -183,7 +183,8 @@ class World:
             try:
                 text = make().encode("utf-8")
             except BaseException as error:
-                self.agree([0.0, float(getattr(error, "exit_code", LmkitError.exit_code))])
+                with contextlib.suppress(LostError):  # they may have given up waiting
+                    self.agree([0.0, float(getattr(error, "exit_code", LmkitError.exit_code))])
                 raise
         (made, length), _ = self.agree([1.0, float(len(text))])
         if not made:

@@ -43,7 +43,7 @@ from lmkit.config.training import (
     TrainConfig,
 )
 from lmkit.device import resolve_device
-from lmkit.distributed import SINGLE, World, find_world
+from lmkit.distributed import SINGLE, LostError, World, find_world
 from lmkit.errors import CheckpointError, ConfigError, DataError, StoppedError
 from lmkit.reporting import FIRST_S
 from lmkit.sharding import is_sharded
@@ -358,6 +358,18 @@ def test_the_others_leave_with_the_exit_code_of_the_first_one_s_error(monkeypatc
     with pytest.raises(SystemExit) as left:
         World(rank=1, size=2).tell(missing)
     assert left.value.code == DataError.exit_code
+
+
+def test_the_first_one_says_its_error_where_the_others_have_given_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise LostError("lost each other", "timed out")
+
+    def full() -> str:
+        raise DataError("the text changed while it was read")
+
+    monkeypatch.setattr(World, "agree", lost)
+    with pytest.raises(DataError, match="changed while it was read"):
+        World(rank=0, size=2).tell(full)
 
 
 JOINED = """
