@@ -113,6 +113,10 @@ class World:
                 yield
         except LostError as error:
             raise LostError(error.what, error.reason, self._silent(store)) from error
+        except SystemExit:  # the first one has met an error, and may have something to save yet
+            with contextlib.suppress(RuntimeError):
+                store.wait([_LEFT], timeout)
+            raise
         except LmkitError as error:
             if isinstance(error, StoppedError):
                 dist.destroy_process_group()
@@ -183,8 +187,10 @@ class World:
             try:
                 text = make().encode("utf-8")
             except BaseException as error:
+                no_room = isinstance(error, OSError) or is_out_of_memory(error)
+                code = ResourceError.exit_code if no_room else getattr(error, "exit_code", LmkitError.exit_code)
                 with contextlib.suppress(LostError):  # they may have given up waiting
-                    self.agree([0.0, float(getattr(error, "exit_code", LmkitError.exit_code))])
+                    self.agree([0.0, float(code)])
                 raise
         (made, length), _ = self.agree([1.0, float(len(text))])
         if not made:

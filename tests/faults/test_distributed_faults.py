@@ -24,6 +24,7 @@ from harness import Lmkit, Start, digests, names
 from lmkit import distributed, loading, sharding
 from lmkit.commands.place import deal
 from lmkit.config.training import TrainConfig
+from lmkit.errors import ConfigError
 from lmkit.session import Session
 from lmkit.store import storage
 from lmkit.store.found import read_info
@@ -306,6 +307,31 @@ def test_row_35_the_micro_batch_that_would_fit_can_be_dealt_to_the_processes(job
         assert advice is not None, child.text
         train = TrainConfig(batch_size=30, micro_batch_size=int(advice[1]))
         deal(train, distributed.World(0, 2, 0, 2))  # is not refused
+
+
+def leave_late(path: Path) -> None:
+    """Take a while to leave after an error, as where something is to be saved yet, and say when that is done."""
+    tell = distributed.World.tell
+
+    def instead(self: distributed.World, make: Callable[[], str]) -> str:
+        try:
+            return tell(self, make)
+        except ConfigError:
+            time.sleep(3)
+            path.touch()
+            raise
+
+    distributed.World.tell = instead  # type: ignore[method-assign]
+
+
+def test_the_others_leave_when_the_first_one_that_has_met_an_error_has_left(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "foreign.txt").touch()
+    first, second = job("ddp", "run", [[partial(leave_late, tmp_path / "late")], []])
+    assert second.wait() == 2, second.text
+    assert (tmp_path / "late").exists()
+    assert first.wait() == 2, first.text
+    assert "error: " not in second.text
 
 
 def find(run_dir: Path) -> None:
