@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -46,16 +47,20 @@ def judge(trainer: Trainer, stop: StopRequests, run: Run, *, sample_tokens: int)
     Raises Interrupted if the run is to stop, and DivergedError, which is noted in the journal, for a loss that is not
     finite.
     """
-    alone = None
+    alone: list[tuple[Validation, str | None]] = []
     start = time.monotonic()
-    with contextlib.suppress(Interrupted), judged(trainer):
-        if trainer.world.is_first:
-            alone = _judge_alone(trainer, stop, run, sample_tokens)
-    loss, took_s = math.nan if alone is None else alone[0].loss, time.monotonic() - start
-    (done, loss, took_s), _ = trainer.world.agree([alone is not None, loss, took_s])
-    if not done:
+
+    def judge_alone() -> str:
+        with contextlib.suppress(Interrupted):
+            alone.append(_judge_alone(trainer, stop, run, sample_tokens))
+        return json.dumps([alone[0][0].loss, time.monotonic() - start] if alone else None)
+
+    with judged(trainer):
+        told = json.loads(trainer.world.tell(judge_alone))
+    if told is None:
         raise Interrupted
-    validation, sample = alone or (Validation(loss, {}, "", {}), None)
+    loss, took_s = told
+    validation, sample = alone[0] if alone else (Validation(loss, {}, "", {}), None)
     return Judgement(validation, sample, took_s)
 
 

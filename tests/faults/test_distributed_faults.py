@@ -6,12 +6,14 @@ names (row_17 ...) are the rows of the project's fault table.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from lmkit.session import Session
 from lmkit.store import storage
 from lmkit.store.found import read_info
 from lmkit.store.manifest import step_directory
+from lmkit.tasks.language import LanguageModelling
 from lmkit.timing import Timing
 from lmkit.train import Trainer
 
@@ -332,6 +335,23 @@ def test_the_others_leave_when_the_first_one_that_has_met_an_error_has_left(job:
     assert (tmp_path / "late").exists()
     assert first.wait() == 2, first.text
     assert "error: " not in second.text
+
+
+def diverge() -> None:
+    """Find a validation loss that is not finite."""
+    validate = LanguageModelling.validate
+
+    def instead(self: LanguageModelling, **options: Any) -> Any:
+        return replace(validate(self, **options), loss=math.nan)
+
+    LanguageModelling.validate = instead  # type: ignore[method-assign]
+
+
+def test_row_58_a_validation_that_is_not_finite_ends_all_processes_with_7_and_is_said_by_the_first(job: Job) -> None:
+    children = job("ddp", "run", [[diverge], []])
+    assert [child.wait() for child in children] == [7, 7], [child.text for child in children]
+    assert error_of(children[0]).startswith("error: the validation loss after step ")
+    assert "error: " not in children[1].text
 
 
 def find(run_dir: Path) -> None:
