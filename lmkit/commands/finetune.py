@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lmkit.commands.forgetting import Forgetting, corpus_of
+from lmkit.commands.new_data import DATA_ORDER
 from lmkit.commands.place import Place, check_data, deal, here
 from lmkit.commands.predict import check_prediction, predict_file
 from lmkit.commands.training import Job, execute, open_run
@@ -95,7 +96,7 @@ def _run(cfg: FinetuneConfig, place: Place) -> dict[str, Any]:
             stored["train"]["seq_len"] = begin.base.context  # what the language model inside was trained on
         if fitted := begin.task.fitted():
             stored["fitted"] = fitted
-        if begin.base is not None and _began_elsewhere(begin.base.config):
+        if begin.base is not None and _had_learnt_more(begin.base.config):
             stored["base_had_base"] = True
         job = Job(cfg, this_run, begin.task, begin.model, begin.model_config, stored, place, forgetting)
         result = execute(job)
@@ -167,9 +168,10 @@ def _check_use(cfg: FinetuneConfig) -> None:
             check.unused("softmax", cfg.softmax, ("cutoffs", "div_value"), rule)
 
 
-def _began_elsewhere(config: Mapping[str, Any]) -> bool:
-    """Whether a run did not begin with random weights, by what it has stored of itself."""
-    return config.get("base") is not None or (config.get("init") or {}).get("weights") is not None
+def _had_learnt_more(config: Mapping[str, Any]) -> bool:
+    """Whether a run did not begin with random weights, or went on with other data, by what it has stored of itself."""
+    began_elsewhere = config.get("base") is not None or (config.get("init") or {}).get("weights") is not None
+    return began_elsewhere or DATA_ORDER in config
 
 
 def _say_if_shorter(seq_len: int, base: LoadedRun, console: Console) -> None:

@@ -143,13 +143,13 @@ def published_kind(kind: str, config: Mapping[str, Any], dataset: str) -> str:
     """Under which kind a run's number stands among published ones; ``config``: what the run has stored of itself.
 
     A run that has learnt anything but ``dataset`` alone (other text, or a model to begin with, whatever that had read)
-    is a pretrained one: its number is not that of a model which saw nothing else. Of a run whose base had a base itself
-    it is not known what that had read.
+    is a pretrained one: its number is not that of a model which saw nothing else. What the base of a base had read, and
+    what a run had read before it went on with other data, is not known.
     """
     corpora = [config.get("dataset"), *([] if config.get("base") is None else [config.get("corpus")])]
     known = [(corpus or {}).get("name") for corpus in corpora if (corpus or {}).get("kind") == "benchmark"]
     task, init = config.get("task") or {}, config.get("init") or {}
-    alone = init.get("weights") is None and not config.get("base_had_base")
+    alone = init.get("weights") is None and not config.get("base_had_base") and config.get("data_order") is None
     if alone and known == [dataset] * len(corpora) and task.get("kind", "lm") == "lm":
         return kind
     return "pretrained" if kind == "static" else f"pretrained + {kind}"

@@ -464,6 +464,27 @@ def test_a_run_tells_that_its_base_had_a_base_itself_and_goes_on(
     assert finetune.run(longer)["step"] == 4
 
 
+def test_a_run_tells_that_its_base_had_gone_on_with_other_data(
+    bases: dict[str, Path], numbers: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(bases["lstm"], tmp_path / "base"))
+    pretrain.run(
+        PretrainConfig(
+            dataset=TextConfig(path=str(numbers)),
+            tokenizer=ByteTokenizerConfig(),
+            model=MODELS["lstm"],
+            optimizer=AdamwConfig(lr=1e-2),
+            schedule=CosineConfig(),
+            device=CPU,
+            train=TrainConfig(batch_size=8, seq_len=32, max_steps=44),
+            run=RunConfig(dir=str(base), root=str(tmp_path), allow_data_change=True),
+            resume=True,
+        )
+    )
+    finetune.run(tuning(base, numbers, tmp_path / "run", train={"max_steps": 2}))
+    assert read_newest_config(tmp_path / "run")[1].get("base_had_base") is True
+
+
 def test_an_adapter_of_another_base_is_refused_with_the_name_of_its_own(
     bases: dict[str, Path], numbers: Path, tmp_path: Path
 ) -> None:

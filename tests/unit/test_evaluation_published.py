@@ -140,6 +140,7 @@ WIKITEXT2 = {"kind": "benchmark", "name": "wikitext2", "path": None}
         ({"dataset": PTB | {"path": "elsewhere"}, "init": {"weights": None}}, "static"),
         ({"dataset": PTB, "base": "runs/a", "corpus": PTB, "task": {"kind": "lm"}}, "static"),
         ({"dataset": PTB, "base": "runs/b", "corpus": PTB, "base_had_base": True}, "pretrained"),
+        ({"dataset": PTB, "data_order": {"number": 1, "first_step": 8, "data": "d" * 64}}, "pretrained"),
         ({"dataset": PTB, "init": {"weights": "hf:gpt2"}}, "pretrained"),
         ({"dataset": WIKITEXT2}, "pretrained"),
         ({"dataset": {"kind": "hub", "name": "ptb"}}, "pretrained"),
