@@ -11,6 +11,7 @@ from lmkit.commands.new_data import DATA_ORDER, order_of
 from lmkit.commands.runs_show import NOT_COMPARED
 from lmkit.commands.runs_text import columns
 from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.model import ModelConfig
 from lmkit.config.plain import NEWER, from_plain
 from lmkit.config.text import flatten, format_value
 from lmkit.config.training import STREAM_KEYS
@@ -76,6 +77,7 @@ def config_of(stored: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
         raise ConfigError(f"command={command!r} is unknown", NEWER)
     if command == "pretrain":
         return from_plain(PretrainConfig, {key: value for key, value in stored.items() if key not in beside})
+    from_plain(ModelConfig, stored["model"], where="config.model")
     beside |= {"model", "base", "base_sha256", "base_had_base", "corpus", "fitted"}
     return from_plain(FinetuneConfig, {key: value for key, value in stored.items() if key not in beside})
 

@@ -182,6 +182,20 @@ def test_row_68_what_a_newer_version_has_stored_of_a_regression_is_named(
     assert re.search(r"config\.json does not describe .* has unknown keys: hyper_gain; .*update lmkit$", done.error)
 
 
+def test_row_68_a_finetuning_of_a_newer_version_is_not_continued_without_its_settings(
+    lmkit: Lmkit, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("x,y\n" + "".join(f"{n},{2 * n}\n" for n in range(20)), encoding="utf-8")
+    words = ["task=regress", f"task.data={rows}", "task.target=y", "task.numeric=[x]", f"run.dir={tmp_path}/run"]
+    assert lmkit("finetune", *words, "train.max_steps=2", *DEVICE).code == 0
+    for path in list_checkpoints(tmp_path / "run"):
+        forge_config(path, lambda config: config["model"].update(hyper_gain=1.5))
+    done = lmkit("finetune", *words, "train.max_steps=4", "resume=true", *DEVICE)
+    assert done.code == 4, done.err
+    assert re.search(r"made by lmkit .*: config\.model has unknown keys: hyper_gain; .*update lmkit$", done.error)
+
+
 @pytest.mark.parametrize("change", ["data", "tokenizer"])
 def test_rows_69_71_other_data_is_refused_also_where_only_the_checkpoints_are_left(
     small: list[str], lmkit: Lmkit, own_corpus: Path, tmp_path: Path, change: str
