@@ -26,7 +26,7 @@ from lmkit.evaluation.baselines import compressed_bits_per_byte
 from lmkit.evaluation.choosing import Outcome, as_json, evaluate, kind_of
 from lmkit.evaluation.evaluator import Evaluator, Passage
 from lmkit.evaluation.numbers import Units, bootstrap, summary, units_of
-from lmkit.evaluation.protocols import describe
+from lmkit.evaluation.protocols import Protocol, describe
 from lmkit.evaluation.published import published_kind, standing
 from lmkit.evaluation.scoring import TokenScores, exp
 from lmkit.evaluation.wordprobs import (
@@ -195,7 +195,8 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
         + ("" if protocol["text_changes"] == "none" else f" ({protocol['text_changes']})"),
         f"tokens {protocol['tokenizer']}",
         f"{protocol['memory']}, begun {protocol['memory_starts']}"
-        + ("" if protocol["stripes"] is None else f" ({protocol['stripes']} stripes)"),
+        + ("" if protocol["stripes"] is None else f" ({protocol['stripes']} stripes)")
+        + _begun_once(protocol),
         f"first token {protocol['first_token']}",
         f"eos {protocol['eos']}",
         f"<unk> {protocol['unk']}",
@@ -205,6 +206,13 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
         f"text {protocol['text_sha256'][:8]}, model {protocol['model_sha256'][:8]}",
     ]
     return "; ".join(parts)
+
+
+def _begun_once(protocol: Mapping[str, Any]) -> str:
+    """What goes on from line to line (or stripe, page, window) where the model's memory begins anew at each."""
+    ways = (("cache", "cache"), ("dynamic", "dynamic evaluation"))
+    used = " and ".join(shown for key, shown in ways if protocol[key] is not None)
+    return f", {used} {Protocol.reset}" if used and protocol["memory_starts"] != Protocol.reset else ""
 
 
 NOT_COMPARED = (

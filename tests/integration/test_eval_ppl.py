@@ -511,6 +511,34 @@ def test_a_cache_under_a_protocol_that_leaves_tokens_out(runs: Folder) -> None:
         assert math.isfinite(found["ppl"])
 
 
+def test_a_cache_goes_on_from_line_to_line_also_where_each_is_read_on_its_own(runs: Folder, tmp_path: Path) -> None:
+    path, caches = tmp_path / "p.txt", []
+    for protocol in (StreamProtocolConfig(), SentenceProtocolConfig()):
+        own = probs_of(runs, "lstm", path, protocol=protocol)
+        half = probs_of(runs, "lstm", path, protocol=protocol, cache=UnigramCacheConfig(window=30), weights="0.5,0.5")
+        caches.append((2 * half - own)[1:])
+    np.testing.assert_allclose(*caches, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"cache": NeuralCacheConfig(window=20, theta=0.3), "weights": "equal"}, "cache"),
+        ({"dynamic": DynamicSgdConfig(lr=0.1)}, "dynamic evaluation"),
+        ({"cache": UnigramCacheConfig(), "dynamic": DynamicSgdConfig(lr=0.1)}, "cache and dynamic evaluation"),
+    ],
+)
+def test_the_protocol_says_what_goes_on_where_the_memory_begins_anew(
+    fields: dict[str, Any], shown: str, runs: Folder
+) -> None:
+    for protocol, begun in (
+        (StreamProtocolConfig(), "begun at the start of the text;"),
+        (SentenceProtocolConfig(), f"begun at the start of each line, {shown} at the start of the text;"),
+    ):
+        found = evaluate(runs, "lstm", protocol=protocol, checks=False, bootstrap=0, **fields)
+        assert begun in found["protocol_line"]
+
+
 # Comparisons
 
 
