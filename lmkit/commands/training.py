@@ -368,7 +368,8 @@ def _finish(job: Job, validation: Validation, numbers: dict[str, Any]) -> dict[s
         ("run", str(job.run.path)),
     ]
     if "elapsed_s" in numbers:
-        rows.insert(3, ("time", format_duration(numbers["elapsed_s"])))
+        scored = "" if job.forgetting is None else ", the scoring before training included"
+        rows.insert(3, ("time", f"{format_duration(numbers['elapsed_s'])}{scored}"))
     place.console.table("Result", rows)
     place.console.say(f"next: {job.task.advice(shlex.quote(str(job.run.path)))}")
     return result

@@ -351,6 +351,22 @@ def test_a_share_of_no_row_is_refused(bases: dict[str, Path], numbers: Path, tmp
         LmTaskConfig(replay=1.0)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_time_says_that_the_scoring_of_what_is_forgotten_is_in_it(
+    known: bool,
+    bases: dict[str, Path],
+    numbers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not known:
+        monkeypatch.setattr(finetune, "corpus_of", lambda base: None)
+    finetune.run(tuning(bases["lstm"], numbers, tmp_path / "run", train={"max_steps": 1}))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.split()[:1] == ["time"]]
+    assert line.endswith(", the scoring before training included") == known
+
+
 def test_without_the_old_corpus_there_is_a_warning_and_no_number(
     bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
