@@ -56,6 +56,8 @@ class Facts:
         dataset, tokenizer = section(self.config, "dataset"), section(self.config, "tokenizer")
         if words is None or size is None or not dataset:
             return None
+        if dataset.get("kind") == "benchmark":
+            dataset = {**dataset, "path": None}  # the text is the same wherever it lies
         if dataset.get("kind") == "benchmark" and not str(dataset.get("name")).endswith("_raw"):  # has <unk> as a word
             unknown = tokenizer.get("vocab_size") if tokenizer.get("kind") == "word" else None
         return json.dumps([dataset, words, size, unknown], sort_keys=True)

@@ -151,6 +151,15 @@ def test_a_run_that_reads_more_words_as_unknown_is_not_compared_with_one_that_re
     assert row_of(capsys.readouterr().out, "same words") == ["A", "A", "B"]
 
 
+def test_a_benchmark_set_is_the_same_words_wherever_it_lies_and_other_text_is_not(lmkit: Lmkit, capsys: Output) -> None:
+    for kind, words in (("benchmark", ["A", "A"]), ("text", ["A", "B"])):
+        for name, path in (("a", "here"), ("b", None)):
+            dataset = {"kind": kind, "name": "wikitext2_raw", "path": path}
+            make_run(f"{kind}_{name}", {2: 3.0}, data={"a": "d", "b": "e"}[name], config={"dataset": dataset})
+        assert lmkit("compare", f"{kind}_a", f"{kind}_b") == 0
+        assert row_of(capsys.readouterr().out, "same words") == words
+
+
 def test_validation_with_a_carried_memory_is_told_from_that_of_windows(lmkit: Lmkit, capsys: Output) -> None:
     make_run("a", {2: 3.0})
     make_run("b", {2: 2.0}, config={"model": {"kind": "transformer", "d_model": 32, "memory_tokens": 64}})
