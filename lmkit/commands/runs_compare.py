@@ -18,7 +18,15 @@ from lmkit.commands.runs_text import NOTHING, columns, format_step
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.plots import Curve, plot_curves
-from lmkit.store.browse import PER_TOKEN, RunSummary, read_newest_config, read_summary, readable, section
+from lmkit.store.browse import (
+    PER_TOKEN,
+    RunSummary,
+    is_of_present_data,
+    read_newest_config,
+    read_summary,
+    readable,
+    section,
+)
 from lmkit.store.found import read_info, read_metrics, read_result
 
 LONGEST = 36
@@ -33,7 +41,8 @@ class Facts:
     name: str
     summary: RunSummary
     result: dict[str, Any]
-    """result.json, which is of an earlier end where the run trains on; numbers of the end are in ``summary.end``."""
+    """result.json, which is of an earlier end where the run trains on (on other data: empty); numbers of the end are in
+    ``summary.end``."""
     config: dict[str, Any]
     digests: dict[str, Any]
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -82,12 +91,13 @@ def read_facts(run_dir: Path, name: str) -> Facts:
     except CheckpointError:
         metrics = []
     train = [row for row in metrics if "loss" in row]
+    result, (_, config) = readable(read_result, run_dir), read_newest_config(run_dir)
     speeds = [row["tokens_per_s"] for row in train if isinstance(row.get("tokens_per_s"), float)]
     return Facts(
         name=name,
         summary=read_summary(run_dir),
-        result=readable(read_result, run_dir),
-        config=read_newest_config(run_dir)[1],
+        result=result if is_of_present_data(result, config) else {},
+        config=config,
         digests=section(readable(read_info, run_dir), "digests"),
         losses=[(row["step"], row["valid_loss"]) for row in metrics if isinstance(row.get("valid_loss"), float)],
         last_row=train[-1] if train else {},

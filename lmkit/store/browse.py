@@ -259,9 +259,9 @@ def read_summary(run_dir: Path) -> RunSummary:
     result = readable(read_result, run_dir)
     manifest, config = read_newest_config(run_dir)
     validations, last_step = _metrics(run_dir)
-    losses = [_number(row.get("valid_loss")) for row in validations if _is_of_present_data(row, config)]
-    if _is_of_present_data(result, config):
-        losses.append(_number(result.get("best_valid_loss")))
+    losses = [_number(row.get("valid_loss")) for row in validations if is_of_present_data(row, config)]
+    ended = result if is_of_present_data(result, config) else {}
+    losses.append(_number(ended.get("best_valid_loss")))
     steps = [last_step, None if manifest is None else manifest.step]
     dataset, model = section(config, "dataset"), section(config, "model")
     command, seed = info.get("command"), info.get("seed")
@@ -274,13 +274,13 @@ def read_summary(run_dir: Path) -> RunSummary:
         created=str(info.get("created", "")),
         command=[str(word) for word in command] if isinstance(command, list) else [],
         seed=seed if isinstance(seed, int) else None,
-        dataset=_text(result.get("dataset") or dataset.get("name") or dataset.get("kind")),
+        dataset=_text(ended.get("dataset") or dataset.get("name") or dataset.get("kind")),
         model=_text(model.get("cell") or model.get("kind")),
         num_parameters=_num_parameters(manifest) if num_parameters is None else int(num_parameters),
         step=max((step for step in steps if step is not None), default=None),
         best_valid_loss=min((loss for loss in losses if loss is not None), default=None),
         objective=_learnt(config),
-        tokens_per_word=_tokens_per_word(result, config),
+        tokens_per_word=_tokens_per_word(ended, config),
         last_log=last_log,
         num_bytes=size,
         end=result if status is Status.finished else {},
@@ -321,7 +321,7 @@ def _metrics(run_dir: Path) -> tuple[list[dict[str, Any]], int | None]:
     return rows, next(steps, None)
 
 
-def _is_of_present_data(row: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def is_of_present_data(row: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether a row of metrics or a result is of the data that a run of this configuration goes on with."""
     since, step = section(config, "data_order").get("first_step"), row.get("step")
     return not (isinstance(since, int) and isinstance(step, int) and step <= since)

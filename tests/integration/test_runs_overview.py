@@ -203,6 +203,19 @@ def test_the_numbers_of_an_earlier_end_are_not_shown_as_those_of_a_run_that_goes
     assert look() == ("2m 30s", "earlier end (valid)", "step 4, ", "nothing")  # killed
 
 
+def test_the_words_of_an_end_on_other_data_are_not_those_of_a_run_that_goes_on(lmkit: Lmkit, capsys: Output) -> None:
+    order = {"data_order": {"number": 1, "first_step": 2, "data": "d" * 64}}
+    path, _ = make_run("a", {2: 3.0, 4: 2.5}, config=order), make_run("b", {4: 2.5})
+    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    result |= {"step": 2, "dataset": "another", "num_words": 7, "best_valid_loss": 3.0}
+    (path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    assert lmkit("compare", "a", "b") == 0
+    out = capsys.readouterr().out
+    assert row_of(out, "ppl per word, best") == ["-", "148.41"]
+    assert row_of(out, "same words") == ["A", "A"]
+    assert row_of(out, "dataset") == ["text", "text"]
+
+
 def test_losses_that_are_no_nats_per_token_are_not_called_so(lmkit: Lmkit, capsys: Output) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         make_run(name, {2: 0.25}, seed=seed, command="finetune", config={"task": {"kind": "classify"}}, words=None)
