@@ -216,7 +216,7 @@ def _begun_once(protocol: Mapping[str, Any]) -> str:
 
 
 NOT_COMPARED = (
-    *("model_sha256", "memory", "precision", "members", "ensemble"),
+    *("model_sha256", "memory", "precision", "members", "ensemble", "eos"),
     *("tokenizer", "tokenizer_sha256", "context", "stride"),
 )
 """What belongs to a model and not to the way of counting; context and stride count where both have windows, and the

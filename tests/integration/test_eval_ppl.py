@@ -756,6 +756,18 @@ def test_results_of_different_tokenizers_are_compared_unless_one_has_words_that_
         assert "; <unk> none in the text;" in found["protocol_line"]
 
 
+def test_results_by_sentence_are_compared_whether_lines_end_in_eos_or_in_a_newline(
+    runs: Folder, tmp_path: Path
+) -> None:
+    fields = {"protocol": SentenceProtocolConfig(), "checks": False}
+    path = tmp_path / "result.json"
+    other = evaluate(runs, "byte_lstm", output=str(path), **fields)
+    found = evaluate(runs, "lstm", compare=[str(path)], **fields)
+    assert (found["protocol"]["eos"], other["protocol"]["eos"]) == ("scored and counted", "none in the text")
+    against = found["comparisons"][0]
+    assert (against["not_comparable"], against.get("other_ppl")) == ([], other["ppl"])
+
+
 def test_results_per_token_of_different_tokenizers_are_not_compared(runs: Folder, tmp_path: Path) -> None:
     fields = {"protocol": TransformerXlProtocolConfig(test_stripes=2)}
     path = tmp_path / "result.json"
