@@ -88,7 +88,7 @@ def summary(
         "num_tokens": num_tokens,
         "num_tokens_left_out": len(nats_N) - num_tokens,
         "num_words": words + lines if per_word else None,
-        "num_lines": lines,
+        "num_lines": lines if per_word else None,
         "num_bytes": num_bytes,
         "num_chars": num_chars,
         "num_unk": int(is_unk_N.sum()),

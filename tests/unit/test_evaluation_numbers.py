@@ -189,9 +189,10 @@ def test_where_bytes_are_left_out_nothing_is_known_per_word() -> None:
     assert found["token_ppl"] == found["ppl"]
 
 
-def test_where_bytes_are_left_out_the_number_of_words_is_not_known() -> None:
+def test_where_bytes_are_left_out_the_numbers_of_words_and_lines_are_not_known() -> None:
     src = source(TEXT, ByteTokenizer())
-    assert count(src, scores_of(src)[0], TransformerXlProtocolConfig(test_stripes=3))["num_words"] is None
+    found = count(src, scores_of(src)[0], TransformerXlProtocolConfig(test_stripes=3))
+    assert (found["num_words"], found["num_lines"]) == (None, None)
 
 
 def test_a_text_without_words_has_no_perplexity_per_word() -> None:
