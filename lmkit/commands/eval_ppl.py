@@ -134,8 +134,9 @@ def _numbers(evaluator: Evaluator, passage: Passage, outcome: Outcome) -> dict[s
 
 
 def _num_unknown(passage: Passage) -> int:
-    """Tokens <unk> of a split that stand for what the vocabulary lacks: a word <unk> of the text itself is none."""
-    source, number = passage.source, passage.source.split.num_unk
+    """Tokens <unk> of the text as it is read that stand for what the vocabulary lacks: a word <unk> in it is none."""
+    source, unk_id = passage.source, passage.source.tokenizer.unk_id
+    number = 0 if unk_id is None else int((passage.material.tokens == unk_id).sum())
     if number and source.tokenizer.ends_lines:
         number -= sum(line.split().count(UNK) for line in source.read().split("\n"))
     return number

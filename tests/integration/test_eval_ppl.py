@@ -22,6 +22,7 @@ from lmkit.config.data import (
     BenchmarkConfig,
     BenchmarkName,
     ByteTokenizerConfig,
+    CharTokenizerConfig,
     DatasetConfig,
     HfTokenizerConfig,
     SentencePieceTokenizerConfig,
@@ -926,6 +927,20 @@ def test_bits_per_byte_of_a_run_that_lacks_words_of_the_text_are_marked_beside_t
         found = evaluate(runs, "lstm", baselines=True, dataset=other, split="train")
         assert (found["num_unk"], found["num_unknown"]) == (9 + 9 * bool(mark), 9 * bool(mark))
         assert f"this model {found['bits_per_byte']:.3f}{mark}, xz " in capfd.readouterr().out
+
+
+def test_what_only_the_text_as_the_protocol_reads_it_has_of_unknown_characters_is_marked_too(
+    runs: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rules of lm-evaluation-harness write 1 for N, which no text of the run had."""
+    text = tmp_path / "text.txt"
+    text.write_text("the N cat sat\n" * 100, encoding="utf-8")
+    dataset = TextConfig(path=str(text), valid_fraction=0.1, test_fraction=0.1)
+    train_run(runs / "characters", dataset, LSTM, CharTokenizerConfig())
+    protocol = LmEvalWikitextProtocolConfig()
+    found = evaluate(runs, "characters", baselines=True, checks=False, protocol=protocol)
+    assert found["num_unknown"] == found["num_unk"] > 0
+    assert f" (of {found['num_unk']} tokens only that they are <unk>), xz " in capfd.readouterr().out
 
 
 def test_no_baseline_is_counted_on_the_very_text_that_the_run_has_not_learnt(
