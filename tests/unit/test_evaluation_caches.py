@@ -213,6 +213,15 @@ def test_similarities_that_would_overflow_are_ordinary_numbers() -> None:
     assert (found[1:] >= 0).all()
 
 
+def test_similarities_are_not_rounded_where_the_model_computes_in_bf16() -> None:
+    vectors = 3 * torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    exact = similarities(vectors, vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = similarities(vectors, vectors)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact)
+
+
 def test_a_cache_remembers_no_more_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "ROWS", 4)
     cache = cached(model("lstm"), text(60), plan("lstm", 60), 11, [0.5])
