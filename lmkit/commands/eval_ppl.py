@@ -36,7 +36,7 @@ from lmkit.evaluation.wordprobs import (
     read_word_probs,
     word_probs_text,
 )
-from lmkit.loading import LoadedRun, load_run
+from lmkit.loading import LoadedRun, folder_of, load_run
 from lmkit.tokenizers.base import UNK
 from lmkit.tokenizers.lines import line_enders
 
@@ -305,7 +305,7 @@ Opponent = LoadedRun | dict[str, Any] | NDArray[np.float64]
 
 def _opponent(evaluator: Evaluator, name: str) -> Opponent:
     """What ``compare`` names. Raises ConfigError, CheckpointError or DataError for what is none."""
-    path = Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(folder_of(name, evaluator.cfg.run.root)))
     if not path.exists():
         raise ConfigError(f"compare={name} does not exist", "name a run, a file of probabilities or a result in JSON")
     if not path.is_dir():

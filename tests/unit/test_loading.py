@@ -114,6 +114,8 @@ def test_a_run_is_found_by_its_name_in_the_root_where_there_is_no_such_folder(
     assert str(find_checkpoint(named, Console(io.StringIO()))[0].path) == config.path
     evaluated = evaluate(config, ensemble=[str(named.path)])
     assert evaluated["kind"] == "ensemble"
+    against = evaluate(config, compare=[str(named.path)])["comparisons"][0]
+    assert (against["name"], against["nats_per_count"]) == (named.path, 0.0)
     (tmp_path / "elsewhere" / str(named.path)).mkdir()
     with pytest.raises(CheckpointError, match=r"elsewhere/.* is not a run directory"):
         find_checkpoint(named, Console(io.StringIO()))
