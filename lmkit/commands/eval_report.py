@@ -38,7 +38,7 @@ def page(evaluator: Evaluator, passage: Passage, outcome: Outcome, result: Mappi
     if result["kind"] != "static":
         warnings.append(f"Scores are {result['kind']}; the alternatives shown are those of the static model.")
     if not result["trained_on_this_dataset"]:
-        warnings.append("The model was trained on another dataset.")
+        warnings.append("This dataset may not be what the model has learnt.")
     return render(
         Report(
             title=f"{result['dataset']} {result['split']}: perplexity {result['ppl']:.2f} per {result['ppl_per']}",

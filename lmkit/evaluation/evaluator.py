@@ -25,6 +25,7 @@ from lmkit.config.evaluation import (
     SentenceProtocolConfig,
     UnigramCacheConfig,
 )
+from lmkit.config.plain import to_plain
 from lmkit.console import Console
 from lmkit.data.benchmarks import BENCHMARKS
 from lmkit.data.corpus import open_corpus
@@ -105,9 +106,11 @@ class Evaluator:
 
     @functools.cached_property
     def knows_train(self) -> bool:
-        """Whether the run has learnt the train split of this corpus: by its text if the run's data are still in the
-        cache, else by the configuration."""
+        """Whether the run, or what it was finetuned from, has learnt the train split of this corpus: by its text if the
+        run's data are still in the cache, else by the configuration, which is all that is known of a base."""
         train, learnt = self.prepared.splits.get("train"), text_digest_of(self.loaded.data_digest, "train")
+        if self.loaded.config.get("corpus") == to_plain(self.dataset):
+            return True
         if train is None or learnt is None:
             return self.dataset == self.loaded.dataset
         return train.text_digest == learnt

@@ -367,6 +367,21 @@ def test_the_time_says_that_the_scoring_of_what_is_forgotten_is_in_it(
     assert line.endswith(", the scoring before training included") == known
 
 
+def test_a_finetuned_run_has_learnt_what_its_base_has(
+    bases: dict[str, Path], corpus: Path, numbers: Path, tmp_path: Path
+) -> None:
+    finetune.run(tuning(bases["lstm"], numbers, tmp_path / "run", train={"max_steps": 1}))
+
+    def told(run: Path, text: Path) -> Any:
+        page = tmp_path / "page.html"
+        found = evaluated(run, dataset=TextConfig(path=str(text)), report=str(page))["trained_on_this_dataset"]
+        assert ("may not be what the model has learnt" in page.read_text(encoding="utf-8")) != found
+        return found
+
+    assert (told(tmp_path / "run", numbers), told(tmp_path / "run", corpus)) == (True, True)
+    assert (told(bases["lstm"], numbers), told(bases["lstm"], corpus)) == (False, True)
+
+
 def test_without_the_old_corpus_there_is_a_warning_and_no_number(
     bases: dict[str, Path], numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
