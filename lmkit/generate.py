@@ -111,18 +111,22 @@ def generate(
     )
     samples = []
     for first in range(0, num_samples, MAX_BATCH):
-        numbers = range(first, min(first + MAX_BATCH, num_samples))
-        writers = [_Writer(tokenizer, prompt, stop) for _ in numbers]
+        numbers = list(range(first, min(first + MAX_BATCH, num_samples)))
+        writers = going_on = [_Writer(tokenizer, prompt, stop) for _ in numbers]
         if on_text is not None and first == 0:
             writers[0].on_text = on_text
         decoding = _Decoding(model, step, device, prompt, len(numbers), limit, sampling)
         eos_id = None if tokenizer.ends_lines or not stop_at_eos else tokenizer.eos_id
         for position in range(max_new_tokens):
             tokens_B = decoding.next(uniforms(seed, prompt_index, numbers, position))
-            for writer, token in zip(writers, tokens_B, strict=True):
+            for writer, token in zip(going_on, tokens_B, strict=True):
                 writer.push(token, eos_id)
-            if all(writer.finish for writer in writers):
+            rows = [row for row, writer in enumerate(going_on) if writer.finish is None]
+            if not rows:
                 break
+            if 2 * len(rows) <= len(going_on):  # so that all copies together are no more than one of all rows
+                decoding.keep(rows)
+                numbers, going_on = [numbers[row] for row in rows], [going_on[row] for row in rows]
         samples += [writer.close() for writer in writers]
     return samples
 
@@ -180,6 +184,15 @@ class _Decoding:
         if self.context is not None:
             self.recent.append(self.unread_BT)
         return next_B.tolist()
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.batch = len(rows)
+        self.state = self.state.select(torch.tensor(rows, device=self.device.torch_device))
+        self.unread_BT = self.unread_BT[rows]
+        self.recent = [torch.cat(self.recent, 1)[rows]]
+        if self.seen_BV is not None:
+            self.seen_BV = self.seen_BV[rows]
 
 
 class _Writer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ def keep_min_p(logits_NV: Tensor, p: float) -> Tensor:
     return logits_NV.masked_fill(ratio_NV < p, -torch.inf)
 
 
-def uniforms(seed: int, prompt: int, samples: range, position: int) -> Tensor:
+def uniforms(seed: int, prompt: int, samples: Sequence[int], position: int) -> Tensor:
     """The random number in [0, 1) of each sample of a prompt at a position, float64; each depends on its place only."""
     keys = [derive_key(seed, "generate", prompt, number, position) for number in samples]
     return torch.tensor([(key >> 10) / 2**53 for key in keys], dtype=torch.float64)

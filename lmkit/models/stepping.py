@@ -230,6 +230,12 @@ class StepCache:
 
     heads_L2NSC: Tensor
     length: int
+    num_kv_heads: int
+
+    def select(self, rows: Tensor) -> StepCache:
+        """The cache of the texts of these rows, as a copy."""
+        chosen_N = (rows[:, None] * self.num_kv_heads + torch.arange(self.num_kv_heads)).flatten()
+        return StepCache(self.heads_L2NSC.index_select(2, chosen_N), self.length, self.num_kv_heads)
 
 
 class TokenStep:
@@ -278,7 +284,7 @@ class TokenStep:
                 x_BD = layer.feed_forward_norm(layer.down.add_to(x_BD, self._activate(layer.up(x_BD))))
         if self.config.pre_norm:
             x_BD = self.final_norm(x_BD)
-        return self.head(x_BD).float(), StepCache(heads_L2NSC, position + 1)
+        return self.head(x_BD).float(), StepCache(heads_L2NSC, position + 1, self.num_kv_heads)
 
     def _room(self, length: int) -> int:
         """Slots to be made for tokens behind the first ``length``."""
@@ -291,7 +297,8 @@ class TokenStep:
         if self.turns_TM is not None:
             keys_LNTC = keys_LNTC.reshape(*keys_LNTC.shape[:3], 2, -1).transpose(3, 4).flatten(3)
         heads_L2NTC = torch.stack([keys_LNTC, values_LNTC], 1)
-        return StepCache(F.pad(heads_L2NTC, (0, 0, 0, self._room(cache.length))), cache.length)
+        heads_L2NSC = F.pad(heads_L2NTC, (0, 0, 0, self._room(cache.length)))
+        return StepCache(heads_L2NSC, cache.length, self.num_kv_heads)
 
     def _embed(self, tokens_B: Tensor, position: int) -> Tensor:
         config = self.config

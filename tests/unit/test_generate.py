@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from lmkit.evaluation.plan import Segments, sliding
 from lmkit.evaluation.scoring import score
 from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt
 from lmkit.models.base import Head, LanguageModel, Scores, State
+from lmkit.models.stepping import MIN_TOKENS
+from lmkit.sampling import sample as draw
 from lmkit.tasks.chat import greedy_answers
 from lmkit.tokenizers import ByteTokenizer, CharTokenizer, HfTokenizer, Tokenizer, WordTokenizer
 from lmkit.tokenizers.convert import hf_json
@@ -232,6 +235,29 @@ def test_the_samples_of_a_batch_end_each_on_its_own() -> None:
     assert len({s.num_tokens for s in samples}) > 3
     for sample in samples:
         assert sample.num_tokens < 30 or sample.finish == "length"
+
+
+@pytest.mark.parametrize("config", models())
+@pytest.mark.parametrize("length", [MIN_TOKENS - 1, 2 * MIN_TOKENS])
+def test_what_the_others_say_is_the_same_when_samples_that_have_ended_are_left_out(
+    config: ModelConfig, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows: list[int] = []
+
+    def counted(logits_NV: Tensor, *rest: Any) -> Tensor:
+        num_rows.append(len(logits_NV))
+        return draw(logits_NV, *rest)
+
+    model = build(config, WORDS.vocab_size)
+    options: dict[str, Any] = {"max_new_tokens": length, "num_samples": 20}
+    sampling = SamplingConfig(repetition_penalty=1.1)
+    whole = run(model, WORDS, "it said", sampling, **options)
+    monkeypatch.setattr("lmkit.generate.sample", counted)
+    ended = run(model, WORDS, "it said", sampling, stop=["would", "company"], **options)
+    assert [s.text for s in ended] == [re.split("would|company", s.text)[0] for s in whole]
+    going_on = [sum(s.num_tokens > position for s in ended) for position in range(len(num_rows))]
+    assert 0 < going_on[-1] <= 5
+    assert all(going <= rows < 2 * going for going, rows in zip(going_on, num_rows, strict=True))
 
 
 def test_no_new_tokens_give_an_empty_text_without_running_the_model() -> None:

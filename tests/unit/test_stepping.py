@@ -75,6 +75,27 @@ def test_a_step_gives_the_logits_of_the_whole_model(
         torch.testing.assert_close(logits_BV, expected[:, t], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "grouped", "gpt2"])
+@pytest.mark.parametrize("onednn", [False, torch._C._has_mkldnn])
+@torch.no_grad()
+def test_the_cache_of_some_of_the_texts_goes_on_with_them(
+    kind: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda: onednn)
+    model = build(kind)
+    tokens_BT = torch.randint(VOCAB, (5, 8), generator=torch.Generator().manual_seed(3))
+    rows = torch.tensor([1, 4])
+    step = token_step(model, 5, 6)
+    assert step is not None
+    _, cache = model(tokens_BT[:, :4], use_state=True)
+    _, cache = step(tokens_BT[:, 4], cache)
+    cache = cache.select(rows)
+    expected = model.head.logits(model(tokens_BT[rows])[0].flatten(0, 1)).view(2, 8, VOCAB)
+    for t in range(5, 8):
+        logits_BV, cache = step(tokens_BT[rows, t], cache)
+        torch.testing.assert_close(logits_BV, expected[:, t], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_room_is_made_for_what_is_asked_for_but_never_for_more_than_a_thousand() -> None:
     model = TransformerConfig(**(SMALL | {"context": 5000})).build(VOCAB, seed=1).eval()
