@@ -19,6 +19,8 @@ from lmkit.tokenizers import Tokenizer
 
 MAX_BATCH = 32
 """Samples decoded at once; each has its own cache."""
+MAX_NAMED_CHARS = 200
+"""A text in another language than the vocabulary's has as many unknown words as words."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
         return []
     units = list(text) if tokenizer.kind == "char" else text.split()
     return [u for u in dict.fromkeys(units) if u != "<unk>" and tokenizer.unk_id in tokenizer.encode(u)]
+
+
+def about_unknown(words: list[str]) -> str:
+    """The warning that names words of ``unknown_words``, of many the first ones."""
+    named = " ".join(words)
+    more = f" ... ({len(words):,} in all)" if len(named) > MAX_NAMED_CHARS else ""
+    return f"not in the vocabulary, read as <unk>: {named[:MAX_NAMED_CHARS]}{more}"
 
 
 def last_to_read(tokens: list[int], context: int, max_new_tokens: int) -> list[int]:

@@ -11,7 +11,7 @@ from lmkit.commands.output import write_text
 from lmkit.config.generation import GenerateConfig
 from lmkit.console import Console, format_number, plural
 from lmkit.device import resolve_device
-from lmkit.generate import Prompt, generate, read_prompt
+from lmkit.generate import Prompt, about_unknown, generate, read_prompt
 from lmkit.loading import load_run
 
 
@@ -76,4 +76,4 @@ def _warn_about(prompt: Prompt, context: int | None, console: Console) -> None:
             f" its first {prompt.num_dropped} tokens are not read"
         )
     if prompt.unknown:
-        console.warn(f"not in the vocabulary, read as <unk>: {' '.join(prompt.unknown)}")
+        console.warn(about_unknown(prompt.unknown))

@@ -13,7 +13,7 @@ from lmkit.config.generation import GenerateConfig, VaeGenerateConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.generate import generate, read_prompt, unknown_words
+from lmkit.generate import about_unknown, generate, read_prompt, unknown_words
 from lmkit.loading import LoadedRun
 from lmkit.models.vae import GivenLatent, VaeLstm
 from lmkit.rng import derive_key
@@ -79,7 +79,7 @@ class _Decoder:
     def warn_about(self, text: str) -> None:
         """Name the words of a text that the run does not know."""
         if unknown := unknown_words(self.loaded.tokenizer, text):
-            self.console.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}")
+            self.console.warn(about_unknown(unknown))
 
     @torch.inference_mode()
     def mean_of(self, text: str) -> Tensor:

@@ -300,6 +300,17 @@ def test_what_is_not_read_of_a_prompt_is_said(
     assert "read as <unk>: " in said
 
 
+def test_of_many_unknown_words_the_first_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_run(tmp_path, RecurrentConfig(d_embed=8, d_hidden=8))
+    write(monkeypatch, config, [" ".join(map(str, range(1000)))], max_new_tokens=1)
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert warning.startswith("warning: not in the vocabulary, read as <unk>: 0 1 2 3 ")
+    assert warning.endswith(" ... (1,000 in all)")
+    assert len(warning) < 300
+
+
 def test_the_prompts_of_a_run_have_their_own_randomness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run(tmp_path, RecurrentConfig(d_embed=8, d_hidden=8))
     _, results = write(monkeypatch, config, ["the", "the"], max_new_tokens=20)
