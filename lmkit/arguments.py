@@ -101,7 +101,9 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
     except UnicodeDecodeError:
         line.problems.append(f"{name} {value.encode('utf-8', 'replace').decode()}: it is not UTF-8 text")
         return
-    if name == "--stop":
+    if name == "--stop" and not text:
+        line.problems.append("--stop is empty, which ends nothing: give a text, or leave it out")
+    elif name == "--stop":
         line.stop.append(text)
     elif name == "--prompt-file":
         try:

@@ -38,6 +38,11 @@ def test_a_stop_text_arrives_as_it_was_written(lmkit: Any, text: str) -> None:
     assert lmkit.config("generate", "--stop", text, f"--stop={text}", "stop=a,b").stop == ["a", "b", text, text]
 
 
+def test_an_empty_stop_text_is_refused(lmkit: Any) -> None:
+    assert "--stop is empty" in lmkit.refused("generate", "--stop", "")
+    assert "--stop is empty" in lmkit.refused("generate", "--stop=", "--prompt", "a")
+
+
 def test_without_a_prompt_the_text_starts_from_nothing(lmkit: Any) -> None:
     assert lmkit("generate") == 0
     assert lmkit.prompts == [[""]]
