@@ -93,7 +93,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = directory / HEADER_FILE
     try:
-        header = json.loads(_read_bytes(path).decode())
+        header = json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({one_line(error)})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -109,7 +109,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if cls.side_file is not None:
         path = directory / cls.side_file
     try:
-        content = _read_bytes(path) if data is None else data.encode()
+        content = read_bytes(path) if data is None else data.encode()
         found = digest_of(cls.kind, content)
         if found != digest:
             raise DataError(f"its digest is {found[:12]}, expected {str(digest)[:12]}")
@@ -124,7 +124,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def _read_hf(path: Path) -> HfTokenizer:
     if os.path.isdir(path):
         path = path / HEADER_FILE
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
         try_in_child(HfTokenizer, content)
         return HfTokenizer(content)
@@ -134,10 +134,11 @@ def _read_hf(path: Path) -> HfTokenizer:
         ) from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, remedy: str = "check the path") -> bytes:
+    """What is in a file of a tokenizer. Raises DataError that names it; remedy: what to do if it is not there."""
     try:
         if not os.path.isfile(path):  # False, where Path.is_file raises, for a name that is too long
-            raise DataError(f"{path} is missing", "check the path")
+            raise DataError(f"{path} is missing", remedy)
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise DataError(f"{path} is too large for a tokenizer ({size} bytes, at most {MAX_FILE_BYTES})")

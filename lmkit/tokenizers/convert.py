@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.errors import DataError
+from lmkit.tokenizers import read_bytes
 from lmkit.tokenizers.base import EOS, HEADER_FILE, UNK, Tokenizer
 from lmkit.tokenizers.basic import ByteTokenizer, CharTokenizer, WordTokenizer
 from lmkit.tokenizers.hf import HfTokenizer, byte_letters
 from lmkit.tokenizers.probe import try_in_child
-from lmkit.tokenizers.sentencepiece import SentencePieceTokenizer
+from lmkit.tokenizers.sentencepiece import BLANK, SentencePieceTokenizer
 
 END = "<|endoftext|>"
 """Name of the end-of-document token of the tokenizers that have none of their own."""
-BLANK = "\u2581"
 _ITS_OWN = "put the tokenizer.json there that the model was trained with"
 SPACES = "".join(chr(code) for code in range(0x110000) if chr(code).isspace() and chr(code) != "\n")
 """What separates words, as ``str.split`` sees it."""
@@ -77,15 +77,8 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> HfTokenizer:
     Types that the file does not name (models are often padded) get names that no text holds. Raises DataError.
     """
     path = folder / HEADER_FILE
-    try:
-        if not path.is_file():
-            raise DataError(
-                f"{path} is missing",
-                "make it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+    remedy = "make it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    content = read_bytes(path, remedy)
     try:
         try_in_child(HfTokenizer, content)
         tokenizer = HfTokenizer(content)

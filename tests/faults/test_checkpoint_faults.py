@@ -819,7 +819,7 @@ def test_row_44_at_whichever_file_a_checkpoint_is_retired_its_reader_has_all_of_
         return call
 
     monkeypatch.setattr(storage, "open_regular", retiring(storage.open_regular))
-    monkeypatch.setattr(tokenizers, "_read_bytes", retiring(tokenizers._read_bytes))
+    monkeypatch.setattr(tokenizers, "read_bytes", retiring(tokenizers.read_bytes))
     assert lmkit(*words, f"run.checkpoint={which}").code == 0
     num_files, codes = len(opened), set()
     assert num_files >= len(FILES) - 1  # the optimizer's is not read
