@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -235,17 +235,8 @@ def _open_split(path: Path, entry: Mapping[str, Any], dtype: np.dtype[Any], veri
             arrays[kind] = np.memmap(file, kind_type, mode="r")
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}", _REMEDY) from error
-    fields = (
-        "num_tokens",
-        "num_words",
-        "num_bytes",
-        "num_chars",
-        "num_lines",
-        "num_documents",
-        "num_unk",
-        "text_digest",
-    )
-    return Split(tokens=arrays["tokens"], document_ends=arrays["ends"], **{name: entry[name] for name in fields})
+    counts = [field.name for field in fields(Split)][2:]  # all but the arrays
+    return Split(arrays["tokens"], arrays["ends"], **{name: entry[name] for name in counts})
 
 
 def sha256_of(path: Path) -> str:

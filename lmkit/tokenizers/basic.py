@@ -153,7 +153,7 @@ class CharTokenizer(BytesTokenizer):
         return ids
 
     def token_text(self, id: int) -> str:
-        return (UNK, EOD, *self.characters)[id] if self.check_id(id) < 2 else self.characters[id - 2]
+        return (UNK, EOD)[id] if self.check_id(id) < 2 else self.characters[id - 2]
 
     def content(self) -> bytes:
         return self.characters.encode()
