@@ -19,6 +19,8 @@ from lmkit.tokenizers import Tokenizer
 
 MAX_BATCH = 32
 """Samples decoded at once; each has its own cache."""
+READ_TOKENS = 4096
+"""A longer prompt is read in pieces: at once an LSTM would take some ten kilobytes for each of its tokens."""
 MAX_NAMED_CHARS = 200
 """A text in another language than the vocabulary's has as many unknown words as words."""
 
@@ -178,7 +180,8 @@ class _Decoding:
             logits_BV, self.state = self.step(self.unread_BT[:, 0], self.state)
         else:
             with self.device.autocast():
-                hidden_BTD, self.state = self.model(self.unread_BT, self.state, use_state=True)
+                for piece_BT in torch.split(self.unread_BT, self.context or READ_TOKENS, 1):
+                    hidden_BTD, self.state = self.model(piece_BT, self.state, use_state=True)
                 logits_BV = self.model.head.logits(hidden_BTD[:, -1])
         self.num_cached += self.unread_BT.shape[1]
         if len(logits_BV) < self.batch:

@@ -294,6 +294,19 @@ def test_of_a_prompt_that_is_too_long_the_last_tokens_are_kept(
     assert prompt.text == text
 
 
+def test_a_prompt_of_any_length_is_read_in_pieces_of_bounded_size() -> None:
+    model = build(RecurrentConfig(d_embed=8, d_hidden=8), WORDS.vocab_size)
+    prompt = read_prompt(WORDS, "the company said it would " * 2000, context=None, max_new_tokens=2)
+    hidden_BTD, _ = model(torch.tensor([prompt.ids]))
+    expected = model.head.logits(hidden_BTD[:, -1]).argmax(1).tolist()
+    widths: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    (sample,) = generate(model, WORDS, prompt, sampling=GREEDY, device=CPU, max_new_tokens=2)
+    assert sample.text.startswith(WORDS.decode([2, *expected])[3:])
+    assert sum(widths) == len(prompt.ids) + 1
+    assert max(widths) < len(prompt.ids)
+
+
 @pytest.mark.parametrize("context", [1, 2, 3])
 def test_the_smallest_contexts_work(context: int) -> None:
     config = TransformerConfig(d_model=8, num_layers=1, num_heads=1, context=context)
