@@ -98,7 +98,7 @@ def _take_text(line: Line, name: str, value: str | None, words: list[str]) -> No
         value = words.pop(0)
     try:
         text = value.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeError:
         line.problems.append(f"{name} {value.encode('utf-8', 'replace').decode()}: it is not UTF-8 text")
         return
     if name == "--stop" and not text:

@@ -98,6 +98,7 @@ def test_a_prompt_file_that_cannot_be_read_is_named(lmkit: Any, tmp_path: Path) 
 def test_a_prompt_of_bytes_that_are_not_utf8_is_refused(lmkit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lmkit.refused("generate", "--prompt", "a\udcffb") == "--prompt a?b: it is not UTF-8 text"
     assert lmkit.refused("generate", "--stop", "a\udcffb") == "--stop a?b: it is not UTF-8 text"
+    assert lmkit.refused("generate", "--prompt", "a\ud800b") == "--prompt a?b: it is not UTF-8 text"  # as on Windows
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("我喜欢学习".encode("gbk"))))
     assert "--prompt -: standard input is not UTF-8 text; convert it" in lmkit.refused("generate", "--prompt", "-")
 
