@@ -20,6 +20,8 @@ from lmkit.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 HUB = "hub:"
+_MAX_FIELD_CHARS = (1 << 31) - 1
+"""Python takes 131,072 by itself, fewer than a long document has; more than this a C long may not hold."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _object(row: Any, where: str) -> Record:
 
 
 def _table(path: Path, *, tabs: bool) -> Iterator[Record]:
+    csv.field_size_limit(_MAX_FIELD_CHARS)
     lines = textfiles.text_lines(path)
     if tabs:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)

@@ -48,6 +48,13 @@ def test_lines_inside_a_text_end_alike_in_every_format(tmp_path: Path) -> None:
         assert read_rows(write(tmp_path / name, text), columns=["a"]) == [{"a": "x\ny"}], name
 
 
+def test_a_text_may_be_long_in_every_format(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    files = {"r.csv": f'a,b\n"{text}",1\n', "r.tsv": f"a\tb\n{text}\t1\n", "r.jsonl": json.dumps({"a": text, "b": 1})}
+    for name, content in files.items():
+        assert read_rows(write(tmp_path / name, content), columns=["a"]) == [{"a": text}], name
+
+
 def test_true_and_false_are_texts(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", json.dumps({"label": True}))
     assert read_rows(path, columns=["label"]) == [{"label": "true"}]
