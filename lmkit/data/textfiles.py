@@ -98,7 +98,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "check dataset.path") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}", "check path and permissions") from error
 
 
 def _refuse(error: OSError) -> None:

@@ -564,7 +564,7 @@ def test_what_may_not_be_looked_at_is_named(
         return real(path, **options)
 
     monkeypatch.setattr(os, "stat", stat)
-    with pytest.raises(DataError, match=rf"^cannot read \S*{place}: Permission denied; check dataset\.path$"):
+    with pytest.raises(DataError, match=rf"^cannot read \S*{place}: Permission denied; check (dataset\.path|path and)"):
         open_corpus(TextConfig(path=str(tmp_path / path)))
 
 
