@@ -144,4 +144,4 @@ def read_bytes(path: Path, remedy: str = "check the path") -> bytes:
             raise DataError(f"{path} is too large for a tokenizer ({size} bytes, at most {MAX_FILE_BYTES})")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)})") from None
+        raise DataError(f"{path} cannot be read ({error.strerror or one_line(error)})") from None

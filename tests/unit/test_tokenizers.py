@@ -280,6 +280,15 @@ def test_hf_names_a_missing_file(tmp_path: Path) -> None:
         train_tokenizer(HfTokenizerConfig(path=str(tmp_path / "nowhere.json")), lines_of(""))
 
 
+def test_hf_names_a_file_that_may_not_be_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read \(Permission denied\)"):
+        read_hf(tmp_path, word_piece_json())
+
+
 def test_hf_refuses_ids_that_no_model_could_hold(tmp_path: Path) -> None:
     spec = json.loads(word_piece_json())
     spec["model"]["vocab"]["far"] = 2**31
