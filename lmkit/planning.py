@@ -34,7 +34,6 @@ class Plan:
     peak_from: float
     """The share of the run (0 to 1) that is done when that part begins."""
     micro_batch_size: int
-    batch_size: int
     room_bytes: int
     """What the device has for this process."""
     largest_fitting: int
@@ -151,7 +150,6 @@ def plan(
         memory=memory,
         peak_from=peak_from,
         micro_batch_size=trainer.micro_batch_size,
-        batch_size=train.batch_size,
         room_bytes=room,
         largest_fitting=largest,
         length_key=(trainer.task.length_limit(train) or ("train.seq_len",))[0],

@@ -82,8 +82,6 @@ class CheckpointWriter:
     ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep={keep} and keep_every={keep_every} must be >= 1")
-        self.newest: Path | None = None
-        """The last checkpoint that was committed and verified by this writer."""
         self.last_cost = Cost(0.0, 0.0, 0.0)
         """That of the last save that succeeded."""
         self._run = run
@@ -250,7 +248,6 @@ class CheckpointWriter:
         self._damaged.discard(path.name)
         self._whole.add(path.name)
         self._found[path.name] = loss_and_data(path)
-        self.newest = path
         self._retire()
 
     def _write(self, staged: Staged) -> Path:
