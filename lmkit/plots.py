@@ -16,7 +16,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 """xs, ys."""
 
 
-def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str = "token") -> None:
+def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str) -> None:
     """Draw the curves of a run's metrics.jsonl into its loss.png; a failure is only a warning.
 
     unit: what the losses are of; perplexities go with those of tokens only, and validations of examples (classes,
@@ -34,44 +34,34 @@ def plot_run(run_dir: Path, warn: Callable[[str], None], unit: str = "token") ->
         warn(f"no plot: {str(error) or type(error).__name__}")
 
 
-def plot_curves(
-    path: Path,
-    curves: Mapping[str, Curve],
-    *,
-    title: str = "",
-    x_label: str = "step",
-    per_token: bool = True,
-    apart: bool = False,
-) -> None:
+def plot_curves(path: Path, curves: Mapping[str, Curve], *, title: str, per_token: bool, apart: bool) -> None:
     """Write a PNG of a run's curves, name -> (xs, ys): losses above, learning rate below.
 
     A name that begins with ``train`` is drawn thin, with its running mean on top; one that begins with ``valid`` with
-    a mark at each point and its lowest value named; ``learning rate`` (or ``lr``) gets a panel of its own. Where there
-    are several of either, ``train X`` and ``valid X`` share the colour of X. Where losses are in nats per token
-    (``per_token``) the right axis reads as perplexity; where those of validation are another measure than those of
-    training (``apart``) they have the right axis for themselves. Values that are not finite are left out; an empty
-    curve or a single point is no error.
+    a mark at each point and its lowest value named; ``learning rate`` gets a panel of its own. Where there are several
+    of either, ``train X`` and ``valid X`` share the colour of X. Where losses are in nats per token (``per_token``) the
+    right axis reads as perplexity; where those of validation are another measure than those of training (``apart``)
+    they have the right axis for themselves. Values that are not finite are left out; an empty curve or a single point
+    is no error.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kept = {_drawable(name): points for name, curve in curves.items() if (points := _finite_points(curve))[0]}
-    rates = {name: points for name, points in kept.items() if name.lower().replace("_", " ") in ("learning rate", "lr")}
-    losses = {name: points for name, points in kept.items() if name not in rates}
-    figure = Figure(figsize=(8, 5.2 if rates else 4.4), dpi=120, layout="constrained")
+    losses = {_drawable(name): points for name, curve in curves.items() if (points := _finite_points(curve))[0]}
+    rates = losses.pop("learning rate", None)
+    figure = Figure(figsize=(8, 4.4 if rates is None else 5.2), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    if rates:
+    if rates is not None:
         axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        for xs, ys in rates.values():
-            rate_axes.plot(xs, ys, color="#7a5195", linewidth=1.4, marker="o" if len(xs) == 1 else "")
+        rate_axes.plot(*rates, color="#7a5195", linewidth=1.4, marker="o" if len(rates[0]) == 1 else "")
         rate_axes.set_ylabel("learning rate")
         rate_axes.set_ylim(bottom=0)
         rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         _plain_look(rate_axes)
-        rate_axes.set_xlabel(x_label)
+        rate_axes.set_xlabel("step")
     else:
         axes = figure.subplots()
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
     train = {name: curve for name, curve in losses.items() if _is_train(name)}
     if apart and 0 < len(train) < len(losses):
         right = axes.twinx()
@@ -173,7 +163,7 @@ def _loss_limits(losses: Mapping[str, Curve]) -> tuple[float, float]:
 
 
 def _is_train(name: str) -> bool:
-    return name.lower().startswith("train")
+    return name.startswith("train")
 
 
 def _perplexity_ticks(low: float, high: float) -> list[float]:

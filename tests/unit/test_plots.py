@@ -33,7 +33,7 @@ CURVES = {
 @pytest.mark.parametrize("name", CURVES)
 def test_any_curves_can_be_plotted(name: str, tmp_path: Path) -> None:
     path = tmp_path / "loss.png"
-    plot_curves(path, CURVES[name], title="a $title_ with % caf\udce9")
+    plot_curves(path, CURVES[name], title="a $title_ with % caf\udce9", per_token=True, apart=False)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
@@ -45,7 +45,7 @@ def test_a_plot_follows_no_link_that_waits_for_it(tmp_path: Path) -> None:
     path = tmp_path / "loss.png"
     for name in (path.name, f".loss.png.{os.getpid()}.tmp"):
         (tmp_path / name).symlink_to(victim)
-    plot_curves(path, CURVES["flat"])
+    plot_curves(path, CURVES["flat"], title="", per_token=True, apart=False)
     assert victim.read_text(encoding="utf-8") == "precious"
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -71,8 +71,8 @@ def test_only_losses_of_tokens_have_perplexities(unit: str, tmp_path: Path, monk
 def test_nothing_that_goes_wrong_with_a_plot_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     (tmp_path / "metrics.jsonl").mkdir()
-    plot_run(tmp_path, warnings.append)
+    plot_run(tmp_path, warnings.append, "token")
     (tmp_path / "metrics.jsonl").rmdir()
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # as where numpy is too new for it
-    plot_run(tmp_path, warnings.append)
+    plot_run(tmp_path, warnings.append, "token")
     assert [text.startswith("no plot: ") for text in warnings] == [True, True], warnings
