@@ -117,14 +117,13 @@ def plan(
     save: SaveConfig,
     *,
     num_processes: int = 1,
-    timed: bool = True,
 ) -> Plan:
     """What the run of a trainer that has done no step will take. It is of no further use: its weights change here.
 
     num_processes: so many share the micro-batches of a step, each with the whole model; the memory is that of one of
     them, and the time is without the sums of the gradients.
 
-    Nothing larger than two rows is tried before it is known that a step fits; ``timed=False`` tries nothing larger.
+    Nothing larger than two rows is tried before it is known that a step fits.
     """
     shares = sorted({0.0, *(share for share in trainer.task.pace_changes_at if share < 1.0)})
     parts = [estimate_memory(trainer, share) for share in shares]
@@ -137,7 +136,7 @@ def plan(
     largest = min(largest_fitting(memory, batch_size, limit) for memory in parts)
     paces: list[tuple[float, float]] = []
     validation_s = None
-    if timed and trainer.micro_batch_size <= largest:
+    if trainer.micro_batch_size <= largest:
         # here it makes the micro-batches of all
         paces = [(share, time_steps(trainer, share) / num_processes) for share in shares]
         validation_s = trainer.task.validation_s(device=trainer.device, micro_batch_size=trainer.micro_batch_size)

@@ -189,9 +189,17 @@ def test_gradients_hide_behind_activations_unless_they_add_up() -> None:
 
 def make_plan(trainer: Trainer, **train: object) -> Plan:
     values = {"batch_size": 4, "seq_len": 16, "max_steps": 100} | train
-    return plan(trainer, TrainConfig(**values), EvalConfig(), SaveConfig(), timed=False)  # type: ignore[arg-type]
+    return plan(trainer, TrainConfig(**values), EvalConfig(), SaveConfig())  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes half a second, a validation six."""
+    monkeypatch.setattr("lmkit.planning.time_steps", lambda *_: 0.5)
+    monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 6.0)
+
+
+@pytest.mark.usefixtures("_clock")
 def test_a_plan_counts_parameters_steps_epochs_and_disk() -> None:
     trainer = make_trainer()
     made = make_plan(trainer)
@@ -208,29 +216,27 @@ def test_a_plan_counts_parameters_steps_epochs_and_disk() -> None:
     assert rows["fits"] == "yes; train.micro_batch_size up to 4 would"
 
 
+@pytest.mark.usefixtures("_clock")
 def test_a_plan_counts_the_checkpoints_that_are_kept_for_good() -> None:
     trainer, train = make_trainer(), TrainConfig(batch_size=4, seq_len=16, max_steps=100)
     for keep_every, every_steps, number in ((None, None, 4), (10, None, 14), (10, 15, 7), (200, None, 4)):
         save = SaveConfig(keep_every=keep_every, every_steps=every_steps)
-        made = plan(trainer, train, EvalConfig(), save, timed=False)
+        made = plan(trainer, train, EvalConfig(), save)
         assert made.num_checkpoints == number
         assert f"{number} checkpoints of" in dict(made.rows())["disk"]
 
 
+@pytest.mark.usefixtures("_clock")
 @pytest.mark.parametrize("every_steps", [None, 50])
-def test_a_plan_by_the_clock_fits_into_it_with_its_validations(
-    every_steps: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer()
-    monkeypatch.setattr("lmkit.planning.time_steps", lambda *_: 0.5)
-    monkeypatch.setattr(NextToken, "validation_s", lambda *_, **__: 6.0)
+def test_a_plan_by_the_clock_fits_into_it_with_its_validations(every_steps: int | None) -> None:
     train = TrainConfig(batch_size=4, seq_len=16, budget="10m")
-    made = plan(trainer, train, EvalConfig(every_steps=every_steps), SaveConfig())
+    made = plan(make_trainer(), train, EvalConfig(every_steps=every_steps), SaveConfig())
     assert made.total_s is not None
     assert 570 < made.total_s <= 600
     assert made.num_validations == (4 if every_steps is None else 19)  # 3 % of 600 s are three, before the last one
 
 
+@pytest.mark.usefixtures("_clock")
 def test_a_plan_counts_the_validations_of_a_number_of_steps() -> None:
     trainer = make_trainer()
     assert make_plan(trainer).num_validations == 5  # at least 20 steps apart
@@ -302,6 +308,7 @@ def test_batches_of_one_row_take_what_a_row_of_others_takes() -> None:
     assert alone.fixed == pytest.approx(several.fixed, rel=0.01)
 
 
+@pytest.mark.usefixtures("_clock")
 def test_schedule_free_training_has_no_average_beside_its_weights_but_saves_both() -> None:
     """AdamW's optimizer, with the same number of tensors, stands in for that of the package."""
     trainer = make_trainer()
