@@ -2,7 +2,8 @@
 
 A file counts as written when its bytes, and the directory entry that names it, have been synced. Temporary names start
 with ``.tmp-`` and names of things being deleted with ``.trash-``: neither is ever read, and ``sweep`` removes what a
-killed process left. The tests replace the functions in PRIMITIVES to fail or to kill the process at the k-th call.
+killed process left. Whatever changes the disk goes through the short functions, which the fault tests let fail or kill
+the process.
 """
 
 from __future__ import annotations
@@ -30,18 +31,6 @@ MORE_FILES = "raise the limit of open files (ulimit -n)"
 """What to do where a process has no descriptors left."""
 PIECE_BYTES = 4 << 20
 """Size of the pieces in which large files are written and hashed on the way."""
-
-PRIMITIVES = (
-    "make_directory",
-    "create_file",
-    "write_all",
-    "sync_file",
-    "sync_directory",
-    "rename",
-    "replace",
-    "remove_file",
-    "remove_directory",
-)
 
 
 def make_directory(path: Path) -> None:

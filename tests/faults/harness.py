@@ -18,6 +18,19 @@ from children import Child
 from lmkit.store import manifest, storage
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
 
+PRIMITIVES = (
+    "make_directory",
+    "create_file",
+    "write_all",
+    "sync_file",
+    "sync_directory",
+    "rename",
+    "replace",
+    "remove_file",
+    "remove_directory",
+)
+"""The functions of ``storage`` that all others there are made of."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -89,7 +102,7 @@ class FailPoint:
         self, patch: pytest.MonkeyPatch, at: int | None, action: Callable[[str, tuple[Any, ...]], None]
     ) -> None:
         self.calls: list[str] = []
-        for name in storage.PRIMITIVES:
+        for name in PRIMITIVES:
             patch.setattr(storage, name, self._wrap(name, getattr(storage, name), at, action))
 
     def _wrap(self, name: str, real: Any, at: int | None, action: Callable[[str, tuple[Any, ...]], None]) -> Any:

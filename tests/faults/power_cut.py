@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import PRIMITIVES
 
 from lmkit.store import storage
 
@@ -83,7 +84,7 @@ class PowerCut:
         """What was there at the start, all of it on the disk."""
         self._root = root
         self._paths: dict[int, str] = {}
-        for name in storage.PRIMITIVES:
+        for name in PRIMITIVES:
             patch.setattr(storage, name, self._wrap(name, getattr(storage, name)))
 
     def _relative(self, path: Path) -> str:
