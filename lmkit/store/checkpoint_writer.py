@@ -358,10 +358,3 @@ class CheckpointWriter:
 def _space_for(staged: Staged) -> int:
     """Free bytes without which a save does not begin: its size, with what a file system adds, and a reserve."""
     return round(staged.num_bytes * 1.1) + _DISK_RESERVE_BYTES
-
-
-def save_checkpoint(run: Run, snapshot: Snapshot, tokenizer: SavableTokenizer, *, keep: int) -> Path:
-    """Save one snapshot now and return its directory. Raises ResourceError, DivergedError or CheckpointError."""
-    with CheckpointWriter(run, tokenizer, keep=keep) as writer:
-        writer.submit(snapshot)
-    return run.path / CHECKPOINTS / mf.step_directory(snapshot.step)

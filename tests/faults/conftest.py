@@ -12,7 +12,7 @@ import children
 import pytest
 import torch
 from harness import Lmkit, Outcome, Start
-from snapshots import open_run
+from storing import open_run
 
 from lmkit import cli
 from lmkit.store.runs import Run

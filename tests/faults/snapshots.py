@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
+from storing import save_checkpoint
 
 from lmkit.store.checkpoint import Snapshot, load_checkpoint
-from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.runs import Run
-
-
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"kind": "byte", "padding": "0123456789"}', encoding="utf-8")
 
 
 def snapshot(step: int, loss: float | None = None) -> Snapshot:
@@ -31,12 +22,8 @@ def snapshot(step: int, loss: float | None = None) -> Snapshot:
     )
 
 
-def open_run(path: Path, *, resume: bool = False, warn: Callable[[str], None] = pytest.fail) -> Run:
-    return Run.create(path, root=path.parent, dataset="d", model="m", resume=resume, warn=warn)
-
-
 def save(run: Run, step: int, loss: float | None = None, *, keep: int = 2) -> Path:
-    return save_checkpoint(run, snapshot(step, loss), ByteTokenizer(), keep=keep)
+    return save_checkpoint(run, snapshot(step, loss), keep=keep)
 
 
 def assert_is_snapshot(path: Path) -> None:

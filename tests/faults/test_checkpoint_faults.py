@@ -26,7 +26,8 @@ from typing import Any
 import pytest
 import torch
 from harness import FailPoint, Lmkit, Start, digests, forge, half_then_kill, in_child, kill
-from snapshots import ByteTokenizer, assert_is_snapshot, open_run, save, snapshot
+from snapshots import assert_is_snapshot, save, snapshot
+from storing import ByteTokenizer, open_run, save_checkpoint
 
 from lmkit import pages, tokenizers
 from lmkit.config.training import ExistingRunConfig
@@ -42,7 +43,7 @@ from lmkit.store.checkpoint import (
     load_checkpoint,
     load_latest,
 )
-from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.found import open_run as found_open_run
 from lmkit.store.manifest import verify_checkpoint
 from lmkit.store.runs import Run
@@ -353,7 +354,7 @@ def test_row_19_a_flipped_bit_is_detected_by_whoever_reads_past_the_cache(
     monkeypatch.setattr(reading, "PIECE_BYTES", 4096)
     made = snapshot(1)
     made.optimizer["weight/momentum"] = torch.arange(20_000, dtype=torch.float32)
-    path = save_checkpoint(run, made, ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, made, keep=1)
     file = path / "optim.safetensors"
     for offset in range(1000, file.stat().st_size, 7001):
         with file.open("r+b") as opened:
@@ -541,7 +542,7 @@ def test_row_26_weights_that_are_not_finite_are_refused_unless_allowed(
     bad.model["bias"][3] = float("nan")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_writer, "first_nonfinite", lambda tensors: None)
-        path = save_checkpoint(run, bad, ByteTokenizer(), keep=1)
+        path = save_checkpoint(run, bad, keep=1)
     with pytest.raises(CheckpointError, match="bias holds NaN or infinity"):
         load_checkpoint(path, with_optimizer=False)
     assert load_checkpoint(path, with_optimizer=False, allow_nonfinite=True).model["bias"][3].isnan()

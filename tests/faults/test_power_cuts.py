@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from harness import FailPoint
 from power_cut import PowerCut, Tree, build, read_tree
-from snapshots import ByteTokenizer, assert_is_snapshot, save, snapshot
+from snapshots import assert_is_snapshot, save, snapshot
+from storing import ByteTokenizer
 
 from lmkit.store import storage
 from lmkit.store.checkpoint import best_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint

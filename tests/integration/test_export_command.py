@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from storing import save_checkpoint
 
 from lmkit import cli, presets
 from lmkit.arguments import parse
@@ -31,7 +32,6 @@ from lmkit.hf.exporting import Source, export_as
 from lmkit.hf.sample import sample_text
 from lmkit.store import storage
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot
-from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.runs import Run
 from lmkit.sweep import combinations
 from lmkit.tokenizers import ByteTokenizer, WordTokenizer

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from storing import ByteTokenizer, open_run, save_checkpoint
 from torch import Tensor
 
 from lmkit import cli
@@ -27,9 +28,8 @@ from lmkit.errors import CheckpointError
 from lmkit.store import storage
 from lmkit.store.browse import is_locked
 from lmkit.store.checkpoint import Snapshot, list_checkpoints
-from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.lock import NoLocksError
-from lmkit.store.runs import Run
 
 CONFIG = {
     "command": "pretrain",
@@ -42,13 +42,6 @@ CONFIG = {
 }
 
 
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
-
-
 def snapshot(step: int, config: dict[str, Any] = CONFIG, loss: float | None = None) -> Snapshot:
     weights = torch.arange(50.0) + step
     state = {"step": step, "elapsed_s": step * 0.1, "valid_nats_per_token": loss}
@@ -58,7 +51,7 @@ def snapshot(step: int, config: dict[str, Any] = CONFIG, loss: float | None = No
 def make_run(name: str, *, config: dict[str, Any] = CONFIG, finished: bool = True, seed: int = 1) -> Path:
     """A run in runs/ with the checkpoints of steps 10 and 20, the first the best."""
     path = Path("runs") / name
-    with Run.create(path, root="runs", dataset="d", model="m", resume=False, warn=pytest.fail) as run:
+    with open_run(path) as run:
         run.begin(seed=seed, command=["lmkit", "pretrain", f"run.dir=runs/{name}"], digests={"data": "d" * 64})
         with CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail) as writer:
             for step, loss in ((10, 2.0), (20, 3.0)):
@@ -131,7 +124,7 @@ def test_ls_json_says_the_same_for_programs(lmkit: Lmkit, capsys: Output) -> Non
 
 def test_ls_shows_a_run_as_running_while_it_is_locked(lmkit: Lmkit, capsys: Output) -> None:
     path = make_run("a")
-    with Run.create(path, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail) as run:
+    with open_run(path, resume=True) as run:
         run.begin(seed=1, command=["lmkit"], digests={"data": "d" * 64})
         lmkit("ls")
         assert " running " in capsys.readouterr().out
@@ -251,9 +244,9 @@ def test_a_pinned_checkpoint_outlives_newer_ones_until_it_is_unpinned(lmkit: Lmk
     path = make_run("a")
 
     def go_on(*steps: int) -> list[str]:
-        with Run.create(path, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail) as run:
+        with open_run(path, resume=True) as run:
             for step in steps:
-                save_checkpoint(run, snapshot(step, loss=9.0), ByteTokenizer(), keep=1)
+                save_checkpoint(run, snapshot(step, loss=9.0), keep=1)
         return [p.name[-2:] for p in list_checkpoints(path)]
 
     assert lmkit("pin", "a", "step=20") == 0
@@ -302,7 +295,7 @@ def test_rm_without_anybody_to_ask_removes_nothing_unless_told_so(
 
 def test_rm_refuses_a_run_in_use_and_then_removes_nothing(lmkit: Lmkit, capsys: Output) -> None:
     a, b = make_run("a"), make_run("b")
-    with Run.create(b, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail):
+    with open_run(b, resume=True):
         assert lmkit("rm", "--yes", "a", "b") == 5
     assert f"in use by process {os.getpid()} " in capsys.readouterr().err
     assert a.exists()
@@ -469,13 +462,13 @@ def trainer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "trainer.py").write_text(TRAINER, encoding="utf-8")
     for kind, delta in (("same", 0.0), ("other", 0.25)):
-        with Run.create(folder / kind, root=folder, dataset="d", model="m", resume=False, warn=pytest.fail) as run:
+        with open_run(folder / kind) as run:
             for step in (3, 6, 9, 12):
                 taken = snapshot(step)
                 taken.state["elapsed_s"] = step * (1.0 + delta)
                 if step == 12:
                     taken.optimizer["optimizer/head.weight/exp_avg"][7] += delta
-                save_checkpoint(run, taken, ByteTokenizer(), keep=99)
+                save_checkpoint(run, taken, keep=99)
     return folder
 
 

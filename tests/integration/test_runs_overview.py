@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from storing import open_run, save_checkpoint
 
 from lmkit import cli
 from lmkit.commands.runs_page import Chart, RunPage, render, thinned
 from lmkit.store.checkpoint import Snapshot
-from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.runs import Run
 from lmkit.store.sweeps import Job, begin, note_failure
 
 HOSTILE = "</script><script>document.title = 'hacked'</script><img src=http://example.com/x.png>"
@@ -27,13 +26,6 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 Lmkit = Callable[..., int]
 Output = pytest.CaptureFixture[str]
-
-
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
 @pytest.fixture
@@ -65,7 +57,7 @@ def make_run(
         "seed": seed,
         **(config or {}),
     }
-    with Run.create(path, root="runs", dataset="d", model="m", resume=False, warn=pytest.fail) as run:
+    with open_run(path) as run:
         run.begin(seed=seed, command=["lmkit", command], digests={"data": data * 64, "tokenizer": "t" * 64})
         for step in range(1, last + 1):
             run.log_metrics(
@@ -73,9 +65,7 @@ def make_run(
             )
             if step in losses:
                 run.log_metrics({"step": step, "valid_loss": losses[step]})
-        save_checkpoint(
-            run, Snapshot(last, {"w": torch.ones(4, 5)}, {}, {"step": last}, stored), ByteTokenizer(), keep=2
-        )
+        save_checkpoint(run, Snapshot(last, {"w": torch.ones(4, 5)}, {}, {"step": last}, stored), keep=2)
         if finished:
             run.journal("finished", {"step": last})
             numbers = {} if words is None else {"num_words": words, "num_tokens": 2 * words, "num_bytes": 10 * words}
@@ -170,7 +160,7 @@ def test_validation_with_a_carried_memory_is_told_from_that_of_windows(lmkit: Lm
 
 def test_a_run_without_numbers_is_shown_with_gaps(lmkit: Lmkit, capsys: Output) -> None:
     make_run("a", {2: 3.0})
-    with Run.create("runs/new", root="runs", dataset="d", model="m", resume=False, warn=pytest.fail) as run:
+    with open_run(Path("runs/new")) as run:
         run.begin(seed=1, command=["lmkit", "pretrain"], digests={})
     (Path("runs/new") / "metrics.jsonl").write_bytes(b'{"step": 1, "valid_loss": NaN}\nnot json\n')
     assert lmkit("compare", "a", "new") == 0
@@ -194,7 +184,7 @@ def test_the_numbers_of_an_earlier_end_are_not_shown_as_those_of_a_run_that_goes
         return time, title, step, "1.2500" if "1.2500" in page else "nothing"
 
     assert look() == ("1m 30s", "result (valid)", "", "1.2500")
-    with Run.create(path, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail) as run:
+    with open_run(path, resume=True) as run:
         run.begin(seed=1, command=["lmkit"], digests={"data": "d" * 64, "tokenizer": "t" * 64})
         run.journal("changed", {"keys": ["train.max_steps: 4 -> 8"]})
         assert look() == ("-", "earlier end (valid)", "step 4, ", "nothing")
@@ -463,7 +453,7 @@ def test_a_job_that_was_stopped_on_request_has_not_failed_and_is_one_to_go_on_wi
     make_run("1", {2: 2.0})
     note_failure(Path("runs"), jobs[1], 6, "the disk was full", pytest.fail)  # before it was started again
     path = make_run("2", {2: 2.0}, seed=2, finished=False)
-    with Run.create(path, root="runs", dataset="d", model="m", resume=True, warn=pytest.fail) as run:
+    with open_run(path, resume=True) as run:
         run.journal("stopped", {"signal": "SIGTERM", "step": 2})
     assert lmkit("sweep", "runs") == 0
     out = capsys.readouterr().out

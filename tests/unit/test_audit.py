@@ -8,33 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from storing import open_run, save_checkpoint
 
 from lmkit.errors import CheckpointError
 from lmkit.store.audit import audit_checkpoint, audit_log, audit_run
 from lmkit.store.checkpoint import Snapshot
-from lmkit.store.checkpoint_writer import save_checkpoint
-from lmkit.store.runs import Run
 
 FILES = ["config.json", "model.safetensors", "optim.safetensors", "state.json", "tokenizer/tokenizer.json"]
-
-
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"kind": "byte"}', encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the checkpoints of steps 1 and 2."""
     path = tmp_path_factory.mktemp("audit") / "run"
-    with Run.create(path, root=path.parent, dataset="d", model="m", resume=False, warn=pytest.fail) as run:
+    with open_run(path) as run:
         run.begin(seed=1, command=["lmkit", "pretrain"], digests={})
         for step in (1, 2):
             weights = torch.arange(20.0) + step
             snapshot = Snapshot(step, {"weight": weights}, {"weight/momentum": -weights}, {"step": step}, {})
-            save_checkpoint(run, snapshot, ByteTokenizer(), keep=9)
+            save_checkpoint(run, snapshot, keep=9)
             run.log_metrics({"step": step, "loss": 1.0})
     return path
 

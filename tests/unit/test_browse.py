@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from storing import save_checkpoint
 
 from lmkit.errors import CheckpointError, ConfigError, DivergedError
 from lmkit.store import browse
@@ -26,17 +27,9 @@ from lmkit.store.browse import (
     status_of,
 )
 from lmkit.store.checkpoint import Snapshot
-from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.found import read_info
 from lmkit.store.lock import NoLocksError, acquire
 from lmkit.store.runs import Run
-
-
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
 def open_run(path: Path, *, resume: bool = False) -> Run:
@@ -51,7 +44,7 @@ def save(run: Run, step: int, tokenizer: str = "byte") -> None:
         "model": {"kind": "recurrent", "cell": "gru"},
         "tokenizer": {"kind": tokenizer},
     }
-    save_checkpoint(run, Snapshot(step, {"weight": torch.ones(4, 5)}, {}, {}, config), ByteTokenizer(), keep=2)
+    save_checkpoint(run, Snapshot(step, {"weight": torch.ones(4, 5)}, {}, {}, config), keep=2)
 
 
 def finish(run: Run, **result: Any) -> None:
@@ -285,7 +278,7 @@ def test_the_best_loss_of_a_run_whose_data_changed_is_one_of_the_present_data(tm
         finish(run, step=1, best_valid_loss=1.0)
         assert read_summary(run.path).best_valid_loss == 1.0
         config = {"data_order": {"number": 1, "first_step": 1, "data": "new"}}
-        save_checkpoint(run, Snapshot(3, {"weight": torch.ones(2)}, {}, {}, config), ByteTokenizer(), keep=2)
+        save_checkpoint(run, Snapshot(3, {"weight": torch.ones(2)}, {}, {}, config), keep=2)
     assert read_summary(run.path).best_valid_loss == 2.5
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from storing import ByteTokenizer, open_run, save_checkpoint
 from torch import Tensor
 
 from lmkit import __version__
@@ -28,7 +29,7 @@ from lmkit.store.checkpoint import (
     load_latest,
     resolve_checkpoint,
 )
-from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.found import FoundRun
 from lmkit.store.manifest import Manifest, read_manifest, verify_checkpoint
 from lmkit.store.runs import Run
@@ -37,15 +38,6 @@ DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
     torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
-
-
-class ByteTokenizer:
-    """The smallest tokenizer that can be saved."""
-
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"kind": "byte"}', encoding="utf-8")
 
 
 def snapshot(step: int, loss: float | None = None, **state: Any) -> Snapshot:
@@ -65,7 +57,7 @@ def bits(tensor: Tensor) -> bytes:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    with Run.create(tmp_path / "run", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as made:
+    with open_run(tmp_path / "run") as made:
         made.begin(seed=1, command=["pretrain"], digests={"data": "key"})
         yield made
 
@@ -90,7 +82,7 @@ def test_tensors_of_every_type_come_back_bit_for_bit(run: Run, dtype: torch.dtyp
         "scalar": torch.tensor(1).to(dtype),
         "empty": torch.empty(0, 3).to(dtype),
     }
-    path = save_checkpoint(run, Snapshot(3, model, {}, {}, {}), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, Snapshot(3, model, {}, {}, {}), keep=1)
     loaded = load_checkpoint(path, with_optimizer=True)
     assert loaded.model.keys() == model.keys()
     for name, tensor in model.items():
@@ -100,14 +92,14 @@ def test_tensors_of_every_type_come_back_bit_for_bit(run: Run, dtype: torch.dtyp
 
 
 def test_a_model_without_tensors_is_saved(run: Run) -> None:
-    path = save_checkpoint(run, Snapshot(3, {}, {}, {"tokens": 1}, {}), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, Snapshot(3, {}, {}, {"tokens": 1}, {}), keep=1)
     loaded = load_checkpoint(path, with_optimizer=True)
     assert (loaded.model, loaded.state) == ({}, {"tokens": 1})
 
 
 def test_state_config_optimizer_and_tokenizer_come_back(run: Run) -> None:
     saved = snapshot(12, 4.25, numbers=[0.1, 1e-300, 2**60], text="é")
-    path = save_checkpoint(run, saved, ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, saved, keep=1)
     loaded = load_checkpoint(path, with_optimizer=True)
     assert (loaded.step, loaded.state, loaded.config) == (12, saved.state, saved.config)
     assert torch.equal(loaded.optimizer["weight/momentum"], saved.optimizer["weight/momentum"])
@@ -116,7 +108,7 @@ def test_state_config_optimizer_and_tokenizer_come_back(run: Run) -> None:
 
 
 def test_manifest_records_run_step_and_digests(run: Run) -> None:
-    manifest = read_manifest(save_checkpoint(run, snapshot(12), ByteTokenizer(), keep=1))
+    manifest = read_manifest(save_checkpoint(run, snapshot(12), keep=1))
     assert (manifest.run_id, manifest.step) == (run.run_id, 12)
     assert manifest.digests["tokenizer"] == ByteTokenizer.digest
     assert manifest.digests["data"] == "key"
@@ -130,20 +122,20 @@ def test_a_run_is_saved_while_another_lmkit_is_installed_and_records_the_one_tha
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", gone)
-    path = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=2)
+    path = save_checkpoint(run, snapshot(1), keep=2)
     assert read_manifest(path).environment["lmkit"] == __version__
 
 
 def test_a_checkpoint_is_a_plain_safetensors_file_for_other_tools(run: Run) -> None:
     saved = snapshot(1)
-    path = save_checkpoint(run, saved, ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, saved, keep=1)
     others_view = safetensors.torch.load_file(path / "model.safetensors")
     assert others_view.keys() == saved.model.keys()
     assert all(torch.equal(others_view[name], tensor) for name, tensor in saved.model.items())
 
 
 def test_without_optimizer_tensors_there_is_no_optimizer_file(run: Run) -> None:
-    path = save_checkpoint(run, Snapshot(1, {"counts": torch.arange(3)}, {}, {}, {}), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, Snapshot(1, {"counts": torch.arange(3)}, {}, {}, {}), keep=1)
     assert not (path / "optim.safetensors").exists()
     assert load_checkpoint(path, with_optimizer=True).optimizer == {}
 
@@ -151,7 +143,7 @@ def test_without_optimizer_tensors_there_is_no_optimizer_file(run: Run) -> None:
 def test_tied_tensors_are_stored_once_and_come_back_tied(run: Run) -> None:
     weight = torch.randn(50, 20)
     model = {"embedding": weight, "head": weight.detach(), "slice": weight[:10], "transposed": weight.t()}
-    path = save_checkpoint(run, Snapshot(1, model, {}, {}, {}), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, Snapshot(1, model, {}, {}, {}), keep=1)
     manifest = read_manifest(path)
     assert manifest.aliases == {"model.safetensors": {"head": "embedding"}}
     assert set(manifest.tensors["model.safetensors"]) == {"embedding", "slice", "transposed"}
@@ -171,9 +163,9 @@ def test_a_tensor_may_have_another_shape_or_type_at_the_next_save(run: Run) -> N
 
 
 def test_the_same_state_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
-    first = save_checkpoint(run, snapshot(5, 1.0), ByteTokenizer(), keep=1)
-    with Run.create(tmp_path / "other", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as other:
-        second = save_checkpoint(other, snapshot(5, 1.0), ByteTokenizer(), keep=1)
+    first = save_checkpoint(run, snapshot(5, 1.0), keep=1)
+    with open_run(tmp_path / "other") as other:
+        second = save_checkpoint(other, snapshot(5, 1.0), keep=1)
     assert read_manifest(first).files == read_manifest(second).files
 
 
@@ -300,7 +292,7 @@ def test_a_run_without_checkpoints_has_none_and_resolving_says_so(run: Run) -> N
 
 
 def test_what_others_read_again_goes_through_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, snapshot(1), keep=1)
     asked: list[bool] = []
     read_whole = tensorfile.read_whole
 
@@ -320,15 +312,15 @@ def test_what_others_read_again_goes_through_the_cache(run: Run, monkeypatch: py
 
 
 def test_saving_the_same_state_twice_keeps_the_first(run: Run) -> None:
-    first = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    first = save_checkpoint(run, snapshot(1), keep=1)
     before = (first / "MANIFEST.json").stat().st_ino
-    assert save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1) == first
+    assert save_checkpoint(run, snapshot(1), keep=1) == first
     assert (first / "MANIFEST.json").stat().st_ino == before
 
 
 def test_saving_another_state_of_the_same_step_replaces_it(run: Run) -> None:
-    save_checkpoint(run, snapshot(1, note="old"), ByteTokenizer(), keep=1)
-    path = save_checkpoint(run, snapshot(1, note="new"), ByteTokenizer(), keep=1)
+    save_checkpoint(run, snapshot(1, note="old"), keep=1)
+    path = save_checkpoint(run, snapshot(1, note="new"), keep=1)
     assert load_checkpoint(path, with_optimizer=False).state["note"] == "new"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -337,9 +329,9 @@ def test_saving_another_state_of_the_same_step_replaces_it(run: Run) -> None:
 def test_weights_that_are_not_finite_are_never_saved(run: Run, value: float) -> None:
     bad = snapshot(2)
     bad.model["bias"][1] = value
-    save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    save_checkpoint(run, snapshot(1), keep=1)
     with pytest.raises(DivergedError, match="bias holds NaN or infinity at step 2"):
-        save_checkpoint(run, bad, ByteTokenizer(), keep=1)
+        save_checkpoint(run, bad, keep=1)
     assert steps(run) == [1]
 
 
@@ -371,7 +363,7 @@ def test_events_are_journalled_and_nothing_temporary_is_left(run: Run) -> None:
 
 
 def test_a_copied_checkpoint_is_valid_wherever_it_is(run: Run, tmp_path: Path) -> None:
-    path = save_checkpoint(run, snapshot(1), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, snapshot(1), keep=1)
     copy = tmp_path / "elsewhere" / "my model"
     copy.mkdir(parents=True)
     for entry in path.rglob("*"):
@@ -442,7 +434,7 @@ def test_without_a_thread_there_is_no_writer_and_a_clear_error(run: Run, monkeyp
 
 
 def test_a_step_that_cannot_be_replaced_keeps_its_old_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_checkpoint(run, snapshot(1, 5.0), ByteTokenizer(), keep=1)
+    path = save_checkpoint(run, snapshot(1, 5.0), keep=1)
     before = read_manifest(path)
     rename = storage.rename
 
@@ -454,10 +446,10 @@ def test_a_step_that_cannot_be_replaced_keeps_its_old_checkpoint(run: Run, monke
     with monkeypatch.context() as patch:
         patch.setattr(storage, "rename", refuse)
         with pytest.raises(ResourceError, match="cannot save checkpoint"):
-            save_checkpoint(run, snapshot(1, 4.0), ByteTokenizer(), keep=1)
+            save_checkpoint(run, snapshot(1, 4.0), keep=1)
     assert verify_checkpoint(path) == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    save_checkpoint(run, snapshot(1, 4.0), ByteTokenizer(), keep=1)
+    save_checkpoint(run, snapshot(1, 4.0), keep=1)
     assert verify_checkpoint(path) != before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from storing import save_checkpoint
 
 from lmkit.commands import eval_ppl
 from lmkit.commands import generate as generate_command
@@ -29,7 +30,6 @@ from lmkit.device import resolve_device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.loading import find_checkpoint, load_run
 from lmkit.store.checkpoint import Snapshot
-from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.lock import acquire
 from lmkit.store.runs import Run
 from lmkit.tokenizers import WordTokenizer

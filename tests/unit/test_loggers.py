@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from storing import open_run
 
 from lmkit import loggers
 from lmkit.config.loggers import (
@@ -53,10 +54,6 @@ class Fake(Logger):
         self.calls.append(("finish", status))
         if self.fails_at == "finish":
             raise OSError("disk full")
-
-
-def open_run(path: Path, *, resume: bool = False) -> Run:
-    return Run.create(path, root=path.parent, dataset="d", model="m", resume=resume, warn=pytest.fail)
 
 
 def attach(run: Run, logger: Logger, warnings: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from storing import ByteTokenizer, open_run, save_checkpoint
 
 from lmkit.commands.replay import replay
 from lmkit.console import Console
@@ -29,7 +30,7 @@ from lmkit.store.checkpoint import (
     load_latest,
     resolve_checkpoint,
 )
-from lmkit.store.checkpoint_writer import CheckpointWriter, save_checkpoint
+from lmkit.store.checkpoint_writer import CheckpointWriter
 from lmkit.store.found import FoundRun
 from lmkit.store.listing import read_json_entry, valid_loss
 from lmkit.store.manifest import read_manifest, verify_checkpoint
@@ -53,13 +54,6 @@ FROM_0: dict[str, Change] = {
 }
 
 
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"kind": "byte"}', encoding="utf-8")
-
-
 def snapshot(step: int, loss: float) -> Snapshot:
     weight = torch.arange(12, dtype=torch.float32).reshape(4, 3) + step
     return Snapshot(
@@ -75,10 +69,10 @@ def snapshot(step: int, loss: float) -> Snapshot:
 def run(tmp_path: Path) -> Iterator[Run]:
     """A run with the checkpoints of steps 1 and 2, of which the second is the best."""
     path = tmp_path / "run"
-    with Run.create(path, root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as made:
+    with open_run(path) as made:
         made.begin(seed=1, command=["pretrain"], digests={})
         for step in (1, 2):
-            save_checkpoint(made, snapshot(step, 5.0 - step), ByteTokenizer(), keep=2)
+            save_checkpoint(made, snapshot(step, 5.0 - step), keep=2)
         yield made
 
 
@@ -149,7 +143,7 @@ def test_row_75_an_older_checkpoint_is_read_as_todays_and_stays_as_it_is(run: Ru
 
 
 def test_row_75_a_run_goes_on_from_an_older_checkpoint_in_todays_format(run: Run, older: Path) -> None:
-    new = save_checkpoint(run, snapshot(3, 4.5), ByteTokenizer(), keep=1)
+    new = save_checkpoint(run, snapshot(3, 4.5), keep=1)
     assert read_manifest(new).version == migrations.VERSION
     assert older.is_dir()  # it counts as the best
     assert not (run.path / "checkpoints" / mf.step_directory(1)).exists()
@@ -251,9 +245,7 @@ def test_row_76_retention_leaves_a_newer_format_alone(run: Run) -> None:
     make_newer(second(run))
     before = content(second(run))
     warnings: list[str] = []
-    with Run.create(
-        run.path.parent / "other", root=run.path, dataset="d", model="m", resume=False, warn=pytest.fail
-    ) as other:
+    with open_run(run.path.parent / "other") as other:
         other.begin(seed=1, command=["pretrain"], digests={})
         second(run).rename(other.path / "checkpoints" / mf.step_directory(2))
         with CheckpointWriter(other, ByteTokenizer(), keep=1, warn=warnings.append) as writer:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from storing import ByteTokenizer, open_run
 
 from lmkit.config.training import SaveConfig
 from lmkit.errors import CheckpointError, ConfigError
@@ -18,16 +19,9 @@ from lmkit.store.pins import read_pins, write_pins
 from lmkit.store.runs import Run
 
 
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    with Run.create(tmp_path / "run", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as made:
+    with open_run(tmp_path / "run") as made:
         yield made
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from storing import save_checkpoint
 
 from lmkit.errors import (
     CheckpointError,
@@ -29,16 +30,8 @@ from lmkit.errors import (
 from lmkit.store import lock, records, runs, storage
 from lmkit.store.browse import newest_finished_run
 from lmkit.store.checkpoint import Snapshot
-from lmkit.store.checkpoint_writer import save_checkpoint
 from lmkit.store.found import FoundRun, open_run, read_info, read_metrics, read_result
 from lmkit.store.runs import Run
-
-
-class ByteTokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"kind": "byte"}', encoding="utf-8")
 
 
 def create(root: Path, directory: str | Path | None = None, *, resume: bool = False, warn: Any = pytest.fail) -> Run:
@@ -50,7 +43,7 @@ def begin(run: Run, **changes: Any) -> None:
 
 
 def save(run: Run, step: int = 1) -> Path:
-    return save_checkpoint(run, Snapshot(step, {"w": torch.ones(2)}, {}, {}, {}), ByteTokenizer(), keep=9)
+    return save_checkpoint(run, Snapshot(step, {"w": torch.ones(2)}, {}, {}, {}), keep=9)
 
 
 def test_runs_started_in_the_same_second_get_different_directories(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from storing import ByteTokenizer, open_run
 
 from lmkit.config.training import OnSaveError, SaveConfig
 from lmkit.errors import DivergedError, ResourceError
@@ -20,13 +21,6 @@ from lmkit.store.runs import Run
 from lmkit.store.saving import Saves, may_save
 
 # Saves that fail
-
-
-class Tokenizer:
-    digest = "ab" * 32
-
-    def save(self, directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
 def snapshot(step: int) -> Snapshot:
@@ -54,7 +48,7 @@ FULL = OSError(28, "No space left on device")
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    with Run.create(tmp_path / "r", root=tmp_path, dataset="d", model="m", resume=False, warn=pytest.fail) as made:
+    with open_run(tmp_path / "r") as made:
         made.begin(seed=1, command=["pretrain"], digests={})
         yield made
 
@@ -77,7 +71,7 @@ def test_a_failed_save_is_noticed_without_waiting_and_asks_for_one_retry(
 ) -> None:
     Failing(monkeypatch, {1}, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), SaveConfig(), warnings.append) as saves:
         saves.save(snapshot(1))
         wait_for(saves)
         assert saves.retry_due
@@ -95,7 +89,7 @@ def test_a_save_that_fails_twice_stops_or_goes_on_as_configured(
 ) -> None:
     Failing(monkeypatch, {1, 2}, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(on_error=OnSaveError[policy]), warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), SaveConfig(on_error=OnSaveError[policy]), warnings.append) as saves:
         saves.save(snapshot(1))
         saves.wait()
         saves.save(snapshot(2))
@@ -115,7 +109,7 @@ def test_the_last_save_is_tried_twice_and_then_the_run_fails_with_the_reason(
 ) -> None:
     failing = Failing(monkeypatch, {2, 3}, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), SaveConfig(), warnings.append) as saves:
         saves.save(snapshot(1))
         with pytest.raises(ResourceError, match=r"step-000000000001\).*No space left on device; free some .*resume"):
             saves.finish(snapshot(2))
@@ -125,7 +119,7 @@ def test_the_last_save_is_tried_twice_and_then_the_run_fails_with_the_reason(
 
 def test_one_step_is_saved_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Failing(monkeypatch, set(), FULL)
-    with Saves(run, Tokenizer(), SaveConfig(), pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), SaveConfig(), pytest.fail) as saves:
         saves.save(snapshot(1))
         saves.save(snapshot(1))
         saves.finish(snapshot(1))
@@ -134,7 +128,7 @@ def test_one_step_is_saved_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_weights_that_are_not_finite_end_the_run_whatever_the_policy(run: Run) -> None:
     bad = Snapshot(1, {"weight": torch.tensor([float("nan")])}, {}, {}, {})
-    with Saves(run, Tokenizer(), SaveConfig(), pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), SaveConfig(), pytest.fail) as saves:
         saves.save(bad)
         with pytest.raises(DivergedError):
             saves.wait()
@@ -146,7 +140,7 @@ def test_a_copy_that_finds_no_memory_is_a_failed_save(run: Run, monkeypatch: pyt
         raise RuntimeError("not enough memory")
 
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), SaveConfig(), warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), SaveConfig(), warnings.append) as saves:
         with monkeypatch.context() as patch:
             patch.setattr(staging.torch, "empty", full)
             saves.save(snapshot(1))
@@ -210,7 +204,7 @@ MANY = SaveConfig(keep=9)
 
 
 def test_the_first_offer_is_saved_and_the_next_ones_when_time_allows(run: Run, dear: list[float]) -> None:
-    with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
         saves.offer(judged(1, 5.0), best=True)
         saves.wait()
         for step, now in ((2, 60.0), (3, 120.0)):
@@ -233,7 +227,7 @@ def test_the_first_offer_is_saved_and_the_next_ones_when_time_allows(run: Run, d
 
 
 def test_the_best_of_what_was_offered_is_held_as_it_was_and_saved_in_the_end(run: Run, dear: list[float]) -> None:
-    with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
         saves.offer(judged(1, 5.0), best=True)
         best = judged(3, 3.0)
         for snapshot, is_best in ((judged(2, 4.0), True), (best, True), (judged(4, 3.5), False)):
@@ -249,7 +243,7 @@ def test_the_best_of_what_was_offered_is_held_as_it_was_and_saved_in_the_end(run
 def test_of_those_that_are_not_the_best_the_newest_is_held_and_what_is_asked_for_takes_its_place(
     run: Run, dear: list[float]
 ) -> None:
-    with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
         for step in (1, 2, 3):
             saves.offer(judged(step, 3.0 + step), best=False)
         saves.flush()
@@ -262,7 +256,7 @@ def test_of_those_that_are_not_the_best_the_newest_is_held_and_what_is_asked_for
 @pytest.mark.parametrize("how", ["the block is left", "an exception"])
 def test_what_is_held_is_saved_however_the_run_ends(run: Run, dear: list[float], how: str) -> None:
     def offers() -> None:
-        with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+        with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
             saves.offer(judged(1, 5.0), best=True)
             saves.offer(judged(2, 4.0), best=True)
             if how == "an exception":
@@ -282,7 +276,7 @@ def test_a_held_best_state_that_cannot_be_saved_is_tried_twice_and_so_is_the_las
 ) -> None:
     Failing(monkeypatch, failures, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), MANY, warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), MANY, warnings.append) as saves:
         saves.offer(judged(1, 5.0), best=True)
         saves.offer(judged(2, 4.0), best=True)
         saves.finish(judged(3, 4.5))
@@ -294,7 +288,7 @@ def test_a_held_best_state_that_cannot_be_saved_is_tried_twice_and_so_is_the_las
 def test_the_best_state_is_tried_again_itself_while_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Failing(monkeypatch, {1}, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), MANY, warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), MANY, warnings.append) as saves:
         saves.offer(judged(1, 5.0), best=True)
         wait_for(saves)
         saves.poll()
@@ -309,7 +303,7 @@ def test_the_best_state_is_tried_again_also_if_another_one_comes_before_its_fail
 ) -> None:
     Failing(monkeypatch, {1}, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), MANY, warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), MANY, warnings.append) as saves:
         saves.offer(judged(1, 5.0), best=True)
         if then == "offer":
             saves.offer(judged(2, 6.0), best=False)
@@ -323,7 +317,7 @@ def test_a_best_state_that_failed_is_tried_again_where_saving_is_dear(
 ) -> None:
     Failing(monkeypatch, {2}, FULL)
     warnings: list[str] = []
-    with Saves(run, Tokenizer(), MANY, warnings.append) as saves:
+    with Saves(run, ByteTokenizer(), MANY, warnings.append) as saves:
         saves.save(judged(1, 5.0), best=True)
         saves.save(judged(2, 4.0), best=True)
         saves.wait()
@@ -341,7 +335,7 @@ def test_flush_waits_for_the_save_in_flight(run: Run, monkeypatch: pytest.Monkey
         return original(writer, staged)
 
     monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_write", write)
-    with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
         saves.save(judged(1, 5.0))
         saves.flush()
         assert saved(run) == [1]
@@ -349,7 +343,7 @@ def test_flush_waits_for_the_save_in_flight(run: Run, monkeypatch: pytest.Monkey
 
 def test_a_second_signal_does_not_wait_for_what_is_held(run: Run, dear: list[float]) -> None:
     def interrupted() -> None:
-        with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+        with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
             saves.offer(judged(1, 5.0), best=True)
             saves.offer(judged(2, 4.0), best=True)
             raise KeyboardInterrupt
@@ -365,7 +359,7 @@ def test_beside_a_card_the_last_save_does_not_put_off_the_next_one(
     """It may take minutes, of which training waits for the copy alone."""
     cost = replace(COST, copy_s=0.2, cpu_s=9.0, wall_s=90.0)
     monkeypatch.setattr(checkpoint_writer, "Cost", lambda *_: cost)
-    with Saves(run, Tokenizer(), MANY, pytest.fail, shares_cores=False) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail, shares_cores=False) as saves:
         saves.offer(judged(1, 5.0), best=True)
         saves.wait()
         for now, steps in ((74.0, [1]), (76.0, [1, 2])):  # 0.8 % of which are three copies
@@ -377,7 +371,7 @@ def test_beside_a_card_the_last_save_does_not_put_off_the_next_one(
 
 
 def test_copies_that_are_never_written_do_not_count(run: Run, dear: list[float]) -> None:
-    with Saves(run, Tokenizer(), MANY, pytest.fail) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail) as saves:
         for step in range(1, 300):
             saves.offer(judged(step, 1.0 / step), best=True)
         saves.wait()
@@ -400,7 +394,7 @@ def test_the_cost_of_a_save_is_processor_time_where_training_needs_the_processor
         return original(writer, staged)
 
     monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_write", write)
-    with Saves(run, Tokenizer(), MANY, pytest.fail, shares_cores=shares_cores) as saves:
+    with Saves(run, ByteTokenizer(), MANY, pytest.fail, shares_cores=shares_cores) as saves:
         saves.offer(judged(1, 5.0), best=True)
         saves.wait()
         assert (saves.last_cost_s >= 0.3) is shares_cores
