@@ -86,7 +86,7 @@ def main() -> None:
         bench_cost(trainer, batches, saves, args.rounds, args.run_s, stall_s)
         bench_position(args.rounds)
         saves.wait()
-        newest = latest_checkpoint(run.path)
+        newest = latest_checkpoint(run.path, print)
         if newest is None:
             raise SystemExit("nothing was saved")
         bench_load(newest, args.rounds)

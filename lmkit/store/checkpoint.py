@@ -8,7 +8,6 @@ agree with its manifest.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ LATEST = "latest"
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
-log_warning: Warn = logging.getLogger("lmkit").warning
 
 
 @dataclass
@@ -128,7 +126,7 @@ def _has_finite_sum(tensor: Tensor) -> bool:
         return bool(np.isfinite(np.add.reduce(tensor.detach().numpy().reshape(-1))))
 
 
-def latest_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
+def latest_checkpoint(run_dir: Path, warn: Warn) -> Path | None:
     """The newest checkpoint whose files all verify, or None if the run has none at all.
 
     ``warn`` is told which newer ones were skipped and why. Raises CheckpointError if all that there are are damaged.
@@ -136,7 +134,7 @@ def latest_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
     return _first_whole(run_dir, list_checkpoints(run_dir)[::-1], _verified, warn)
 
 
-def load_latest(run_dir: Path, warn: Warn = log_warning, *, shared: bool = False) -> tuple[Path, Snapshot] | None:
+def load_latest(run_dir: Path, warn: Warn, *, shared: bool = False) -> tuple[Path, Snapshot] | None:
     """The newest whole checkpoint and its content, optimizer included, read once; otherwise like latest_checkpoint.
 
     ``shared``: see load_checkpoint.
@@ -148,7 +146,7 @@ def load_latest(run_dir: Path, warn: Warn = log_warning, *, shared: bool = False
     return _first_whole(run_dir, list_checkpoints(run_dir)[::-1], load, warn)
 
 
-def best_checkpoint(run_dir: Path, warn: Warn = log_warning) -> Path | None:
+def best_checkpoint(run_dir: Path, warn: Warn) -> Path | None:
     """The whole checkpoint with the lowest validation loss (the newest of equals); the latest if none was evaluated.
 
     Where the run went on with other data, only those of its present data count as evaluated.
@@ -200,7 +198,7 @@ def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], war
     return None
 
 
-def resolve_checkpoint(run: FoundRun | Path, which: str, warn: Warn = log_warning) -> Path:
+def resolve_checkpoint(run: FoundRun | Path, which: str, warn: Warn) -> Path:
     """The checkpoint that ``which`` names: best, latest, or a directory name such as step-000000001000.
 
     A run that was found by the path of one of its checkpoints gives that checkpoint. Raises CheckpointError.
@@ -233,7 +231,6 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_latest",
-    "log_warning",
     "resolve_checkpoint",
     "valid_loss",
 ]

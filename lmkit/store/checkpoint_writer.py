@@ -18,7 +18,7 @@ from typing import Protocol, Self
 from lmkit.errors import CheckpointError, DivergedError, ResourceError
 from lmkit.store import manifest as mf
 from lmkit.store import storage
-from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite, log_warning
+from lmkit.store.checkpoint import Snapshot, Warn, first_nonfinite
 from lmkit.store.environment import environment
 from lmkit.store.found import CHECKPOINTS
 from lmkit.store.listing import best_first, comparable, list_checkpoints, loss_and_data
@@ -78,7 +78,7 @@ class CheckpointWriter:
         *,
         keep: int,
         keep_every: int | None = None,
-        warn: Warn = log_warning,
+        warn: Warn,
     ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep={keep} and keep_every={keep_every} must be >= 1")

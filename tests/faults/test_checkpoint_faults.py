@@ -201,7 +201,7 @@ def test_rows_13_28_30_36_a_save_that_fails_names_the_path_and_leaves_the_older_
 def test_row_28_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=print) as writer:
         monkeypatch.setattr(storage, "free_bytes", lambda path: 1_000_000)
         monkeypatch.setattr(storage, "make_directory", lambda path: pytest.fail("started to write"))
         writer.submit(snapshot(1))
@@ -270,7 +270,7 @@ def test_row_33_no_memory_for_the_copy_is_a_clear_error(run: Run, monkeypatch: p
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer, monkeypatch.context() as patch:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=print) as writer, monkeypatch.context() as patch:
         patch.setattr(staging.torch, "empty", fail)
         with pytest.raises(ResourceError, match=r"no memory \(0\.0 MB\) to copy weight"):
             writer.submit(snapshot(1))

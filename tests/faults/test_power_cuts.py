@@ -29,7 +29,7 @@ from lmkit.store.runs import Run
 
 def recorded_save(run: Run, patch: pytest.MonkeyPatch, step: int, loss: float | None, *, keep: int) -> PowerCut:
     """Save in the run; what that did to the folder of its checkpoints."""
-    with CheckpointWriter(run, ByteTokenizer(), keep=keep) as writer, patch.context() as recording:
+    with CheckpointWriter(run, ByteTokenizer(), keep=keep, warn=print) as writer, patch.context() as recording:
         cut = PowerCut(recording, run.path / CHECKPOINTS)
         writer.submit(snapshot(step, loss))
         writer.wait()

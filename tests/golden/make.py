@@ -284,7 +284,7 @@ def main() -> None:
         prepare_folder(target)
         for case in missing:
             train(case, steps=TUNED_STEPS if case in TUNED else STEPS)
-            newest = latest_checkpoint(Path(f"run-{case}"))
+            newest = latest_checkpoint(Path(f"run-{case}"), print)
             if newest is None:
                 raise SystemExit(f"{case} has left no checkpoint")
             shutil.copytree(newest, target / case)

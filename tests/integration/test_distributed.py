@@ -194,7 +194,7 @@ def torchrun(processes: int, *words: str) -> list[str]:
 
 
 def newest(run: Path) -> Snapshot:
-    path = latest_checkpoint(run)
+    path = latest_checkpoint(run, pytest.fail)
     assert path is not None
     return load_checkpoint(path, with_optimizer=True)
 
@@ -303,7 +303,7 @@ def test_rows_17_72_a_killed_process_ends_the_job_and_one_process_goes_on_from_i
             said = job.communicate(timeout=120)[1]
         finally:
             job.terminate()  # or it would train for ever
-    assert latest_checkpoint(run) is not None, said
+    assert latest_checkpoint(run, pytest.fail) is not None, said
     assert job.returncode == 1
     assert said.count("error: the processes lost each other") <= 1
     assert [p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith((".tmp-", "step-"))] == []

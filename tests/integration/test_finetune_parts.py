@@ -160,7 +160,7 @@ def test_a_run_without_a_name_for_its_start_goes_on_from_its_own_whatever_was_fi
     finetune.run(config(3, resume=False))
     shutil.copytree(bases["transformer"], tmp_path / "later")  # the newest finished run is now the run itself
     assert finetune.run(config(6, resume=True))["step"] == 6
-    newest = latest_checkpoint(tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run", pytest.fail)
     assert newest is not None
     assert load_checkpoint(newest, with_optimizer=False).config["base"].startswith(str(tmp_path / "base"))
 
@@ -168,7 +168,7 @@ def test_a_run_without_a_name_for_its_start_goes_on_from_its_own_whatever_was_fi
 def test_a_run_that_started_from_a_copied_checkpoint_goes_on_from_it(
     bases: dict[str, Path], numbers: Path, tmp_path: Path
 ) -> None:
-    newest = latest_checkpoint(bases["transformer"])
+    newest = latest_checkpoint(bases["transformer"], pytest.fail)
     assert newest is not None
     copy = Path(shutil.copytree(newest, tmp_path / newest.name))
     cfg = tuning(copy, numbers, tmp_path / "run", train={"max_steps": 2})

@@ -201,7 +201,7 @@ def test_the_dataset_of_the_first_run_stays_that_of_the_tuned_one(
 ) -> None:
     task = InstructTaskConfig(data=questions, template="Q {prompt} A {response}.", system="be kind")
     finetune.run(tuning(task, bases["transformer"], tmp_path / "run", max_steps=2))
-    stored = load_checkpoint(latest_checkpoint(tmp_path / "run"), with_optimizer=False).config  # type: ignore[arg-type]
+    stored = load_checkpoint(latest_checkpoint(tmp_path / "run", pytest.fail), with_optimizer=False).config  # type: ignore[arg-type]
     assert stored["dataset"]["kind"] == "text"
     assert stored["task"]["template"] == "Q {prompt} A {response}."
 
@@ -213,7 +213,7 @@ def test_preferences_take_over_the_template_and_are_learnt(
     finetune.run(tuning(task, bases["transformer"], tmp_path / "first", max_steps=2))
     prefer = tuning(PreferTaskConfig(data=pairs, valid=pairs), tmp_path / "first", tmp_path / "second", max_steps=60)
     result = finetune.run(prefer)
-    stored = load_checkpoint(latest_checkpoint(tmp_path / "second"), with_optimizer=False).config  # type: ignore[arg-type]
+    stored = load_checkpoint(latest_checkpoint(tmp_path / "second", pytest.fail), with_optimizer=False).config  # type: ignore[arg-type]
     assert (stored["task"]["template"], stored["task"]["system"]) == ("Q {prompt} A {response}.", "be kind")
     first = next(row["loss"] for row in read_metrics(tmp_path / "second") if "loss" in row)
     assert first == pytest.approx(math.log(2), abs=1e-5)
@@ -230,7 +230,7 @@ def test_the_template_that_is_taken_over_is_stored_by_several_processes_too(
     finetune.run(tuning(task, bases["transformer"], tmp_path / "first", max_steps=2))
     monkeypatch.setattr(finetune, "_started_alike", lambda cfg, world, console: replace(cfg, run=replace(cfg.run)))
     finetune.run(tuning(InstructTaskConfig(data=questions), tmp_path / "first", tmp_path / "second", max_steps=2))
-    stored = load_checkpoint(latest_checkpoint(tmp_path / "second"), with_optimizer=False).config  # type: ignore[arg-type]
+    stored = load_checkpoint(latest_checkpoint(tmp_path / "second", pytest.fail), with_optimizer=False).config  # type: ignore[arg-type]
     assert (stored["task"]["template"], stored["task"]["system"]) == ("Q {prompt} A {response}.", "be kind")
 
 

@@ -172,7 +172,7 @@ def test_row_59_a_skipped_batch_changes_nothing_and_is_counted(
     poison(monkeypatch, 5, 9, only_gradient=True)
     result = pretrain.run(cfg)
     assert_same(tensors_of(cfg, 4), tensors_of(cfg, 5))
-    newest = latest_checkpoint(path_of(cfg))
+    newest = latest_checkpoint(path_of(cfg), pytest.fail)
     assert newest is not None
     state = load_checkpoint(newest, with_optimizer=False).state
     assert state["skipped_steps"] == [5, 9]
@@ -234,7 +234,7 @@ def test_row_59_a_validation_that_is_not_finite_ends_the_run_as_diverged_with_it
         pretrain.run(cfg)
     assert [row["policy"] for row in journal(cfg, "nonfinite")] == ["stop"]
     assert status_of(path_of(cfg)) is Status.diverged
-    newest = latest_checkpoint(path_of(cfg))
+    newest = latest_checkpoint(path_of(cfg), pytest.fail)
     assert newest is not None
     assert all(math.isfinite(value) for value in load_checkpoint(newest, with_optimizer=False).state["valid_losses"])
 
@@ -644,7 +644,7 @@ def test_row_65_an_operation_without_a_deterministic_version_is_named_and_the_la
         with pytest.raises(ConfigError, match="torch has no deterministic put_") as caught:
             pretrain.run(replace(other, device=replace(other.device, deterministic=True)))
     assert caught.value.exit_code == 2
-    newest = latest_checkpoint(path_of(other))
+    newest = latest_checkpoint(path_of(other), pytest.fail)
     assert newest is not None
     assert newest.name == "step-000000000006"
     pretrain.run(replace(other, resume=True))
@@ -666,7 +666,7 @@ def test_row_35_memory_that_runs_out_within_the_update_does_not_save_a_half_made
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(ResourceError, match=r"out of memory in step 6.*saved up to step 4"):
         pretrain.run(cfg)
-    newest = latest_checkpoint(path_of(cfg))
+    newest = latest_checkpoint(path_of(cfg), pytest.fail)
     assert newest is not None
     assert newest.name == "step-000000000004"
 
@@ -911,7 +911,7 @@ def test_a_time_limit_stops_and_saves_like_a_signal(config: MakeConfig) -> None:
     cfg = config(max_steps=100_000, time_limit="1")
     with pytest.raises(StoppedError, match=r"stopped by train\.time_limit after step [0-9]+; .*resume=true"):
         pretrain.run(cfg)
-    newest = latest_checkpoint(path_of(cfg))
+    newest = latest_checkpoint(path_of(cfg), pytest.fail)
     assert newest is not None
     assert journal(cfg, "stopped")[0]["step"] == load_checkpoint(newest, with_optimizer=False).step > 0
 

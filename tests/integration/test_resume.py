@@ -178,7 +178,7 @@ def test_nt_asgd_begins_at_the_same_step_after_a_resume(
         for name in ("run", "other")
     )
     check_stop_and_resume(first, second, monkeypatch, stopped_after)
-    ends = [latest_checkpoint(tmp_path / name) for name in ("run", "other")]
+    ends = [latest_checkpoint(tmp_path / name, pytest.fail) for name in ("run", "other")]
     since = [load_checkpoint(end, with_optimizer=False).state["averaged_since"] for end in ends if end is not None]
     assert since[0] == since[1]
     assert 5 <= since[0] < 8
@@ -208,7 +208,7 @@ def test_the_mean_of_a_run_that_got_longer_begins_at_the_share_of_its_new_length
     since = []
     for max_steps in (12, 24, 36):
         pretrain.run(config(average=Average.swa, resume=max_steps > 12, max_steps=max_steps))
-        end = latest_checkpoint(tmp_path / "run")
+        end = latest_checkpoint(tmp_path / "run", pytest.fail)
         assert end is not None
         since.append(load_checkpoint(end, with_optimizer=False).state["averaged_since"])
     assert since == [9, 18, 27]

@@ -154,7 +154,7 @@ def test_tied_tensors_are_stored_once_and_come_back_tied(run: Run) -> None:
 
 def test_a_tensor_may_have_another_shape_or_type_at_the_next_save(run: Run) -> None:
     shapes = [torch.zeros(2, 3), torch.ones(4, 3), torch.ones(4, 3, dtype=torch.float64), torch.ones(0)]
-    with CheckpointWriter(run, ByteTokenizer(), keep=len(shapes)) as writer:
+    with CheckpointWriter(run, ByteTokenizer(), keep=len(shapes), warn=pytest.fail) as writer:
         for step, tensor in enumerate(shapes, start=1):
             writer.submit(Snapshot(step, {"weight": torch.ones(1)}, {"carry/0/h": tensor}, {}, {}))
     for path, tensor in zip(list_checkpoints(run.path), shapes, strict=True):
@@ -284,11 +284,11 @@ def test_resolve_finds_best_latest_and_names(run: Run) -> None:
 
 
 def test_a_run_without_checkpoints_has_none_and_resolving_says_so(run: Run) -> None:
-    assert latest_checkpoint(run.path) is None
-    assert best_checkpoint(run.path) is None
-    assert load_latest(run.path) is None
+    assert latest_checkpoint(run.path, pytest.fail) is None
+    assert best_checkpoint(run.path, pytest.fail) is None
+    assert load_latest(run.path, pytest.fail) is None
     with pytest.raises(CheckpointError, match="has no checkpoint"):
-        resolve_checkpoint(run.path, "best")
+        resolve_checkpoint(FoundRun(run.path), "best", pytest.fail)
 
 
 def test_what_others_read_again_goes_through_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_weights_that_are_not_finite_are_never_saved(run: Run, value: float) -> 
 
 
 def test_state_that_is_not_json_is_refused_before_anything_is_written(run: Run) -> None:
-    with CheckpointWriter(run, ByteTokenizer(), keep=1) as writer:
+    with CheckpointWriter(run, ByteTokenizer(), keep=1, warn=pytest.fail) as writer:
         with pytest.raises(ValueError, match="not JSON compliant"):
             writer.submit(snapshot(1, loss_now=float("nan")))
         with pytest.raises(TypeError, match="not JSON serializable"):
@@ -430,7 +430,7 @@ def test_without_a_thread_there_is_no_writer_and_a_clear_error(run: Run, monkeyp
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     with pytest.raises(ResourceError, match=r"cannot save checkpoints.*can't start new thread.*ulimit -u"):
-        CheckpointWriter(run, ByteTokenizer(), keep=2)
+        CheckpointWriter(run, ByteTokenizer(), keep=2, warn=pytest.fail)
 
 
 def test_a_step_that_cannot_be_replaced_keeps_its_old_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
