@@ -34,7 +34,7 @@ from lmkit.lora import adapter_tensors, layers_to_adapt
 from lmkit.store import storage
 from lmkit.store.browse import read_newest_config, readable
 from lmkit.store.checkpoint import BEST, load_checkpoint, resolve_checkpoint
-from lmkit.store.found import absolute, read_info
+from lmkit.store.found import FoundRun, absolute, read_info
 from lmkit.store.runs import Run
 from lmkit.tasks import Task, classify, regress
 from lmkit.tasks.instruct import build_instruct
@@ -112,7 +112,7 @@ def _save_adapter(
     adapter: AdapterConfig, task: TaskConfig, run: Run, model: nn.Module, base: LoadedRun, console: Console
 ) -> None:
     """Write the adapter of the run's best checkpoint into the run, with what a task put on the language model."""
-    weights = load_checkpoint(resolve_checkpoint(run.path, BEST, console.warn), with_optimizer=False).model
+    weights = load_checkpoint(resolve_checkpoint(FoundRun(run.path), BEST, console.warn), with_optimizer=False).model
     found = language_model_in(model)
     prefix = found[0] if found is not None else ""
     beside = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}

@@ -198,27 +198,24 @@ def _first_whole(run_dir: Path, paths: list[Path], use: Callable[[Path], T], war
     return None
 
 
-def resolve_checkpoint(run: FoundRun | Path, which: str, warn: Warn) -> Path:
+def resolve_checkpoint(run: FoundRun, which: str, warn: Warn) -> Path:
     """The checkpoint that ``which`` names: best, latest, or a directory name such as step-000000001000.
 
     A run that was found by the path of one of its checkpoints gives that checkpoint. Raises CheckpointError.
     """
-    found = run if isinstance(run, FoundRun) else FoundRun(run)
-    if found.checkpoint is not None:
-        return found.checkpoint
-    known = list_checkpoints(found.path)
+    if run.checkpoint is not None:
+        return run.checkpoint
+    known = list_checkpoints(run.path)
     if which in (BEST, LATEST):
-        path = (best_checkpoint if which == BEST else latest_checkpoint)(found.path, warn)
+        path = (best_checkpoint if which == BEST else latest_checkpoint)(run.path, warn)
     else:
         path = next((p for p in known if p.name == which), None)
     if path is not None:
         return path
     if not known:
-        raise CheckpointError(
-            f"{found.path} has no checkpoint", "continue it with resume=true, or name another run=DIR"
-        )
+        raise CheckpointError(f"{run.path} has no checkpoint", "continue it with resume=true, or name another run=DIR")
     names = ", ".join(p.name for p in known)
-    raise CheckpointError(f"run.checkpoint={which!r} is not in {found.path}", f"there are best, latest, {names}")
+    raise CheckpointError(f"run.checkpoint={which!r} is not in {run.path}", f"there are best, latest, {names}")
 
 
 __all__ = [
