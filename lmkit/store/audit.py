@@ -82,10 +82,11 @@ def audit_run(run_dir: Path) -> RunAudit:
         except CheckpointError as error:
             damage.append(_relative(error, run_dir))
     logs = (audit_log(run_dir / name) for name in (METRICS, JOURNAL))
+    litter = [*storage.left_behind(run_dir), *storage.left_behind(run_dir / CHECKPOINTS)]
     return RunAudit(
         path=run_dir,
         checkpoints=tuple(audit for audit in checkpoints if audit.path.is_dir()),
-        litter=tuple(_litter(run_dir, "") + _litter(run_dir / CHECKPOINTS, f"{CHECKPOINTS}/")),
+        litter=tuple(entry.relative_to(run_dir).as_posix() for entry in litter),
         logs=tuple(log for log in logs if log is not None),
         damage=tuple(damage),
     )
@@ -140,13 +141,3 @@ def _relative(error: CheckpointError, folder: Path) -> str:
 def _files_in(folder: Path) -> set[str]:
     """Everything in a checkpoint that is not a folder, with / between folder and name."""
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-
-
-def _litter(folder: Path, prefix: str) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return [
-        f"{prefix}{entry.name}"
-        for entry in sorted(folder.iterdir())
-        if entry.name.startswith((storage.TMP_PREFIX, storage.TRASH_PREFIX, storage.OLD_PREFIX))
-    ]

@@ -24,7 +24,6 @@ from lmkit.errors import ResourceError
 TMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 OLD_PREFIX = ".old-"
-_LEFT_BEHIND = (TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)
 _TRASH = re.compile(re.escape(TRASH_PREFIX) + r".+-\d+-[0-9a-f]{8}", re.DOTALL)
 """What ``scratch_name`` makes."""
 MORE_FILES = "raise the limit of open files (ulimit -n)"
@@ -215,17 +214,22 @@ def replace_directory(source: Path, target: Path) -> None:
         discard(old)
 
 
-def sweep(directory: Path) -> list[str]:
-    """Remove what killed processes left in ``directory`` and return the names; the caller holds the run's lock.
+def left_behind(directory: Path) -> list[Path]:
+    """What killed processes left in a directory, or what is just being written or removed there. Raises OSError."""
+    prefixes = (TMP_PREFIX, TRASH_PREFIX, OLD_PREFIX)
+    return sorted(p for p in directory.iterdir() if p.name.startswith(prefixes)) if directory.is_dir() else []
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes left in ``directory``; the caller holds the run's lock.
 
     A directory that was to be replaced gets its name back if the new one has not taken it. Raises OSError if the
     directory cannot be read or synced.
     """
-    left = sorted(p for p in directory.iterdir() if p.name.startswith(_LEFT_BEHIND)) if directory.is_dir() else []
+    left = left_behind(directory)
     if left:
         # a kill right after a rename: if that came undone by a power cut, the old name would stand for what is removed
         sync_directory(directory)
-    swept = []
     for entry in left:
         with contextlib.suppress(OSError):  # e.g. open in another process on Windows: the next start tries again
             if entry.name.startswith(OLD_PREFIX) and not (target := _target_of(entry)).exists():
@@ -233,8 +237,6 @@ def sweep(directory: Path) -> list[str]:
                 sync_directory(directory)
             else:
                 remove_tree(entry)
-                swept.append(entry.name)
-    return swept
 
 
 def _target_of(old: Path) -> Path:
