@@ -118,10 +118,8 @@ def _save_adapter(
     beside = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
     origin = Origin(str(base.checkpoint), base.checkpoint_digest, prefix, to_plain(task))
     folder = run.path / "adapter"
-    try:
+    with storage.resource_errors("save the adapter", folder):
         write_adapter(folder, adapter, {**adapter_tensors(weights), **beside}, origin)
-    except OSError as error:
-        raise storage.resource_error("save the adapter", folder, error) from error
     console.say(f"adapter: {folder}, as the peft library writes them")
 
 

@@ -124,16 +124,15 @@ class CheckpointWriter:
     def _read_tokenizer(self, tokenizer: SavableTokenizer) -> dict[str, bytes]:
         """The tokenizer's files as bytes, so that each save writes them as it writes everything else."""
         scratch = self._folder / storage.scratch_name(storage.TMP_PREFIX, mf.TOKENIZER)
-        try:
+        with storage.resource_errors("write", self._folder):
             self._folder.mkdir(exist_ok=True)
             scratch.mkdir()
             try:
                 tokenizer.save(scratch)
-                return {f"{mf.TOKENIZER}/{p.name}": p.read_bytes() for p in sorted(scratch.iterdir())}
+                files = {f"{mf.TOKENIZER}/{p.name}": p.read_bytes() for p in sorted(scratch.iterdir())}
             finally:
                 storage.remove_tree(scratch)
-        except OSError as error:
-            raise storage.resource_error("write", self._folder, error) from error
+        return files
 
     def submit(self, snapshot: Snapshot) -> None:
         """Save a snapshot; it may be changed as soon as this returns. Raises what went wrong with the save before.

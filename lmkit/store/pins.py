@@ -30,7 +30,5 @@ def read_pins(run_dir: Path) -> frozenset[int]:
 def write_pins(run_dir: Path, steps: Iterable[int]) -> None:
     """Replace the pinned steps atomically. Raises ResourceError."""
     path = run_dir / PINNED
-    try:
+    with storage.resource_errors("write", path):
         storage.replace_file(path, to_json({"steps": sorted(steps)}))
-    except OSError as error:
-        raise storage.resource_error("write", path, error) from error

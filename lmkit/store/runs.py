@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +126,7 @@ class Run:
     def _open(self) -> None:
         """Prove that the directory can be written, and clear what a killed process left."""
         holder = {"pid": os.getpid(), "host": platform.node(), "started": _utc_now()}
-        try:
+        with storage.resource_errors("write in", self.path):
             storage.replace_file(self.path / LOCK_INFO, to_json(holder))
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             storage.sync_directory(self.path)
@@ -134,8 +134,6 @@ class Run:
                 storage.sync_directory(self.path.parent)
             storage.sweep(self.path)
             storage.sweep(self.path / CHECKPOINTS)
-        except OSError as error:
-            raise storage.resource_error("write in", self.path, error) from error
         info = read_info(self.path)
         if info is not None:
             self.run_id = str(info.get("run_id", self.run_id))
@@ -249,7 +247,7 @@ class Run:
         path, old = self.path / METRICS, self.path / f"{METRICS}.old"
         self._metrics.close()
         raw = b""
-        with _written(path), contextlib.suppress(FileNotFoundError):
+        with storage.resource_errors("write", path), contextlib.suppress(FileNotFoundError):
             raw = storage.read_regular(path)
         kept = 0
         for line in raw.splitlines(keepends=True):
@@ -259,13 +257,13 @@ class Run:
                 break
             kept += len(line)
         if kept < len(raw):
-            with _written(old):
+            with storage.resource_errors("write", old):
                 descriptor = storage.open_to_append(old)
                 try:
                     storage.write_all(descriptor, raw[kept:] if raw.endswith(b"\n") else raw[kept:] + b"\n")
                 finally:
                     os.close(descriptor)
-            with _written(path):
+            with storage.resource_errors("write", path):
                 storage.replace_file(path, raw[:kept])
 
     def write_result(self, result: Mapping[str, Any], *, status: str = FINISHED) -> None:
@@ -275,7 +273,7 @@ class Run:
         self._replace(RESULT, {"status": status, "ended": _utc_now(), "run_id": self.run_id, **result})
 
     def _replace(self, name: str, value: Mapping[str, Any]) -> None:
-        with _written(self.path / name):
+        with storage.resource_errors("write", self.path / name):
             storage.replace_file(self.path / name, to_json(value))
 
     def close(self) -> None:
@@ -344,39 +342,26 @@ class SharedRun(Run):
         return
 
 
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Context in which an OSError becomes the ResourceError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise storage.resource_error("write", path, error) from error
-
-
 def _make_new(root: Path, dataset: str, model: str) -> Path:
     """Make a directory under ``root`` whose name no other run has, even one started in the same second."""
     parts = [datetime.now().strftime("%Y%m%d-%H%M%S"), dataset, model]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_.") or "x" for part in parts[1:])
     name = f"{parts[0]}-{name}"[:100]
-    try:
+    with storage.resource_errors("make a run in", root):
         storage.make_directories(root)
         for number in range(1, 10_000):
             path = root / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 return path
-    except OSError as error:
-        raise storage.resource_error("make a run in", root, error) from error
     raise ResourceError(f"cannot make a run in {root}: all names are taken", "choose another run.root")
 
 
 def _make_given(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir={path} is a file", "name a directory")
-    try:
+    with storage.resource_errors("make", path):
         storage.make_directories(path)
-    except OSError as error:
-        raise storage.resource_error("make", path, error) from error
 
 
 def _check_usable(path: Path, *, resume: bool) -> None:

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import sys
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
@@ -324,3 +325,12 @@ def resource_error(doing: str, path: Path, error: OSError, needed_bytes: int | N
         errno.ELOOP: "remove the link, or choose another run.dir",
     }.get(error.errno or 0, "check the disk, or choose another run.dir")
     return ResourceError(f"cannot {doing} {path}{sizes}: {error.strerror or error}", remedy)
+
+
+@contextlib.contextmanager
+def resource_errors(doing: str, path: Path) -> Iterator[None]:
+    """Context in which an OSError becomes the error for people."""
+    try:
+        yield
+    except OSError as error:
+        raise resource_error(doing, path, error) from error

@@ -64,11 +64,9 @@ def begin(root: Path, command: Sequence[str], jobs: Sequence[Job], *, grows: boo
     elif old is not None and old.jobs != list(jobs):
         raise ConfigError(f"run.dir={root} holds a sweep of other jobs", "choose another run.dir")
     data = {"command": list(command), "jobs": [{"folder": job.folder, "words": job.words} for job in jobs]}
-    try:
+    with storage.resource_errors("write", root / SWEEP):
         root.mkdir(parents=True, exist_ok=True)
         storage.replace_file(root / SWEEP, to_json(data))
-    except OSError as error:
-        raise storage.resource_error("write", root / SWEEP, error) from error
 
 
 def read(root: Path) -> Sweep | None:
