@@ -12,9 +12,9 @@ from lmkit.data.prepared import PreparedData, prepare
 _COLUMNS = ("documents", "lines", "words", "tokens", "bytes", "<unk>")
 
 
-def run(config: PrepareConfig, console: Console | None = None) -> dict[str, Any]:
-    """Prepare, print a table to ``console`` (stderr by default) and return the numbers as JSON data."""
-    console = console or Console()
+def run(config: PrepareConfig) -> dict[str, Any]:
+    """Prepare, show a table and return the numbers as JSON data."""
+    console = Console()
     start_s = time.monotonic()
     data = prepare(config.dataset, config.tokenizer, console, force=config.force)
     seconds = time.monotonic() - start_s

@@ -600,11 +600,10 @@ def test_the_cache_moves_with_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_
 # --- the command
 
 
-def test_the_command_shows_the_counts_and_what_cleaning_did(folder: Path) -> None:
-    stream = io.StringIO()
+def test_the_command_shows_the_counts_and_what_cleaning_did(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TextConfig(path=str(folder), cleaning=CleaningConfig(normalize_nfc=True))
-    result = command.run(PrepareConfig(dataset=config, tokenizer=WordTokenizerConfig()), Console(stream))
-    shown = stream.getvalue()
+    result = command.run(PrepareConfig(dataset=config, tokenizer=WordTokenizerConfig()))
+    shown = capsys.readouterr().err
     assert result["splits"]["valid"]["num_tokens"] == 4
     assert json.loads(json.dumps(result)) == result
     for word in ("train", "valid", "test", "25.00%", "cleaning: NFC", "vocabulary", result["path"]):
@@ -612,9 +611,7 @@ def test_the_command_shows_the_counts_and_what_cleaning_did(folder: Path) -> Non
 
 
 def test_pydocs_is_prepared_by_the_command() -> None:
-    result = command.run(
-        PrepareConfig(dataset=PydocsConfig(), tokenizer=WordTokenizerConfig(vocab_size=5000)), Console(io.StringIO())
-    )
+    result = command.run(PrepareConfig(dataset=PydocsConfig(), tokenizer=WordTokenizerConfig(vocab_size=5000)))
     assert "CPython" in result["source"]
     assert result["tokenizer"]["vocab_size"] == 5000
 
