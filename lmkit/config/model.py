@@ -181,6 +181,16 @@ class TransformerConfig(HeadConfig):
         return self.head_channels or self.d_model // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def carries_state(self) -> bool:
         return self.memory_tokens > 0
 

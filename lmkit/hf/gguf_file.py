@@ -125,7 +125,7 @@ def _numbers(architecture: str, config: TransformerConfig) -> dict[str, int | fl
         "block_count": config.num_layers,
         "feed_forward_length": d_ff(config),
         "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads or config.num_heads,
+        "attention.head_count_kv": config.kv_heads,
     }
     if architecture == "gpt2":
         return numbers | {"attention.layer_norm_epsilon": float(config.norm_eps)}
@@ -179,9 +179,7 @@ def _names(architecture: str, config: TransformerConfig) -> Iterator[tuple[str, 
         yield f"final_norm.{part}", (f"output_norm.{part}", [0])
     if not config.tie_embeddings:
         yield "head.weight", ("output.weight", [0])
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-    kv_heads = config.num_kv_heads or config.num_heads
-    turned = [config.num_heads, kv_heads, 0] if architecture == "llama" else [0, 0, 0]
+    turned = [config.num_heads, config.kv_heads, 0] if architecture == "llama" else [0, 0, 0]
     for i in range(config.num_layers):
         ours, theirs = f"blocks.{i}.", f"blk.{i}."
         for here, there in (("attention_norm", "attn_norm"), ("feed_forward_norm", "ffn_norm")):
@@ -189,7 +187,7 @@ def _names(architecture: str, config: TransformerConfig) -> Iterator[tuple[str, 
                 yield f"{ours}{here}.{part}", (f"{theirs}{there}.{part}", [0])
         for one in ("q_norm", "k_norm") if config.qk_norm else ():
             yield f"{ours}attention.{one}.weight", (f"{theirs}attn_{one}.weight", [0])
-        for part in parts if qkv_bias else parts[:1]:
+        for part in parts if config.has_qkv_bias else parts[:1]:
             split = [f"{theirs}attn_{one}.{part}" for one in "qkv"]
             yield f"{ours}attention.qkv.{part}", (f"{theirs}attn_qkv.{part}", [0]) if old else (split, turned)
         for part in parts if config.bias else parts[:1]:
@@ -203,9 +201,8 @@ def _names(architecture: str, config: TransformerConfig) -> Iterator[tuple[str, 
 
 
 def _tensors(architecture: str, config: TransformerConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    kv = config.num_kv_heads or config.num_heads
     rows = {
-        "qkv": [config.channels * heads for heads in (config.num_heads, kv, kv)],
+        "qkv": [config.channels * heads for heads in (config.num_heads, config.kv_heads, config.kv_heads)],
         "gate_up": [d_ff(config)] * 2,
     }
     for ours, (names, parts) in _names(architecture, config):

@@ -101,7 +101,7 @@ def _write_rotary(config: TransformerConfig) -> dict[str, Any]:
         "hidden_size": config.d_model,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads or config.num_heads,
+        "num_key_value_heads": config.kv_heads,
         "head_dim": config.channels,
         "intermediate_size": d_ff(config),
         "max_position_embeddings": config.context,
@@ -173,7 +173,6 @@ def _llama_rows(config: TransformerConfig, norm: str) -> Iterator[Row]:
     yield Row("final_norm.weight", ("model.norm.weight",), norm)
     if not config.tie_embeddings:
         yield Row("head.weight", ("lm_head.weight",))
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     for i in range(config.num_layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
         yield Row(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",), norm)
@@ -182,7 +181,7 @@ def _llama_rows(config: TransformerConfig, norm: str) -> Iterator[Row]:
             for one in ("q_norm", "k_norm"):
                 yield Row(f"{ours}attention.{one}.weight", (f"{theirs}self_attn.{one}.weight",))
         for here, there, has_bias in (
-            ("attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), qkv_bias),
+            ("attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.has_qkv_bias),
             ("attention.out", ("self_attn.o_proj",), config.bias),
             ("feed_forward.gate_up", ("mlp.gate_proj", "mlp.up_proj"), config.bias),
             ("feed_forward.down", ("mlp.down_proj",), config.bias),

@@ -207,8 +207,7 @@ def _there(row: Row, tensor: Tensor, *, back: bool) -> Tensor:
 def _row_counts(row: Row, config: TransformerConfig) -> list[int]:
     """Rows of each part of a stacked parameter."""
     if len(row.theirs) == 3:
-        kv = config.num_kv_heads or config.num_heads
-        return [config.channels * heads for heads in (config.num_heads, kv, kv)]
+        return [config.channels * heads for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
     return [d_ff(config)] * 2
 
 
@@ -220,7 +219,7 @@ def _shaped(
     name = next(row.theirs[0] for row in rows if row.ours == "embedding.weight")
     vocab = theirs[name].shape[0] if name in theirs and theirs[name].ndim else 0
     width, heads = config.d_model, config.num_heads * config.channels
-    kv = 2 * (config.num_kv_heads or config.num_heads) * config.channels
+    kv = 2 * config.kv_heads * config.channels
     sizes = {
         "embedding": (vocab, width), "head": (vocab, width), "positions": (config.context, width),
         "final_norm": (width,), "attention_norm": (width,), "feed_forward_norm": (width,),

@@ -245,7 +245,7 @@ class TokenStep:
         """The model must not change while this is in use; see ``token_step`` for which can be given."""
         self.model, self.config, self.num_tokens = model, model.config, num_tokens
         config, shelf = model.config, Shelf()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         rotary = config.positions is Positions.rotary
         self.layers = [Layer.of(block, batch, shelf, rotary=rotary) for block in model.blocks]  # type: ignore[arg-type]
         self.head = product(with_gain(head.weight, model.final_norm), head.bias, batch, shelf)

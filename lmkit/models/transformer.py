@@ -160,8 +160,7 @@ class Transformer(LanguageModel):
 
     def _empty_cache(self, tokens_BT: Tensor) -> KVCache:
         config = self.config
-        kv_heads = config.num_kv_heads or config.num_heads
-        shape = (config.num_layers, len(tokens_BT), kv_heads, 0, config.channels)
+        shape = (config.num_layers, len(tokens_BT), config.kv_heads, 0, config.channels)
         device = tokens_BT.device
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
@@ -209,11 +208,11 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.num_kv_heads = config.kv_heads
         self.channels = config.channels
         self.dropout = config.attention_dropout
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.channels
-        self.qkv = nn.Linear(config.d_model, rows, bias=config.bias if config.qkv_bias is None else config.qkv_bias)
+        self.qkv = nn.Linear(config.d_model, rows, bias=config.has_qkv_bias)
         self.out = nn.Linear(self.num_heads * self.channels, config.d_model, bias=config.bias)
         self.qk_norm = bool(config.qk_norm)
         if self.qk_norm:
