@@ -24,6 +24,7 @@ from lmkit.errors import CheckpointError, ConfigError
 from lmkit.hf.weights import opened, write_weights
 from lmkit.lora import PARTS, adapted_layers, add_adapter
 from lmkit.store import storage
+from lmkit.tokenizers.base import one_line
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "lmkit.json"
 PREFIX = "base_model.model."
@@ -179,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is damaged (it holds no object)")
     return data
@@ -225,7 +226,7 @@ def _read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
             names = [name for name in found if not prefix or name.startswith(before)]
             tensors = {name.removeprefix(before): file.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name} is not finite")

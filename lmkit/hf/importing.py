@@ -16,6 +16,7 @@ from lmkit.hf.keys import Keys, read_json
 from lmkit.hf.weights import read_weights, to_ours
 from lmkit.models.transformer import Transformer
 from lmkit.tokenizers import ByteTokenizer, Tokenizer
+from lmkit.tokenizers.base import one_line
 from lmkit.tokenizers.convert import read_hf_tokenizer
 
 CONFIG = "config.json"
@@ -109,8 +110,7 @@ def resolve_hf(name_or_dir: str) -> Path:
     try:
         return Path(snapshot_download(name_or_dir, allow_patterns=wanted))
     except Exception as error:  # the library has a dozen of its own, besides those of its network stack
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"the model {name_or_dir} is neither a folder nor can it be had from the hub ({reason})",
+            f"the model {name_or_dir} is neither a folder nor can it be had from the hub ({one_line(error)})",
             "check the name and the network, or download the folder and name that",
         ) from None

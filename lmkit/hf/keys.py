@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lmkit.errors import ConfigError, DataError
+from lmkit.tokenizers.base import one_line
 
 MAX_BYTES = 1 << 24
 
@@ -34,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"{path} is damaged ({one_line(error)})") from None
     if not isinstance(data, dict):
         raise DataError(f"{path} is damaged (it holds no object)")
     return data

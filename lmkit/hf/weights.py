@@ -28,6 +28,7 @@ from lmkit.models.positions import sinusoidal_table
 from lmkit.models.transformer import d_ff
 from lmkit.store import storage
 from lmkit.store.manifest import MAX_TENSORS, check_tensor_name
+from lmkit.tokenizers.base import one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -95,7 +96,7 @@ def read_weights(folder: Path, family: Family) -> dict[str, Tensor]:
                         raise DataError(f"{path}: {name} stands in two files")
                     tensors[name] = file.get_tensor(name).float()
         except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
+            raise DataError(f"{path} is damaged ({one_line(error)})") from None
     if not any(name.startswith(family.prefix) for name in tensors):
         tensors = {name if name == "lm_head.weight" else family.prefix + name: t for name, t in tensors.items()}
     return tensors
