@@ -93,7 +93,7 @@ def _openai_gpt_lacks(config: TransformerConfig) -> list[str]:
     return found + settings(config, d_ff=(None, 4 * config.d_model))
 
 
-def _gpt_rows(layer: str, embedding: str, positions: str, final: str | None) -> Callable[..., Iterator[Row]]:
+def _gpt_rows(embedding: str, positions: str, final: str | None) -> Callable[..., Iterator[Row]]:
     def rows(config: TransformerConfig) -> Iterator[Row]:
         yield Row("embedding.weight", (embedding,))
         yield Row("positions.weight", (positions,))
@@ -102,7 +102,7 @@ def _gpt_rows(layer: str, embedding: str, positions: str, final: str | None) -> 
         if final is not None:
             yield from (Row(f"final_norm.{part}", (f"{final}.{part}",)) for part in ("weight", "bias"))
         for i in range(config.num_layers):
-            ours, theirs = f"blocks.{i}.", f"{layer}.{i}."
+            ours, theirs = f"blocks.{i}.", f"transformer.h.{i}."
             for here, there in (
                 ("attention_norm", "ln_1"),
                 ("feed_forward_norm", "ln_2"),
@@ -126,7 +126,7 @@ GPTS = (
         read=_read_gpt2,
         write=_write_gpt2,
         lacks=_gpt2_lacks,
-        rows=_gpt_rows("transformer.h", "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f"),
+        rows=_gpt_rows("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f"),
         learned_positions="transformer.wpe.weight",
         ignored=(".attn.bias", ".attn.masked_bias"),
     ),
@@ -137,7 +137,7 @@ GPTS = (
         read=_read_openai_gpt,
         write=_write_openai_gpt,
         lacks=_openai_gpt_lacks,
-        rows=_gpt_rows("transformer.h", "transformer.tokens_embed.weight", "transformer.positions_embed.weight", None),
+        rows=_gpt_rows("transformer.tokens_embed.weight", "transformer.positions_embed.weight", None),
         learned_positions="transformer.positions_embed.weight",
         ignored=(".attn.bias", "position_ids"),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
@@ -160,15 +161,7 @@ def _gemma_lacks(config: TransformerConfig) -> list[str]:
     return _rotary_lacks(config, **wanted, tie_embeddings=True)
 
 
-def _rotary_rows(config: TransformerConfig) -> Iterator[Row]:
-    return _llama_rows(config, "same")
-
-
-def _gemma_rows(config: TransformerConfig) -> Iterator[Row]:
-    return _llama_rows(config, "minus_one")
-
-
-def _llama_rows(config: TransformerConfig, norm: str) -> Iterator[Row]:
+def _rows(config: TransformerConfig, norm: str = "same") -> Iterator[Row]:
     yield Row("embedding.weight", ("model.embed_tokens.weight",))
     yield Row("final_norm.weight", ("model.norm.weight",), norm)
     if not config.tie_embeddings:
@@ -198,7 +191,7 @@ LLAMAS = (
         read=_read_gemma,
         write=_write_gemma,
         lacks=_gemma_lacks,
-        rows=_gemma_rows,
+        rows=partial(_rows, norm="minus_one"),
         ignored=("rotary_emb.inv_freq",),
     ),
     *(
@@ -209,7 +202,7 @@ LLAMAS = (
             read=read,
             write=write,
             lacks=lacks,
-            rows=_rotary_rows,
+            rows=_rows,
             ignored=("rotary_emb.inv_freq",),
         )
         for name, architecture, read, write, lacks in (

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,6 @@ def expressible(
     Sinusoids become learned positions; biases that the family always has become zeros; scaled embeddings are scaled
     once, which unties them from the output layer.
     """
-    from dataclasses import replace
-
     made, tensors = config, dict(state)
     if family.learned_positions is not None:
         if config.positions is Positions.sinusoidal:
@@ -181,19 +180,15 @@ def expressible(
         made = replace(made, positions=Positions.learned, bias=True, qkv_bias=None)
     if family.name == "llama" and config.qkv_bias:
         made = replace(made, bias=True, qkv_bias=None)
-    if config.scale_embeddings and not _scales(family):
-        head = tensors["embedding.weight"] if config.tie_embeddings else tensors["head.weight"]
-        tensors["head.weight"] = head
+    if config.scale_embeddings and family.name != "gemma":
+        if config.tie_embeddings:
+            tensors["head.weight"] = tensors["embedding.weight"]
         tensors["embedding.weight"] = tensors["embedding.weight"] * math.sqrt(config.d_model)
         made = replace(made, scale_embeddings=False, tie_embeddings=False)
     for row in family.rows(made):
         if row.ours.endswith(".bias") and row.ours not in tensors:
             tensors[row.ours] = torch.zeros(tensors[row.ours.removesuffix("bias") + "weight"].shape[0])
     return made, tensors
-
-
-def _scales(family: Family) -> bool:
-    return family.name == "gemma"
 
 
 def _there(row: Row, tensor: Tensor, *, back: bool) -> Tensor:
