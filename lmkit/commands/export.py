@@ -21,7 +21,6 @@ from lmkit.errors import ConfigError, ResourceError
 from lmkit.evaluation.scoring import ratios
 from lmkit.hf.card import Facts, card
 from lmkit.hf.exporting import Source, export_as
-from lmkit.hf.sample import sample_text
 from lmkit.loading import LoadedRun, load_run
 from lmkit.models.transformer import Transformer
 from lmkit.store import storage
@@ -73,7 +72,7 @@ def _source(loaded: LoadedRun) -> Source:
             f"run={loaded.path} has parameters that no other program reads: {', '.join(other[:3])}",
             "export a run without adapters or extra heads",
         )
-    return Source(loaded.model, loaded.model_config, loaded.tokenizer, sample_text(loaded.tokenizer))
+    return Source(loaded.model, loaded.model_config, loaded.tokenizer)
 
 
 @contextlib.contextmanager

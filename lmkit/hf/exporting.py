@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lmkit.errors import DataError, is_out_of_memory
 from lmkit.hf.families import FAMILIES, family_for
 from lmkit.hf.importing import CONFIG, read_model
 from lmkit.hf.keys import read_json
+from lmkit.hf.sample import sample_text
 from lmkit.hf.weights import WEIGHTS, expressible, to_theirs, write_weights
 from lmkit.models.transformer import Transformer
 from lmkit.rng import derive_key
@@ -42,8 +44,11 @@ class Source:
     """On the CPU, in fp32 and evaluation mode."""
     config: TransformerConfig
     tokenizer: Tokenizer
-    sample: str
-    """Text that the tokenizers are compared on."""
+
+    @cached_property
+    def sample(self) -> str:
+        """Text that the tokenizers are compared on."""
+        return sample_text(self.tokenizer)
 
 
 Logits = Callable[[Tensor], Tensor]

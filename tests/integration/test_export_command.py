@@ -29,7 +29,6 @@ from lmkit.config.training import ExistingRunConfig
 from lmkit.errors import ConfigError, DataError
 from lmkit.hf import exporting, import_hf
 from lmkit.hf.exporting import Source, export_as
-from lmkit.hf.sample import sample_text
 from lmkit.store import storage
 from lmkit.store.checkpoint import VALID_LOSS, Snapshot
 from lmkit.store.runs import Run
@@ -246,5 +245,5 @@ def test_every_transformer_preset_has_a_stock_architecture(tmp_path: Path, name:
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    export_as(ExportFormat.hf, Source(model, small, ByteTokenizer(), sample_text(ByteTokenizer())), tmp_path)  # type: ignore[arg-type]
+    export_as(ExportFormat.hf, Source(model, small, ByteTokenizer()), tmp_path)  # type: ignore[arg-type]
     assert import_hf(tmp_path).model_config.num_layers == 2

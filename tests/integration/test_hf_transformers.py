@@ -21,7 +21,7 @@ from lmkit.config.export import ExportFormat
 from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
 from lmkit.hf import import_hf
 from lmkit.hf.exporting import Source, export_as
-from lmkit.hf.sample import PAGE, sample_text
+from lmkit.hf.sample import PAGE
 from lmkit.models.transformer import Transformer
 from lmkit.tokenizers import ByteTokenizer, Tokenizer, train_tokenizer
 
@@ -145,7 +145,7 @@ def exported(folder: Path, config: TransformerConfig, tokenizer: Tokenizer) -> S
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    source = Source(model, config, tokenizer, sample_text(tokenizer))
+    source = Source(model, config, tokenizer)
     folder.mkdir(exist_ok=True)
     export_as(ExportFormat.hf, source, folder)
     return source

@@ -26,7 +26,7 @@ from lmkit.config.plain import from_plain
 from lmkit.config.training import ExistingRunConfig
 from lmkit.errors import ConfigError
 from lmkit.hf.exporting import Source, export_as
-from lmkit.hf.sample import PAGE, sample_text
+from lmkit.hf.sample import PAGE
 from lmkit.models.transformer import Transformer
 from lmkit.tokenizers import ByteTokenizer, HfTokenizer, Tokenizer, train_tokenizer
 from lmkit.tokenizers.convert import QWEN2_SPLIT
@@ -82,7 +82,7 @@ def exported(folder: Path, config: TransformerConfig, tokenizer: Tokenizer) -> I
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    export_as(ExportFormat.gguf, Source(model, config, tokenizer, sample_text(tokenizer)), folder)
+    export_as(ExportFormat.gguf, Source(model, config, tokenizer), folder)
     theirs = llama(folder / "model.gguf")
     yield model, theirs
     theirs.close()
@@ -204,7 +204,7 @@ def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(tmp_path: Path, mo
     for cut in (AFTER, {"type": "Sequence", "pretokenizers": [other, AFTER]}, {**BYTE_LEVEL, "add_prefix_space": True}):
         monkeypatch.setitem(CUTS, "other", cut)
         tokenizer = merges_of_bytes("other")
-        source = Source(Transformer(SMALL, tokenizer.vocab_size, seed=1).eval(), SMALL, tokenizer, PAGE)
+        source = Source(Transformer(SMALL, tokenizer.vocab_size, seed=1).eval(), SMALL, tokenizer)
         with pytest.raises(ConfigError, match="cuts text as GPT-2's"):
             export_as(ExportFormat.gguf, source, tmp_path)
 

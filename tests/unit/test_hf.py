@@ -18,7 +18,6 @@ from lmkit.errors import ConfigError, DataError, ResourceError
 from lmkit.hf import ImportedModel, exporting, import_hf, resolve_hf
 from lmkit.hf.exporting import Source, export_as, read_plain
 from lmkit.hf.families import FAMILIES, family_for
-from lmkit.hf.sample import sample_text
 from lmkit.models.transformer import Transformer
 from lmkit.tokenizers import ByteTokenizer, CharTokenizer, HfTokenizer, Tokenizer, WordTokenizer, convert
 
@@ -74,7 +73,7 @@ def source_of(config: TransformerConfig, tokenizer: Tokenizer | None = None) -> 
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return Source(model, config, tokenizer, sample_text(tokenizer))
+    return Source(model, config, tokenizer)
 
 
 def exported(folder: Path, config: TransformerConfig, tokenizer: Tokenizer | None = None) -> Source:
