@@ -37,7 +37,6 @@ from lmkit.store.storage import TMP_PREFIX
 
 STATE = "logger.json"
 """File in the run: kind of logger -> id of its external run, and name of each number -> the last step it has."""
-NOT_NUMBERS = ("step",)
 
 
 class Logger(ABC):
@@ -251,7 +250,7 @@ class AttachedLogger:
         """Begin or continue the external run and send what it lacks of metrics.jsonl. Raises ResourceError."""
         old = self._states.get(self._kind)
         try:
-            with _stdout_to_stderr():
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for results, whatever a library says
                 run_id = self._logger.start(name, config, None if old is None else old["id"])
         except Exception as error:
             if old is None:
@@ -292,7 +291,7 @@ class AttachedLogger:
         ):
             status = name if isinstance(error, kind) else status
         try:
-            with _stdout_to_stderr():
+            with contextlib.redirect_stdout(sys.stderr):
                 self._logger.finish(status)
         except Exception as failure:
             self._turn_off(failure)
@@ -326,17 +325,9 @@ def _read_states(path: Path) -> dict[str, Any]:
 def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """``train/loss``, ``valid/ppl`` ...: the finite numbers of a row by what they are of."""
     for key, value in row.items():
-        if key in NOT_NUMBERS or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if math.isfinite(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key != "step" and is_number and math.isfinite(value):
             yield f"valid/{key.removeprefix('valid_')}" if key.startswith("valid_") else f"train/{key}", float(value)
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Standard output is for results, whatever a library would like to say there."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def _brief(error: BaseException) -> str:
