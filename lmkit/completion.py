@@ -146,9 +146,7 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
         return []
     options = [option.partition(" ")[0] for option in ACTIONS[name].options if option[0] == "-"]
     if name == "verify-resume":
-        words = [
-            w for w, before in zip(words, ["", *words], strict=False) if "--steps" not in (w.partition("=")[0], before)
-        ]
+        words = _without("--steps", words)
         command = words[0] if words[:1] in (["pretrain"], ["finetune"]) else "pretrain"
         rest = words[1:] if words[:1] == [command] else words
         first = [] if words or last.startswith("-") else ["pretrain", "finetune"]
@@ -196,12 +194,14 @@ def _chosen(command: str, words: Sequence[str]) -> dict[str, str]:
     from lmkit.arguments import parse
     from lmkit.presets import names_in, preset_name
 
-    option = "--prompt-file"
-    unread = [w for w, before in zip(words, ["", *words], strict=False) if option not in (w.partition("=")[0], before)]
-    named = {
-        group: preset_name(group, name.rpartition(",")[2]) for group, name in parse(command, unread).groups.items()
-    }
+    groups = parse(command, _without("--prompt-file", words)).groups
+    named = {group: preset_name(group, name.rpartition(",")[2]) for group, name in groups.items()}
     return {group: name for group, name in named.items() if name in names_in(group)}
+
+
+def _without(option: str, words: Sequence[str]) -> list[str]:
+    """The words but for an option and its value."""
+    return [w for w, before in zip(words, ["", *words], strict=False) if option not in (w.partition("=")[0], before)]
 
 
 def _values(command: str, keys: dict[str, object], key: str) -> list[str]:
