@@ -14,7 +14,7 @@ from typing import Any
 
 from lmkit.commands.output import output_path
 from lmkit.commands.runs_show import settings
-from lmkit.commands.runs_text import NOTHING, columns, format_step
+from lmkit.commands.runs_text import NOTHING, columns, format_loss, format_step
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError, ResourceError
 from lmkit.plots import Curve, plot_curves
@@ -193,9 +193,9 @@ def _loss_rows(runs: Sequence[Facts], groups: Sequence[str]) -> list[list[str]]:
     last = [run.losses[-1][1] if run.losses else None for run in runs]
     at = [next((s for s, loss in run.losses if loss == b), None) for run, b in zip(runs, best, strict=True)]
     return [
-        ["  valid loss, best", *_starred(best, groups, "{:.4f}".format)],
+        ["  valid loss, best", *_starred(best, groups, format_loss)],
         ["    at step", *map(format_step, at)],
-        ["  valid loss, last", *(NOTHING if loss is None else f"{loss:.4f}" for loss in last)],
+        ["  valid loss, last", *map(format_loss, last)],
         ["  ppl per token, best", *_starred([run.summary.token_ppl for run in runs], groups, format_number)],
     ]
 

@@ -12,6 +12,7 @@ from lmkit.commands.runs_text import (
     NOTHING,
     columns,
     format_bytes,
+    format_loss,
     format_model,
     format_ppl,
     format_step,
@@ -119,7 +120,7 @@ def _checkpoint_lines(run_dir: Path) -> list[str]:
         else:
             verified = "when saved" if hashed.get(path.name) == audit.manifest.digest else "no"
             size = format_bytes(audit.manifest.total_bytes)
-        rows.append([f"{step:,}", size, NOTHING if loss is None else f"{loss:.4f}", verified, ", ".join(marks)])
+        rows.append([f"{step:,}", size, format_loss(loss), verified, ", ".join(marks)])
     return columns(rows, right=(0, 1, 2), indent=2)
 
 
@@ -199,7 +200,7 @@ def _numbers(run_dir: Path) -> dict[str, str]:
         "step": format_step(summary.step),
         "best valid ppl per word": NOTHING if summary.word_ppl is None else format_number(summary.word_ppl),
         "best valid ppl per token": NOTHING if summary.token_ppl is None else format_number(summary.token_ppl),
-        title: NOTHING if summary.best_valid_loss is None else f"{summary.best_valid_loss:.4f}",
+        title: format_loss(summary.best_valid_loss),
     }
     if speeds:
         values[f"{summary.unit}s/s (median)"] = format_number(median(speeds))

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 from lmkit.commands.runs_compare import Facts, letters, lowest, read_facts
 from lmkit.commands.runs_show import settings
-from lmkit.commands.runs_text import NOTHING, columns, format_step
+from lmkit.commands.runs_text import NOTHING, columns, format_loss, format_step
 from lmkit.console import format_number, plural
 from lmkit.errors import CheckpointError
 from lmkit.store.browse import PER_TOKEN, Status, find_runs
@@ -100,7 +100,7 @@ def _job_lines(rows: Sequence[_Row], groups: Sequence[str], failures: dict[str, 
                 _words(row.job.words),
                 row.state,
                 format_step(None if summary is None else summary.step),
-                _loss_text(row.loss),
+                format_loss(row.loss),
                 NOTHING if summary is None or summary.token_ppl is None else format_number(summary.token_ppl),
                 note,
             ]
@@ -128,7 +128,7 @@ def _folded_lines(rows: Sequence[_Row], groups: Sequence[str]) -> list[str]:
             [
                 shown,
                 str(len(values)),
-                _loss_text(middle),
+                format_loss(middle),
                 f"{stdev(values):.4f}" if len(values) > 1 else NOTHING,
                 NOTHING if middle is None or not have_ppl else format_number(math.exp(min(middle, 700.0))),
                 "best" if number in best else "",
@@ -148,7 +148,3 @@ def _comparable(groups: Sequence[str], rows: Sequence[_Row]) -> str:
         return "jobs of different data or tokenizers are NOT compared with each other"
     units = dict.fromkeys(row.facts.summary.loss_unit for row in rows if row.facts is not None)
     return f"all on the same data and tokens; losses in {' or '.join(units) or PER_TOKEN}"
-
-
-def _loss_text(loss: float | None) -> str:
-    return NOTHING if loss is None else f"{loss:.4f}"

@@ -74,6 +74,11 @@ def format_step(step: int | None) -> str:
     return NOTHING if step is None else f"{step:,}"
 
 
+def format_loss(loss: float | None) -> str:
+    """``4.1234``."""
+    return NOTHING if loss is None else f"{loss:.4f}"
+
+
 def format_model(summary: RunSummary) -> str:
     """``lstm 1.30M``: the kind of model and how large it is."""
     if summary.model is None:
