@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from lmkit.commands.output import output_path
-from lmkit.commands.runs_show import settings
+from lmkit.commands.runs_show import differing, settings
 from lmkit.commands.runs_text import NOTHING, columns, format_loss, format_step
 from lmkit.console import format_duration, format_number
 from lmkit.errors import CheckpointError, ResourceError
@@ -139,10 +139,9 @@ def compare(run_dirs: Sequence[Path]) -> str:
     rows.append(["  ppl per word, best", *_starred([run.summary.word_ppl for run in runs], words, format_number)])
     lines = [*columns([row for row in rows if set(row[1:]) != {NOTHING}]), "", *_notes(runs, tokens, words)]
     asked = [settings(path) for path in run_dirs]
-    differing = sorted(key for key in dict.fromkeys(k for values in asked for k in values) if _differs(asked, key))
-    if differing:
+    if keys := sorted(differing(asked)):
         table = [["settings that differ", *(run.name for run in runs)]]
-        table += [[key, *(_cut(values.get(key, NOTHING)) for values in asked)] for key in differing]
+        table += [[key, *(_cut(values.get(key, NOTHING)) for values in asked)] for key in keys]
         lines += ["", *columns(table)]
     else:
         lines += ["", "settings: the same"]
@@ -232,10 +231,6 @@ def _members(runs: Sequence[Facts], groups: Sequence[str]) -> str:
         f"{group}: {', '.join(run.name for run, g in zip(runs, groups, strict=True) if g == group)}"
         for group in dict.fromkeys(groups)
     )
-
-
-def _differs(asked: Sequence[dict[str, str]], key: str) -> bool:
-    return len({values.get(key) for values in asked}) > 1
 
 
 def _cut(text: str) -> str:

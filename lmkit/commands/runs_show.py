@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -164,7 +164,7 @@ def diff(first: Path, second: Path) -> str:
     asked = [settings(path) for path in (first, second)]
     numbers = [_numbers(path) for path in (first, second)]
     for name, (left, right) in (("configuration", asked), ("numbers", numbers)):
-        keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
+        keys = differing((left, right))
         if name == "configuration":
             keys.sort()
         if keys:
@@ -186,6 +186,12 @@ def settings(run_dir: Path) -> dict[str, str]:
         values = {"command (no checkpoint yet)": shlex.join(map(str, info.get("command", [])))}
     digests = {f"{key} (digest)": str(value)[:12] for key, value in section(info, "digests").items()}
     return {"command": str(config.get("command", NOTHING)), "seed": str(info.get("seed", NOTHING)), **values, **digests}
+
+
+def differing(tables: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys that have not the same value in all, in the order in which they come."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [key for key in keys if len({table.get(key) for table in tables}) > 1]
 
 
 def _numbers(run_dir: Path) -> dict[str, str]:

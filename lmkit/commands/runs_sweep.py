@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from lmkit.commands.runs_compare import Facts, letters, lowest, read_facts
-from lmkit.commands.runs_show import settings
+from lmkit.commands.runs_show import differing, settings
 from lmkit.commands.runs_text import NOTHING, columns, format_loss, format_step
 from lmkit.console import format_number, plural
 from lmkit.errors import CheckpointError
@@ -74,7 +74,7 @@ def _jobs_of_runs(root: Path) -> list[Job]:
     """The runs in a folder without sweep.json as jobs, told apart by the settings that differ."""
     paths = list(find_runs(root))
     asked = [{k: v for k, v in settings(path).items() if not k.endswith("(digest)")} for path in paths]
-    keys = sorted({key for values in asked for key in values if len({other.get(key) for other in asked}) > 1})
+    keys = sorted(differing(asked))
     return [
         Job(path.relative_to(root).as_posix(), {key: values[key] for key in keys if key in values})
         for path, values in zip(paths, asked, strict=True)
