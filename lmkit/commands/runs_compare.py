@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -45,11 +45,13 @@ class Facts:
     ``summary.end``."""
     config: dict[str, Any]
     digests: dict[str, Any]
-    losses: list[tuple[int, float]] = field(default_factory=list)
+    metrics: list[dict[str, Any]]
+    """The rows of metrics.jsonl; none where it cannot be read."""
+    losses: list[tuple[int, float]]
     """Step and validation loss, in the summary's ``loss_unit``."""
-    last_row: dict[str, Any] = field(default_factory=dict)
+    last_row: dict[str, Any]
     """The last row of metrics about training."""
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None
 
     @property
     def tokens_key(self) -> str | None:
@@ -99,6 +101,7 @@ def read_facts(run_dir: Path, name: str) -> Facts:
         result=result if is_of_present_data(result, config) else {},
         config=config,
         digests=section(readable(read_info, run_dir), "digests"),
+        metrics=metrics,
         losses=[(row["step"], row["valid_loss"]) for row in metrics if isinstance(row.get("valid_loss"), float)],
         last_row=train[-1] if train else {},
         tokens_per_s=median(speeds) if speeds else None,

@@ -21,9 +21,8 @@ from lmkit.commands.runs_text import (
 from lmkit.config.runs import DEFAULT_REPORT
 from lmkit.config.text import flatten, format_value
 from lmkit.console import format_duration, format_number
-from lmkit.errors import CheckpointError
-from lmkit.store.browse import PER_TOKEN, RunSummary, read_journal, read_newest_config, readable, section
-from lmkit.store.found import read_info, read_metrics
+from lmkit.store.browse import PER_TOKEN, read_journal, read_newest_config, readable, section
+from lmkit.store.found import read_info
 
 ROUTINE = ("save", "verify", "retire", "finished", "start")
 """Events of the journal that are no incidents."""
@@ -67,8 +66,8 @@ def gather(run_dir: Path) -> RunPage:
         lead=f"{summary.status.name} at step {format_step(summary.step)}; begun {begun}, last log {last}",
         numbers=_numbers(facts),
         protocol=[*_protocol(facts), ("run id", str(info.get("run_id", NOTHING)))],
-        charts=_charts(run_dir, summary),
-        samples=_samples(run_dir),
+        charts=_charts(facts),
+        samples=_samples(facts.metrics),
         incidents=_incidents(read_journal(run_dir)),
         environment=[(key, str(value)) for key, value in sorted(environment.items())],
         config=[(key, format_value(value)) for key, value in sorted(flatten(facts.config)) if value is not None],
@@ -116,14 +115,11 @@ def _protocol(facts: Facts) -> list[tuple[str, str]]:
     return rows + [(f"{name} digest", str(digest)) for name, digest in sorted(facts.digests.items())]
 
 
-def _charts(run_dir: Path, summary: RunSummary) -> list[Chart]:
-    try:
-        rows = read_metrics(run_dir)
-    except CheckpointError:
-        return []
+def _charts(facts: Facts) -> list[Chart]:
+    summary = facts.summary
 
     def curve(key: str) -> tuple[list[float], list[float]]:
-        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+        points = [(row["step"], row[key]) for row in facts.metrics if isinstance(row.get(key), int | float)]
         return [x for x, _ in points], [y for _, y in points]
 
     def named(text: str) -> str:
@@ -141,11 +137,8 @@ def _charts(run_dir: Path, summary: RunSummary) -> list[Chart]:
     ]
 
 
-def _samples(run_dir: Path) -> list[tuple[int, str]]:
-    try:
-        rows = [(row["step"], row["sample"]) for row in read_metrics(run_dir) if isinstance(row.get("sample"), str)]
-    except CheckpointError:
-        return []
+def _samples(metrics: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    rows = [(row["step"], row["sample"]) for row in metrics if isinstance(row.get("sample"), str)]
     if len(rows) <= MOST_SAMPLES:
         return rows
     return [rows[i * (len(rows) - 1) // (MOST_SAMPLES - 1)] for i in range(MOST_SAMPLES)]
