@@ -36,11 +36,11 @@ class Problems:
             self(value == default, f"{section}.{name}", value, rule)
 
     def at_least(self, least: int, section: str, config: Any, *names: str, or_null: bool = False) -> None:
-        """Note each of these keys of a section that is below ``least``."""
+        """Note each of these keys of a section ("": of the command itself) that is below ``least``."""
         rule = f"must be >= {least}{' or null' if or_null else ''}"
         for name in names:
-            value = getattr(config, name)
-            self((or_null and value is None) or value >= least, f"{section}.{name}", value, rule)
+            value, key = getattr(config, name), f"{section}.{name}".removeprefix(".")
+            self((or_null and value is None) or value >= least, key, value, rule)
 
     def below_one(self, section: str, config: Any, *names: str) -> None:
         """Note each of these keys of a section that is not at least 0 and below 1."""

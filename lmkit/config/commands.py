@@ -178,7 +178,7 @@ class FinetuneConfig:
 
 def _check_run(check: Problems, cfg: PretrainConfig | FinetuneConfig) -> None:
     """Note what is wrong with the seed of a run, or with how it is to go on."""
-    check(cfg.seed >= 0, "seed", cfg.seed, "must be >= 0")
+    check.at_least(0, "", cfg, "seed")
     check(not cfg.resume or cfg.run.dir is not None, "resume", cfg.resume, "needs run.dir=DIR, the run to continue")
     new_data = cfg.run.allow_data_change
     check(cfg.resume or not new_data, "run.allow_data_change", new_data, "needs resume=true")
@@ -248,12 +248,9 @@ class EvalPplConfig:
     def __post_init__(self) -> None:
         with Problems() as check:
             check(self.split in ("train", "valid", "test"), "split", self.split, "must be train, valid or test")
-            check(self.context is None or self.context >= 1, "context", self.context, "must be >= 1 or null")
-            check(self.stride is None or self.stride >= 1, "stride", self.stride, "must be >= 1 or null")
-            for name in ("seq_len", "batch_size", "latent_samples"):
-                check(getattr(self, name) >= 1, name, getattr(self, name), "must be >= 1")
-            for name in ("mc_samples", "bootstrap", "report_tokens", "seed"):
-                check(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
+            check.at_least(1, "", self, "context", "stride", or_null=True)
+            check.at_least(1, "", self, "seq_len", "batch_size", "latent_samples")
+            check.at_least(0, "", self, "mc_samples", "bootstrap", "report_tokens", "seed")
             named: dict[str, str] = {}
             for key, file in (("output", self.output), ("report", self.report), ("word_probs", self.word_probs)):
                 first = key if file is None else named.setdefault(file, key)

@@ -134,12 +134,7 @@ class WordTokenizerConfig(TokenizerConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(
-                self.vocab_size is None or self.vocab_size >= 3,
-                "tokenizer.vocab_size",
-                self.vocab_size,
-                "must be >= 3 or null",
-            )
+            check.at_least(3, "tokenizer", self, "vocab_size", or_null=True)
 
 
 @dataclass(kw_only=True)

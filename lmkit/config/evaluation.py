@@ -62,7 +62,7 @@ class HfStridedProtocolConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.max_length >= 2, "protocol.max_length", self.max_length, "must be >= 2")
+            check.at_least(2, "protocol", self, "max_length")
             check(
                 1 <= self.stride <= self.max_length,
                 "protocol.stride",

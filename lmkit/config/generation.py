@@ -59,7 +59,7 @@ class VaeGenerateConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.steps >= 2, "vae.steps", self.steps, "must be >= 2")
+            check.at_least(2, "vae", self, "steps")
             used = self.interpolate_from is not None or self.steps == VaeGenerateConfig.steps
             check(used, "vae.steps", self.steps, "needs vae.interpolate_from and vae.interpolate_to")
             check(
@@ -107,8 +107,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         with Problems() as check:
-            check(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "must be >= 0")
-            check(self.num_samples >= 1, "num_samples", self.num_samples, "must be >= 1")
+            check.at_least(0, "", self, "max_new_tokens")
+            check.at_least(1, "", self, "num_samples")
             chats = self.chat or self.interactive
             check(self.system is None or chats, "system", self.system, "needs --chat or --interactive")
-            check(self.seed >= 0, "seed", self.seed, "must be >= 0")
+            check.at_least(0, "", self, "seed")
