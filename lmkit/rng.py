@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, stream, position): no random state is ever stored.
 
 Every use derives its own key, so that an extra draw in one place cannot shift another, and resuming at step k needs
-only k. Streams in use: init, order, dropout, generate, split.
+only k.
 """
 
 from __future__ import annotations

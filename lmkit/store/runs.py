@@ -1,7 +1,8 @@
 """Run directories: made, locked and written. How they are found and read again is in ``found``.
 
 ``<run>/`` holds LOCK (a kernel lock for the life of the process), LOCK.info (who holds it, for people), run.json
-(written once), journal.jsonl (one line per event), metrics.jsonl (one line per logged step), result.json, checkpoints/.
+(how it began, and on which data it goes on), journal.jsonl (one line per event), metrics.jsonl (one line per logged
+step), result.json, checkpoints/.
 """
 
 from __future__ import annotations
