@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from lmkit.errors import ConfigError
 
@@ -163,14 +162,9 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
 
 
 def _run_names() -> list[str]:
-    from lmkit.config.runs import DEFAULT_ROOT
-    from lmkit.errors import CheckpointError
-    from lmkit.store.browse import find_runs
+    from lmkit.store.browse import run_names
 
-    try:
-        return [path.relative_to(DEFAULT_ROOT).as_posix() for path in find_runs(Path(DEFAULT_ROOT))]
-    except CheckpointError:
-        return []
+    return run_names()
 
 
 def _steps_of(run: str) -> list[str]:

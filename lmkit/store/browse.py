@@ -149,20 +149,25 @@ def find_runs(root: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
                 yield from find_runs(folder, depth - 1)
 
 
-def named_run(word: str, root: str | Path = DEFAULT_ROOT) -> Path:
-    """The run that ``word`` names: its path, or its name in ``root``. Raises CheckpointError with what was meant."""
+def run_names() -> list[str]:
+    """The names of the runs in runs/, none if it cannot be read."""
+    try:
+        return [path.relative_to(DEFAULT_ROOT).as_posix() for path in find_runs(Path(DEFAULT_ROOT))]
+    except CheckpointError:
+        return []
+
+
+def named_run(word: str) -> Path:
+    """The run that ``word`` names: its path, or its name in runs/. Raises CheckpointError with what was meant."""
     path = Path(os.path.expanduser(word or "?"))
-    for found in (path, Path(root) / path):
+    for found in (path, Path(DEFAULT_ROOT) / path):
         if is_run(found):
             return found
     if os.path.isfile(path / mf.MANIFEST):
         raise CheckpointError(f"{word} is a checkpoint", "name its run")
     if os.path.exists(path):
         raise CheckpointError(f"{word} is not a run directory", f"lmkit runs ls {word} lists the runs in it")
-    known = []
-    with contextlib.suppress(CheckpointError):
-        known = [run.relative_to(root).as_posix() for run in find_runs(Path(root))]
-    near = difflib.get_close_matches(path.name, known, n=3)
+    near = difflib.get_close_matches(path.name, run_names(), n=3)
     raise CheckpointError(
         f"there is no run {word!r}", f"did you mean {' or '.join(near)}?" if near else "lmkit runs ls lists the runs"
     )

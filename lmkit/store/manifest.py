@@ -163,15 +163,15 @@ def parse_json(raw: bytes, where: Path) -> Any:
         raise CheckpointError(f"{where} is not valid JSON ({error})") from None
 
 
-def read_small_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a regular file of at most ``max_bytes``. Raises CheckpointError naming the file."""
+def read_small_file(path: Path) -> bytes:
+    """The bytes of a regular file of at most MAX_JSON_BYTES. Raises CheckpointError naming the file."""
     try:
         with storage.open_regular(path) as file:
-            raw = file.read(max_bytes + 1)
+            raw = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise unreadable(path, error) from None
-    if len(raw) > max_bytes:
-        raise CheckpointError(f"{path} is larger than {max_bytes} bytes")
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
     return raw
 
 
