@@ -143,7 +143,8 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
     name, *words = before
     if name not in ACTIONS or "--steps" in words[-1:]:
         return []
-    options = [option.partition(" ")[0] for option in ACTIONS[name].options if option[0] == "-"]
+    action = ACTIONS[name]
+    options = [option.partition(" ")[0] for option in action.options if option[0] == "-"]
     if name == "verify-resume":
         words = _without("--steps", words)
         command = words[0] if words[:1] in (["pretrain"], ["finetune"]) else "pretrain"
@@ -153,10 +154,9 @@ def _runs_words(before: Sequence[str], last: str) -> list[str]:
     if last.startswith("-"):
         return [*options, "--help"]
     given = [word for word in words if not word.startswith(("-", "to="))]
-    most = ACTIONS[name].most
-    if given and not last.startswith("to=") and any(option.startswith("to=") for option in ACTIONS[name].options):
-        return ["to=", *(_run_names() if most is None else [])]
-    if name in ("ls", "sweep") or (most is not None and len(given) >= most):
+    if given and not last.startswith("to=") and action.takes_file:
+        return ["to=", *(_run_names() if action.most is None else [])]
+    if name in ("ls", "sweep") or (action.most is not None and len(given) >= action.most):
         return []
     return _steps_of(given[0]) if name in ("pin", "unpin", "replay") and given else _run_names()
 

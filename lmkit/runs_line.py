@@ -30,7 +30,7 @@ def parse_runs(args: Sequence[str]) -> RunsConfig:
             config.debug = True
         elif name == "verify-resume":
             problems += _take_steps(config, word, words)
-        elif word.startswith("to=") and _takes_file(ACTIONS[name]):
+        elif word.startswith("to=") and ACTIONS[name].takes_file:
             config.to = word.removeprefix("to=")
             problems += [] if config.to else ["to= is empty: name a file"]
         elif word in ACTIONS[name].options:
@@ -58,10 +58,6 @@ def _take_steps(config: RunsConfig, word: str, words: list[str]) -> list[str]:
         return [f"--steps {value} must be a whole number >= {LEAST_STEPS}".replace("  ", " ")]
     config.steps = int(value)
     return []
-
-
-def _takes_file(action: Action) -> bool:
-    return any(option.startswith("to=") for option in action.options)
 
 
 def _word_problems(name: str, action: Action, words: Sequence[str]) -> list[str]:

@@ -30,6 +30,11 @@ class Action:
     details: str = ""
     """More text for its own help."""
 
+    @property
+    def takes_file(self) -> bool:
+        """Whether ``to=FILE`` says where it writes."""
+        return any(option.startswith("to=") for option in self.options)
+
 
 ACTIONS = {
     "ls": Action(
