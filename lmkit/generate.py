@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmkit.config.generation import SamplingConfig
 from lmkit.config.machine import Precision
+from lmkit.console import Console
 from lmkit.device import Device, attention_of_any_shape
 from lmkit.models.base import LanguageModel
 from lmkit.models.stepping import MIN_TOKENS, TokenStep, token_step
@@ -37,8 +38,6 @@ class Prompt:
     """Those of them that stand for text of the prompt."""
     num_dropped: int
     """Tokens of the prompt cut from the left because they do not fit into the context."""
-    unknown: list[str]
-    """Words (or characters) of the prompt that the tokenizer does not know."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,10 @@ def read_prompt(tokenizer: Tokenizer, text: str, *, context: int | None, max_new
     if tokenizer.ends_lines:
         text = text.rstrip(" \t")
     tokens = [int(i) for i in tokenizer.encode(text)]
-    unknown = unknown_words(tokenizer, text)
     if context is None or 1 + len(tokens) <= context:
-        return Prompt(text, [tokenizer.eos_id, *tokens], tokens, 0, unknown)
+        return Prompt(text, [tokenizer.eos_id, *tokens], tokens, 0)
     kept = last_to_read(tokens, context, max_new_tokens)
-    return Prompt(text, kept, kept, len(tokens) - len(kept), unknown)
+    return Prompt(text, kept, kept, len(tokens) - len(kept))
 
 
 def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -75,11 +73,12 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
     return [u for u in dict.fromkeys(units) if u != "<unk>" and tokenizer.unk_id in tokenizer.encode(u)]
 
 
-def about_unknown(words: list[str]) -> str:
-    """The warning that names words of ``unknown_words``, of many the first ones."""
-    named = " ".join(words)
-    more = f" ... ({len(words):,} in all)" if len(named) > MAX_NAMED_CHARS else ""
-    return f"not in the vocabulary, read as <unk>: {named[:MAX_NAMED_CHARS]}{more}"
+def warn_of_unknown(tokenizer: Tokenizer, text: str, console: Console) -> None:
+    """Name the ``unknown_words`` of a text, of many the first ones."""
+    if unknown := unknown_words(tokenizer, text):
+        named = " ".join(unknown)
+        more = f" ... ({len(unknown):,} in all)" if len(named) > MAX_NAMED_CHARS else ""
+        console.warn(f"not in the vocabulary, read as <unk>: {named[:MAX_NAMED_CHARS]}{more}")
 
 
 def last_to_read(tokens: list[int], context: int, max_new_tokens: int) -> list[int]:

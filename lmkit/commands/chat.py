@@ -15,7 +15,7 @@ from lmkit.console import Console
 from lmkit.data.chat import ChatTemplate, Conversation, Turn
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.generate import Prompt, Sample, about_unknown, generate, last_to_read, unknown_words
+from lmkit.generate import Prompt, Sample, generate, last_to_read, warn_of_unknown
 from lmkit.loading import LoadedRun
 from lmkit.tasks.chat import template_of_run
 
@@ -87,10 +87,9 @@ class Chat:
             kept = last_to_read(ids, context, self.cfg.max_new_tokens)
         if dropped := len(ids) - len(kept):
             self.console.warn(f"the prompt does not fit into the context of {context}: {dropped} tokens are not read")
-        if unknown := unknown_words(tokenizer, text):
-            self.console.warn(about_unknown(unknown))
+        warn_of_unknown(tokenizer, text, self.console)
         # no text_ids: sampling.repetition_penalty must not keep an answer from the words of what was asked
-        return Prompt(text, kept, [], dropped, unknown)
+        return Prompt(text, kept, [], dropped)
 
     def _ids(self, text: str) -> list[int]:
         return self.template.encode_prompt(Conversation(tuple(self.turns)), text, self.loaded.tokenizer)

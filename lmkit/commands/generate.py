@@ -11,7 +11,7 @@ from lmkit.commands.output import write_text
 from lmkit.config.generation import GenerateConfig
 from lmkit.console import Console, format_number, plural
 from lmkit.device import resolve_device
-from lmkit.generate import Prompt, about_unknown, generate, read_prompt
+from lmkit.generate import generate, read_prompt, warn_of_unknown
 from lmkit.loading import load_run
 
 
@@ -40,7 +40,12 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     start = time.monotonic()
     for index, text in enumerate(prompts):
         prompt = read_prompt(loaded.tokenizer, text, context=loaded.context, max_new_tokens=cfg.max_new_tokens)
-        _warn_about(prompt, loaded.context, console)
+        if prompt.num_dropped:
+            console.warn(
+                f"the prompt does not fit into the context of {loaded.context} tokens together with what is to be"
+                f" generated: its first {prompt.num_dropped} tokens are not read"
+            )
+        warn_of_unknown(loaded.tokenizer, prompt.text, console)
         if streams:
             write_text(prompt.text)
         samples = generate(
@@ -67,13 +72,3 @@ def run(cfg: GenerateConfig, prompts: list[str]) -> list[dict[str, Any]]:
     num_tokens = sum(result["num_tokens"] for result in results)
     console.say(f"{plural(num_tokens, 'token')}, {format_number(num_tokens / max(seconds, 1e-9))} tokens/s")
     return results
-
-
-def _warn_about(prompt: Prompt, context: int | None, console: Console) -> None:
-    if prompt.num_dropped:
-        console.warn(
-            f"the prompt does not fit into the context of {context} tokens together with what is to be generated:"
-            f" its first {prompt.num_dropped} tokens are not read"
-        )
-    if prompt.unknown:
-        console.warn(about_unknown(prompt.unknown))

@@ -13,7 +13,7 @@ from lmkit.config.generation import GenerateConfig, VaeGenerateConfig
 from lmkit.console import Console
 from lmkit.device import Device
 from lmkit.errors import ConfigError
-from lmkit.generate import about_unknown, generate, read_prompt, unknown_words
+from lmkit.generate import generate, read_prompt, warn_of_unknown
 from lmkit.loading import LoadedRun
 from lmkit.models.vae import GivenLatent, VaeLstm
 from lmkit.rng import derive_key
@@ -34,7 +34,7 @@ def run(
     vae = cfg.vae
     if vae.reconstruct is None and vae.interpolate_from is None:
         for prompt in dict.fromkeys(prompts):
-            decoder.warn_about(prompt)
+            warn_of_unknown(loaded.tokenizer, prompt, console)
         return [
             decoder.write(prompt, index * cfg.num_samples + number, decoder.from_prior(index, number), {})
             for index, prompt in enumerate(prompts)
@@ -76,18 +76,13 @@ class _Decoder:
         generator = torch.Generator().manual_seed(derive_key(self.cfg.seed, "latent", "prior", prompt, number))
         return torch.randn(self.model.config.d_latent, generator=generator).to(self.device.torch_device)
 
-    def warn_about(self, text: str) -> None:
-        """Name the words of a text that the run does not know."""
-        if unknown := unknown_words(self.loaded.tokenizer, text):
-            self.console.warn(about_unknown(unknown))
-
     @torch.inference_mode()
     def mean_of(self, text: str) -> Tensor:
         """The posterior mean of a sentence."""
         tokenizer = self.loaded.tokenizer
         line = text if text.endswith("\n") else f"{text}\n"
         ids = [int(i) for i in tokenizer.encode(line)]
-        self.warn_about(text)
+        warn_of_unknown(tokenizer, text, self.console)
         return self.model.encode(torch.tensor([ids], device=self.device.torch_device)).mean_BZ[0]
 
     def write(self, prompt: str, number: int, latent_Z: Tensor, about: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lmkit.device import Device
 from lmkit.errors import DivergedError
 from lmkit.evaluation.plan import Segments, sliding
 from lmkit.evaluation.scoring import score
-from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt
+from lmkit.generate import MAX_BATCH, Sample, generate, read_prompt, unknown_words
 from lmkit.models.base import Head, LanguageModel, Scores, State
 from lmkit.models.stepping import MIN_TOKENS
 from lmkit.sampling import sample as draw
@@ -323,11 +323,10 @@ def test_a_shorter_context_than_the_models_can_be_asked_for() -> None:
 
 
 def test_unknown_words_and_characters_are_named_once() -> None:
-    assert read_prompt(WORDS, "the zebra <unk> zebra\nsaid x", context=None, max_new_tokens=1).unknown == ["zebra", "x"]
-    assert read_prompt(CharTokenizer("abc"), "aéb", context=None, max_new_tokens=1).unknown == ["é"]
-    assert read_prompt(BYTES, "我", context=None, max_new_tokens=1).unknown == []
-    words = HfTokenizer(hf_json(WORDS))
-    assert read_prompt(words, "the zebra said", context=None, max_new_tokens=1).unknown == ["zebra"]
+    assert unknown_words(WORDS, "the zebra <unk> zebra\nsaid x") == ["zebra", "x"]
+    assert unknown_words(CharTokenizer("abc"), "aéb") == ["é"]
+    assert unknown_words(BYTES, "我") == []
+    assert unknown_words(HfTokenizer(hf_json(WORDS)), "the zebra said") == ["zebra"]
 
 
 def test_the_repetition_penalty_sees_prompt_and_new_tokens_but_not_the_eos_in_front() -> None:
