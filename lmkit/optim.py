@@ -46,46 +46,47 @@ def build_optimizer(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     factors = {id(p): (lr_factors or {}).get(name, 1.0) for name, p in named}
     if isinstance(config, MuonConfig):
-        return _finish(_build_muon(config, model, named, factors))
+        optimizer = _build_muon(config, model, named, factors)
+    else:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": config.lr},
+            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": _gain_decay(config), "lr": config.lr},
+        ]
+        optimizer = _build_of_groups(config, list(_split(groups, factors)), fused=fused)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def _build_of_groups(config: OptimizerConfig, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+    """One that treats all parameters alike, but for what the groups say."""
     lr = config.lr
-    groups: list[dict[str, Any]] = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": lr},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": _gain_decay(config), "lr": lr},
-    ]
-    groups = list(_split(groups, factors))
     if isinstance(config, NadamConfig):
-        betas = (config.beta1, config.beta2)
-        return _finish(
-            _without_compiler(torch.optim.NAdam)(
-                groups,
-                lr=lr,
-                betas=betas,
-                eps=config.eps,
-                momentum_decay=config.momentum_decay,
-                decoupled_weight_decay=True,
-            )
+        return _without_compiler(torch.optim.NAdam)(
+            groups,
+            lr=lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            momentum_decay=config.momentum_decay,
+            decoupled_weight_decay=True,
         )
     if isinstance(config, ScheduleFreeConfig):
-        return _finish(_build_schedule_free(config, groups))
+        return _build_schedule_free(config, groups)
     if isinstance(config, AdamConfig):
         kind: type[torch.optim.Adam] = torch.optim.AdamW if isinstance(config, AdamwConfig) else torch.optim.Adam
         betas = (config.beta1, config.beta2)
-        return _finish(_without_compiler(kind)(groups, lr=lr, betas=betas, eps=config.eps, fused=fused or None))
+        return _without_compiler(kind)(groups, lr=lr, betas=betas, eps=config.eps, fused=fused or None)
     if isinstance(config, SgdConfig):
-        return _finish(
-            _without_compiler(_Sgd)(
-                groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
-            )
+        return _without_compiler(_Sgd)(
+            groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
         )
     if isinstance(config, AdagradConfig):
-        return _finish(_without_compiler(torch.optim.Adagrad)(groups, lr=lr, eps=config.eps))
+        return _without_compiler(torch.optim.Adagrad)(groups, lr=lr, eps=config.eps)
     if isinstance(config, AdadeltaConfig):
-        return _finish(_without_compiler(torch.optim.Adadelta)(groups, lr=lr, rho=config.rho, eps=config.eps))
+        return _without_compiler(torch.optim.Adadelta)(groups, lr=lr, rho=config.rho, eps=config.eps)
     if isinstance(config, RmspropConfig):
-        return _finish(
-            _without_compiler(torch.optim.RMSprop)(
-                groups, lr=lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps
-            )
+        return _without_compiler(torch.optim.RMSprop)(
+            groups, lr=lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps
         )
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
@@ -149,12 +150,6 @@ def _build_schedule_free(config: ScheduleFreeConfig, groups: list[dict[str, Any]
     betas = (config.beta1, config.beta2)
     optimizer: Optimizer = AdamWScheduleFree(groups, lr=config.lr, betas=betas, eps=config.eps)
     optimizer.train()  # type: ignore[attr-defined]  # and so it stays: the average is made beside it
-    return optimizer
-
-
-def _finish(optimizer: Optimizer) -> Optimizer:
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
     return optimizer
 
 
