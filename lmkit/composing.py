@@ -85,7 +85,8 @@ def _clashes(command: str, groups: Mapping[str, str]) -> Iterator[str]:
             )
 
 
-def values_in(name: str) -> dict[str, Any]:
+@functools.cache
+def values_in(name: str) -> Mapping[str, Any]:
     """What a file of the presets sets, as ``recipe/ptb_vae`` or ``pretrain``: key or group -> value or values."""
     from omegaconf import OmegaConf
 

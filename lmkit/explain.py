@@ -6,7 +6,6 @@ Everything is read off the dataclasses and the presets; nothing is composed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +108,7 @@ def _preset_text(group: str, name: str, commands: Sequence[str]) -> str:
     lines = [f"{group}={name}", f"  {description(group, name)}", "", f"commands: {', '.join(commands)}", ""]
     if schema_name(group, name) is None:
         chosen = recipe_choices(name) if group == "recipe" else {}
-        pairs = [*chosen.items(), *flatten(_values_in(f"{group}/{name}"))]
+        pairs = [*chosen.items(), *flatten(values_in(f"{group}/{name}"))]
         return "\n".join([*lines, *(f"  {key}={_shown(value)}" for key, value in pairs)])
     keys = [k for k in every_key(commands[0]) if k.startswith(f"{group}.")]
     keys = [k for k in keys if f"{group}={name}" in presets_with(commands[0], k)]
@@ -153,9 +152,6 @@ def _doc(owner: type, key: str) -> str:
 # Values
 
 
-_values_in = functools.cache(values_in)
-
-
 def _inside(data: Any, path: Sequence[str]) -> Any:
     for part in path:
         if not isinstance(data, dict) or part not in data:
@@ -168,14 +164,14 @@ def _preset_value(key: str, preset: str) -> str:
     """What a key is in a preset: as written there, else its class's default."""
     group, _, name = preset.partition("=")
     path = key.split(".")[1:]
-    value = _inside(_values_in(f"{group}/{name}"), path)
+    value = _inside(values_in(f"{group}/{name}"), path)
     if value is _MISSING:
         value = _default(SCHEMAS[group][schema_name(group, name) or ""], path)
     return _shown(value)
 
 
 def _root_value(command: str, key: str) -> str:
-    value = _inside(_values_in(command), key.split("."))
+    value = _inside(values_in(command), key.split("."))
     return _shown(_default(ROOTS[command], key.split(".")) if value is _MISSING else value)
 
 
@@ -199,7 +195,7 @@ def _default(cls: type, path: Sequence[str]) -> Any:
 
 def _recipes_with(key: str) -> Iterator[str]:
     for name in names_in("recipe"):
-        value = _inside(_values_in(f"recipe/{name}"), key.split("."))
+        value = _inside(values_in(f"recipe/{name}"), key.split("."))
         if value is not _MISSING:
             yield f"recipe={name} ({_shown(value)})"
 

@@ -133,6 +133,7 @@ def clear_caches() -> None:
     presets._text.cache_clear()
     presets.names_in.cache_clear()
     composing._hydra_compose.cache_clear()
+    composing.values_in.cache_clear()
 
 
 def test_an_optimizer_for_finetuning_keeps_its_own_rate(lmkit: Any) -> None:
