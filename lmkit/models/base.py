@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmkit.rng import derive_key
+
 IGNORE = -100
 """Target id of a position that is not scored."""
 
@@ -100,6 +102,4 @@ class LanguageModel(nn.Module, ABC):
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator keyed by (seed, name), so that each parameter's initial value depends on nothing else."""
-    from lmkit.rng import derive_key
-
     return torch.Generator().manual_seed(derive_key(seed, "init", name))
