@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmkit.config.objectives import VaeObjectiveConfig
 from lmkit.console import format_number
 from lmkit.data.batches import Batch
-from lmkit.data.prepared import PreparedData, Split
+from lmkit.data.prepared import Split
 from lmkit.data.sentences import Sentences
 from lmkit.device import Device
 from lmkit.evaluation.latent import LatentScores, score_sentences
@@ -60,7 +60,22 @@ class SentenceVae(SentenceTask):
 
     def validate(self, *, device: Device, micro_batch_size: int, progress: Callable[[int], None]) -> Validation:
         scores = self._score(self.valid, device, progress)
-        return vae_validation(scores, self.prepared, self.config.num_samples, self.seed)
+        numbers = latent_numbers(scores, self.prepared.splits["valid"], self.config.num_samples, self.seed)
+        return Validation(
+            loss=float(scores.bound_S.sum()) / numbers["num_tokens"],
+            metrics={
+                "valid_ppl_bound": numbers["token_ppl_bound"],
+                "valid_kl": numbers["kl_nats"],
+                "valid_reconstruction": numbers["reconstruction_nats"],
+                "valid_active_units": float(numbers["active_units"]),
+                "valid_mutual_information": numbers["mutual_information_nats"],
+            },
+            text=f"valid ppl <= {format_number(numbers['word_ppl_bound'])} per word  reconstruction"
+            f" {numbers['reconstruction_nats']:.2f} + KL {numbers['kl_nats']:.2f} nats a sentence"
+            f"  {numbers['active_units']} of {numbers['num_units']} units active",
+            result={"dataset": self.prepared.name, "split": "valid", **numbers},
+            rows=[(f"valid {name.strip()}", value) for name, value in latent_rows(numbers)],
+        )
 
     def validation_s(self, *, device: Device, micro_batch_size: int) -> float:
         """Seconds that validation will take, from timing a few sentences of all lengths."""
@@ -129,23 +144,3 @@ def latent_rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         ("active units", f"{numbers['active_units']} of {numbers['num_units']}"),
         ("mutual information of sentence and latent", f"{numbers['mutual_information_nats']:.3f} nats"),
     ]
-
-
-def vae_validation(scores: LatentScores, prepared: PreparedData, num_samples: int, seed: int) -> Validation:
-    """The numbers of the wholly scored valid split."""
-    numbers = latent_numbers(scores, prepared.splits["valid"], num_samples, seed)
-    return Validation(
-        loss=float(scores.bound_S.sum()) / numbers["num_tokens"],
-        metrics={
-            "valid_ppl_bound": numbers["token_ppl_bound"],
-            "valid_kl": numbers["kl_nats"],
-            "valid_reconstruction": numbers["reconstruction_nats"],
-            "valid_active_units": float(numbers["active_units"]),
-            "valid_mutual_information": numbers["mutual_information_nats"],
-        },
-        text=f"valid ppl <= {format_number(numbers['word_ppl_bound'])} per word  reconstruction"
-        f" {numbers['reconstruction_nats']:.2f} + KL {numbers['kl_nats']:.2f} nats a sentence"
-        f"  {numbers['active_units']} of {numbers['num_units']} units active",
-        result={"dataset": prepared.name, "split": "valid", **numbers},
-        rows=[(f"valid {name.strip()}", value) for name, value in latent_rows(numbers)],
-    )
