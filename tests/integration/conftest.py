@@ -1,4 +1,4 @@
-"""What the integration tests share: a cache of their own, a small own-text corpus, and small configurations."""
+"""What the integration tests share: a small own-text corpus, and small configurations."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ MakeConfig = Callable[..., PretrainConfig]
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _no_corpora_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LMKIT_DATA", raising=False)
     torch.set_num_threads(1)
 

@@ -82,7 +82,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Fol
     """A folder with a run of each name in RUNS."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.delenv("LMKIT_DATA", raising=False)
         torch.set_num_threads(1)
         for name, (model, tokenizer, seed) in RUNS.items():

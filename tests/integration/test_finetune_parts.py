@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,24 +48,22 @@ LORA = AdapterConfig(rank=4, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[dict[str, Path]]:
+def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        for name, model in MODELS.items():
-            pretrain.run(
-                PretrainConfig(
-                    dataset=TextConfig(path=str(corpus)),
-                    tokenizer=ByteTokenizerConfig(),
-                    model=model,
-                    optimizer=AdamwConfig(lr=1e-2),
-                    schedule=CosineConfig(),
-                    device=CPU,
-                    train=TrainConfig(batch_size=8, seq_len=32, max_steps=40),
-                    run=RunConfig(dir=str(root / name), root=str(root)),
-                )
+    for name, model in MODELS.items():
+        pretrain.run(
+            PretrainConfig(
+                dataset=TextConfig(path=str(corpus)),
+                tokenizer=ByteTokenizerConfig(),
+                model=model,
+                optimizer=AdamwConfig(lr=1e-2),
+                schedule=CosineConfig(),
+                device=CPU,
+                train=TrainConfig(batch_size=8, seq_len=32, max_steps=40),
+                run=RunConfig(dir=str(root / name), root=str(root)),
             )
-        yield {name: root / name for name in MODELS}
+        )
+    return {name: root / name for name in MODELS}
 
 
 @pytest.fixture(scope="module")

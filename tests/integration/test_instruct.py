@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ ANSWERS = {"cat": "a mat", "dog": "under the tree", "bird": "flew", "the": "cat 
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[dict[str, Path]]:
+def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, Path]:
     """A run of each model with byte tokens, and one with word tokens; hardly trained."""
     root = tmp_path_factory.mktemp("bases")
     made = {}
@@ -49,22 +49,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[di
         *((name, model, ByteTokenizerConfig()) for name, model in MODELS.items()),
         ("word", MODELS["transformer"], WordTokenizerConfig()),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(root / "cache"))
-        for name, model, tokenizer in wanted:
-            config = PretrainConfig(
-                dataset=TextConfig(path=str(corpus)),
-                tokenizer=tokenizer,
-                model=model,
-                optimizer=AdamwConfig(lr=3e-3),
-                schedule=CosineConfig(),
-                device=CPU,
-                train=TrainConfig(batch_size=4, seq_len=32, max_steps=4),
-                run=RunConfig(dir=str(root / name), root=str(root)),
-            )
-            pretrain.run(config)
-            made[name] = root / name
-        yield made
+    for name, model, tokenizer in wanted:
+        config = PretrainConfig(
+            dataset=TextConfig(path=str(corpus)),
+            tokenizer=tokenizer,
+            model=model,
+            optimizer=AdamwConfig(lr=3e-3),
+            schedule=CosineConfig(),
+            device=CPU,
+            train=TrainConfig(batch_size=4, seq_len=32, max_steps=4),
+            run=RunConfig(dir=str(root / name), root=str(root)),
+        )
+        pretrain.run(config)
+        made[name] = root / name
+    return made
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,26 +58,24 @@ def articles(tmp_path_factory: pytest.TempPathFactory) -> TextConfig:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, articles: TextConfig) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, articles: TextConfig) -> Path:
     """A folder with a run of each name in RUNS."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        for name, (model, tokenizer) in RUNS.items():
-            pretrain.run(
-                PretrainConfig(
-                    dataset=articles,
-                    tokenizer=tokenizer,
-                    model=model,
-                    optimizer=AdamwConfig(lr=1e-2),
-                    schedule=CosineConfig(),
-                    device=CPU,
-                    train=TrainConfig(batch_size=4, seq_len=24, max_steps=30),
-                    eval=EvalConfig(every_steps=30),
-                    run=RunConfig(dir=str(folder / name), root=str(folder)),
-                )
+    for name, (model, tokenizer) in RUNS.items():
+        pretrain.run(
+            PretrainConfig(
+                dataset=articles,
+                tokenizer=tokenizer,
+                model=model,
+                optimizer=AdamwConfig(lr=1e-2),
+                schedule=CosineConfig(),
+                device=CPU,
+                train=TrainConfig(batch_size=4, seq_len=24, max_steps=30),
+                eval=EvalConfig(every_steps=30),
+                run=RunConfig(dir=str(folder / name), root=str(folder)),
             )
-        yield folder
+        )
+    return folder
 
 
 @pytest.fixture(scope="module")

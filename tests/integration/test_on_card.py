@@ -222,9 +222,7 @@ def base(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to finetune, of the CPU."""
     path = tmp_path_factory.mktemp("base") / "run"
     words = ["model=tiny", *TRANSFORMER, "model.context=64", "train.seq_len=12", "train.max_steps=1", "device=cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        run("pretrain", *text, "tokenizer=byte", *words, f"run.dir={path}")
+    run("pretrain", *text, "tokenizer=byte", *words, f"run.dir={path}")
     return path
 
 

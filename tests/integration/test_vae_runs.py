@@ -86,9 +86,7 @@ def trained(topics: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     words += " model.d_embed=16 model.d_encoder=16 model.d_latent=3 model.dropout_input=0 model.dropout_output=0"
     words += " objective.free_nats=2 objective.num_samples=16 optimizer.lr=0.02 train.max_steps=300 train.batch_size=32"
     words += f" device=cpu device.threads=1 run.dir={path}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        assert cli.main(["pretrain", *words.split()]) == 0
+    assert cli.main(["pretrain", *words.split()]) == 0
     return path
 
 
