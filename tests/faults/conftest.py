@@ -18,17 +18,9 @@ from lmkit import cli
 from lmkit.store.runs import Run
 
 
-@pytest.fixture(scope="session")
-def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def lmkit(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, session_cache: Path, tmp_path: Path
-) -> Iterator[Lmkit]:
+def lmkit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lmkit]:
     """``lmkit(*words)`` runs a command line in this process, in an empty folder of its own."""
-    monkeypatch.setenv("LMKIT_CACHE", str(session_cache))
     monkeypatch.delenv("LMKIT_DATA", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -66,11 +58,9 @@ def small(corpus: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def _trained(tmp_path_factory: pytest.TempPathFactory, small: list[str], session_cache: Path) -> Path:
+def _trained(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(session_cache))
-        assert cli.main([*small, f"run.dir={run_dir}"]) == 0
+    assert cli.main([*small, f"run.dir={run_dir}"]) == 0
     return run_dir
 
 
@@ -81,7 +71,7 @@ def trained(_trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path, session_cache: Path) -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """``start(*words, setup=[...])`` runs a command line in a child process, killed in the end at the latest."""
     if sys.platform == "win32":
         pytest.skip("needs fork")
@@ -90,7 +80,7 @@ def start(tmp_path: Path, session_cache: Path) -> Iterator[Start]:
     def begin(
         *words: str | Path, setup: Sequence[children.Setup] = (), after: Sequence[children.Setup] = ()
     ) -> children.Child:
-        before = [children.environment(LMKIT_CACHE=str(session_cache), LMKIT_DATA=None), *setup]
+        before = [children.environment(LMKIT_DATA=None), *setup]
         started.append(children.Child(words, tmp_path / f"output{len(started)}", before, after))
         return started[-1]
 

@@ -105,14 +105,12 @@ def words(small: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> dict[str, str]:
+def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of the run that nothing happens to."""
     from lmkit import cli
 
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMKIT_CACHE", str(session_cache))
-        assert cli.main([*words, f"run.dir={run_dir}"]) == 0
+    assert cli.main([*words, f"run.dir={run_dir}"]) == 0
     return digests(run_dir)
 
 
