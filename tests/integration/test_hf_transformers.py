@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import torch
 
 from lmkit.config.data import (
@@ -18,7 +19,7 @@ from lmkit.config.data import (
     WordTokenizerConfig,
 )
 from lmkit.config.export import ExportFormat
-from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
+from lmkit.config.model import Activation, TransformerConfig
 from lmkit.hf import import_hf
 from lmkit.hf.exporting import Source, export_as
 from lmkit.hf.sample import PAGE
@@ -107,30 +108,8 @@ def generated(model: Any, tokens: torch.Tensor, count: int) -> list[int]:
 PRESETS = {
     "small": TransformerConfig(d_model=32, num_layers=2, num_heads=4, context=64),
     "medium": TransformerConfig(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, context=64),
-    "gpt2": TransformerConfig(
-        d_model=32,
-        num_layers=2,
-        num_heads=4,
-        context=64,
-        positions=Positions.learned,
-        norm=Norm.layernorm,
-        activation=Activation.gelu,
-        gated=False,
-        bias=True,
-    ),
-    "vanilla": TransformerConfig(
-        d_model=32,
-        num_layers=2,
-        num_heads=4,
-        context=64,
-        positions=Positions.sinusoidal,
-        norm=Norm.layernorm,
-        pre_norm=False,
-        activation=Activation.relu,
-        gated=False,
-        bias=True,
-        scale_embeddings=True,
-    ),
+    "gpt2": TransformerConfig(d_model=32, num_layers=2, num_heads=4, context=64, **shapes.GPT2),
+    "vanilla": TransformerConfig(d_model=32, num_layers=2, num_heads=4, context=64, **shapes.VANILLA),
     "qwen2": TransformerConfig(d_model=32, num_layers=2, num_heads=4, context=64, qkv_bias=True),
     "qwen3": TransformerConfig(d_model=32, num_layers=2, num_heads=4, context=64, qk_norm=True, head_channels=12),
     "gemma": TransformerConfig(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import torch
 import yaml
 
@@ -21,7 +22,7 @@ from lmkit.config.data import SentencePieceKind, SentencePieceTokenizerConfig
 from lmkit.config.export import ExportConfig, ExportFormat
 from lmkit.config.generation import GenerateConfig, SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
-from lmkit.config.model import Activation, Norm, Positions, TransformerConfig
+from lmkit.config.model import Activation, Positions, TransformerConfig
 from lmkit.config.plain import from_plain
 from lmkit.config.training import ExistingRunConfig
 from lmkit.errors import ConfigError
@@ -34,9 +35,7 @@ from lmkit.tokenizers.convert import QWEN2_SPLIT
 pytestmark = pytest.mark.extra("llama-cpp")
 
 SMALL = TransformerConfig(d_model=32, num_layers=2, num_heads=4, context=64)
-GPT = replace(
-    SMALL, positions=Positions.learned, norm=Norm.layernorm, activation=Activation.gelu, gated=False, bias=True
-)
+GPT = replace(SMALL, **shapes.GPT2)
 SHAPES = {
     "llama": replace(SMALL, num_kv_heads=2, tie_embeddings=False),
     "llama-with-biases": replace(SMALL, bias=True),

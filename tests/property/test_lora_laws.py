@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 
 import pytest
+import shapes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lmkit.config.adapter import AdapterConfig
-from lmkit.config.model import Activation, ModelConfig, Norm, Positions, RecurrentConfig, TransformerConfig
+from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.errors import ConfigError
 from lmkit.lora import adapted_layers, adapter_tensors, add_adapter, merge_adapter, targeted
 from lmkit.models.base import LanguageModel
@@ -20,14 +21,7 @@ VOCAB = 17
 SMALL = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context": 12}
 CONFIGS: dict[str, ModelConfig] = {
     "llama": TransformerConfig(**SMALL),  # type: ignore[arg-type]
-    "gpt2": TransformerConfig(
-        positions=Positions.learned,
-        norm=Norm.layernorm,
-        activation=Activation.gelu,
-        gated=False,
-        bias=True,
-        **SMALL,  # type: ignore[arg-type]
-    ),
+    "gpt2": TransformerConfig(**shapes.GPT2, **SMALL),
 }
 LINEAR = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import shapes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmkit.config.model import Activation, Cell, ModelConfig, Norm, Positions, RecurrentConfig, TransformerConfig
+from lmkit.config.model import Cell, ModelConfig, RecurrentConfig, TransformerConfig
 from lmkit.models.base import LanguageModel
 
 VOCAB, CONTEXT, MAX_BATCH = 17, 12, 4
@@ -19,25 +20,8 @@ SMALL = {"d_model": 16, "num_layers": 2, "num_heads": 4, "context": CONTEXT}
 CONFIGS: dict[str, ModelConfig] = {
     "llama": TransformerConfig(**SMALL),  # type: ignore[arg-type]
     "grouped": TransformerConfig(num_kv_heads=2, **SMALL),  # type: ignore[arg-type]
-    "gpt2": TransformerConfig(
-        positions=Positions.learned,
-        norm=Norm.layernorm,
-        activation=Activation.gelu,
-        gated=False,
-        bias=True,
-        **SMALL,  # type: ignore[arg-type]
-    ),
-    "vanilla": TransformerConfig(
-        positions=Positions.sinusoidal,
-        norm=Norm.layernorm,
-        pre_norm=False,
-        activation=Activation.relu,
-        gated=False,
-        bias=True,
-        scale_embeddings=True,
-        dropout=0.1,
-        **SMALL,  # type: ignore[arg-type]
-    ),
+    "gpt2": TransformerConfig(**shapes.GPT2, **SMALL),
+    "vanilla": TransformerConfig(dropout=0.1, **shapes.VANILLA, **SMALL),
     "locked": TransformerConfig(dropout=0.2, dropout_locked=True, dropout_embed=0.1, drop_path=0.2, **SMALL),  # type: ignore[arg-type]
     "memory": TransformerConfig(memory_tokens=5, num_kv_heads=2, **SMALL | {"context": 4}),  # type: ignore[arg-type]
     "memory, post-norm": TransformerConfig(memory_tokens=3, pre_norm=False, qk_norm=True, **SMALL),  # type: ignore[arg-type]

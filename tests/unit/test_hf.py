@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,15 +23,7 @@ from lmkit.models.transformer import Transformer
 from lmkit.tokenizers import ByteTokenizer, CharTokenizer, HfTokenizer, Tokenizer, WordTokenizer, convert
 
 LLAMA = TransformerConfig(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48, context=40)
-GPT2 = replace(
-    LLAMA,
-    num_kv_heads=None,
-    positions=Positions.learned,
-    norm=Norm.layernorm,
-    activation=Activation.gelu,
-    gated=False,
-    bias=True,
-)
+GPT2 = replace(LLAMA, num_kv_heads=None, **shapes.GPT2)
 GPT = replace(GPT2, pre_norm=False, d_ff=128, activation=Activation.relu)
 GEMMA = replace(LLAMA, head_channels=12, activation=Activation.gelu, scale_embeddings=True)
 MODELS = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import shapes
 import torch
 from torch import nn
 
 from lmkit import products
 from lmkit.config.generation import SamplingConfig
-from lmkit.config.model import Activation, Norm, Positions, RecurrentConfig, TransformerConfig
+from lmkit.config.model import RecurrentConfig, TransformerConfig
 from lmkit.models.stepping import MAX_ROOM, token_step
 from lmkit.models.transformer import Transformer
 from lmkit.sampling import sample
@@ -22,22 +23,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "grouped": {"num_kv_heads": 2},
     "untied": {"tie_embeddings": False, "dropout": 0.1},
     "post-norm": {"pre_norm": False},
-    "gpt2": {
-        "positions": Positions.learned,
-        "norm": Norm.layernorm,
-        "activation": Activation.gelu,
-        "gated": False,
-        "bias": True,
-    },
-    "vanilla": {
-        "positions": Positions.sinusoidal,
-        "norm": Norm.layernorm,
-        "pre_norm": False,
-        "activation": Activation.relu,
-        "gated": False,
-        "bias": True,
-        "scale_embeddings": True,
-    },
+    "gpt2": shapes.GPT2,
+    "vanilla": shapes.VANILLA,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,33 +28,11 @@ def llama(**changes: int | float | None) -> TransformerConfig:
 
 
 def gpt2() -> TransformerConfig:
-    return TransformerConfig(
-        d_model=16,
-        num_layers=2,
-        num_heads=4,
-        context=CONTEXT,
-        positions=Positions.learned,
-        norm=Norm.layernorm,
-        activation=Activation.gelu,
-        gated=False,
-        bias=True,
-    )
+    return TransformerConfig(d_model=16, num_layers=2, num_heads=4, context=CONTEXT, **shapes.GPT2)
 
 
 def vanilla() -> TransformerConfig:
-    return TransformerConfig(
-        d_model=16,
-        num_layers=2,
-        num_heads=4,
-        context=CONTEXT,
-        positions=Positions.sinusoidal,
-        norm=Norm.layernorm,
-        pre_norm=False,
-        activation=Activation.relu,
-        gated=False,
-        bias=True,
-        scale_embeddings=True,
-    )
+    return TransformerConfig(d_model=16, num_layers=2, num_heads=4, context=CONTEXT, **shapes.VANILLA)
 
 
 def randomised(config: TransformerConfig) -> Transformer:
