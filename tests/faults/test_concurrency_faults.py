@@ -6,7 +6,6 @@ Numbers in names (row_40 ...) are the rows of the project's fault table.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from harness import Lmkit, Start, digests
 from lmkit import plots
 from lmkit.commands import training
 from lmkit.store import storage
+from lmkit.store.browse import read_journal
 from lmkit.store.lock import acquire
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="locks by flock")
@@ -208,8 +208,7 @@ def test_row_48_with_the_lock_off_a_run_trains_and_goes_on_without_one_and_says_
             f"warning: {tmp_path}/run is on a file system without locks: nothing keeps a second process out of the run"
         ]
     assert digests(tmp_path / "run") == digests(trained)
-    lines = (tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    events = [json.loads(line)["event"] for line in lines]
+    events = [event["event"] for event in read_journal(tmp_path / "run")]
     assert (events[:2], events.count("no lock")) == (["no lock", "start"], 2)
     refused = lmkit(*small, f"run.dir={tmp_path}/run", "resume=true")  # only where it is asked for
     assert refused.code == 6, refused.err

@@ -33,6 +33,7 @@ from lmkit.data.tokenfiles import open_prepared
 from lmkit.errors import DataError
 from lmkit.evaluation.plan import Segments, unbroken
 from lmkit.evaluation.scoring import Text
+from lmkit.store.browse import read_journal
 from lmkit.tasks.sentences import sentences_of
 from lmkit.train import Trainer
 
@@ -401,7 +402,7 @@ def test_row_101_an_id_that_goes_bad_while_a_run_trains_is_found_in_its_batch(
     done = lmkit(*words, f"run.dir={tmp_path}/run")
     assert done.code == 3, done.err
     assert "train.tokens: token ids do not fit a vocabulary of 257: 65,535 at position 40;" in done.error
-    last = json.loads((tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    last = read_journal(tmp_path / "run")[-1]
     assert (last["event"], last["code"], last["message"]) == ("error", 3, done.error)
 
 

@@ -5,7 +5,6 @@ Numbers in names (row_28 ...) are the rows of the project's fault table.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -36,6 +35,7 @@ from harness import Lmkit, Start, digests, names
 
 from lmkit.requirements import check_installed
 from lmkit.store import checkpoint_writer, runs, saving, staging, storage
+from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import list_checkpoints
 from lmkit.store.found import read_metrics, read_result
 from lmkit.train import Trainer
@@ -188,8 +188,7 @@ class SlowDisk:
 
 def save_events(run_dir: Path) -> list[dict[str, Any]]:
     """The journal's events of saves, in order."""
-    rows = map(json.loads, (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row["event"] == "save"]
+    return [row for row in read_journal(run_dir) if row["event"] == "save"]
 
 
 def test_row_38_on_a_slow_disk_one_save_is_in_flight_and_the_next_one_waits_for_it_or_is_left_out(

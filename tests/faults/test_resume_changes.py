@@ -29,6 +29,7 @@ from lmkit.console import Console
 from lmkit.data.batches import Lanes
 from lmkit.data.prepared import cache_dir, open_prepared
 from lmkit.errors import DataError
+from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
 from lmkit.store.manifest import STATE, canonical_json, step_of
@@ -98,8 +99,7 @@ def test_row_67_a_key_that_only_says_how_is_accepted_and_journalled(
     done = lmkit(*small, f"run.dir={trained}", "resume=true", "train.max_steps=16", *changes)
     assert done.code == 0, done.err
     assert latest_checkpoint(trained, pytest.fail) == trained / "checkpoints" / "step-000000000016"
-    events = [json.loads(line) for line in (trained / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    noted = next(event["keys"] for event in events if event["event"] == "changed")
+    noted = next(event["keys"] for event in read_journal(trained) if event["event"] == "changed")
     asked = dict(word.split("=") for word in [*changes, "train.max_steps=16"])
     assert [change.partition(": ")[0] for change in noted] == sorted(asked)  # and nothing of how it was started
     assert [change.rpartition(" -> ")[2] for change in noted] == [asked[key] for key in sorted(asked)]
@@ -284,8 +284,7 @@ def test_rows_69_70_other_data_under_the_same_names_is_refused(
 
 def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's journal, without time and process."""
-    lines = (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [record for record in map(json.loads, lines) if record.pop("event") == name]
+    found = [record for record in read_journal(run_dir) if record.pop("event") == name]
     return [{key: value for key, value in record.items() if key not in ("time", "pid")} for record in found]
 
 

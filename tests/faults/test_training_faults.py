@@ -25,7 +25,7 @@ from children import Child
 from harness import Lmkit, Start
 
 from lmkit.store import storage
-from lmkit.store.browse import Status, status_of
+from lmkit.store.browse import Status, read_journal, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints
 from lmkit.store.found import read_metrics
 from lmkit.train import Trainer
@@ -42,8 +42,7 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 
 def journal(run_dir: Path, event: str) -> list[dict[str, Any]]:
-    lines = (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["event"] == event]
+    return [row for row in read_journal(run_dir) if row["event"] == event]
 
 
 def slow_disk(seconds: float) -> None:

@@ -45,7 +45,7 @@ from lmkit.errors import ConfigError, DivergedError, ResourceError, StoppedError
 from lmkit.session import Session
 from lmkit.signals import SAVING, STOPPING
 from lmkit.store import checkpoint_writer, saving, storage
-from lmkit.store.browse import Status, status_of
+from lmkit.store.browse import Status, read_journal, status_of
 from lmkit.store.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from lmkit.store.found import read_metrics, read_result
 from lmkit.store.runs import Run
@@ -68,8 +68,7 @@ def tensors_of(config: PretrainConfig, step: int | None = None) -> dict[str, Ten
 
 
 def journal(config: PretrainConfig, event: str) -> list[dict[str, Any]]:
-    lines = (path_of(config) / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["event"] == event]
+    return [row for row in read_journal(path_of(config)) if row["event"] == event]
 
 
 def valid_rows(config: PretrainConfig) -> list[tuple[int, float]]:

@@ -20,6 +20,7 @@ from lmkit import __version__
 from lmkit.commands.runs_show import _checkpoint_lines
 from lmkit.errors import CheckpointError, DivergedError, ResourceError
 from lmkit.store import checkpoint_writer, staging, storage, tensorfile
+from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import (
     Snapshot,
     best_checkpoint,
@@ -356,8 +357,7 @@ def test_buffers_are_made_once_and_reused(run: Run, monkeypatch: pytest.MonkeyPa
 
 def test_events_are_journalled_and_nothing_temporary_is_left(run: Run) -> None:
     save_all(run, {1: None, 2: None, 3: None}, keep=2)
-    events = [json.loads(line) for line in (run.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [e["event"] for e in events] == ["start", *["save", "verify"] * 3, "retire"]
+    assert [event["event"] for event in read_journal(run.path)] == ["start", *["save", "verify"] * 3, "retire"]
     assert not [p for p in (run.path / "checkpoints").iterdir() if p.name.startswith(".")]
 
 

@@ -28,7 +28,7 @@ from lmkit.errors import (
     StoppedError,
 )
 from lmkit.store import lock, records, runs, storage
-from lmkit.store.browse import newest_finished_run
+from lmkit.store.browse import newest_finished_run, read_journal
 from lmkit.store.checkpoint import Snapshot
 from lmkit.store.found import FoundRun, open_run, read_info, read_metrics, read_result
 from lmkit.store.runs import Run
@@ -307,8 +307,7 @@ def test_a_torn_last_line_is_cut_even_if_no_step_is(tmp_path: Path) -> None:
 
 def journal(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """The events of a run, each with what it says beside time and process."""
-    lines = (run.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_journal(run.path)
     return [(row.pop("event"), {key: row[key] for key in row if key not in ("time", "pid")}) for row in rows]
 
 
