@@ -27,6 +27,7 @@ from lmkit.hf import ImportedModel, import_hf
 from lmkit.models.dropout import DropPath
 from lmkit.session import Session
 from lmkit.store.checkpoint import list_checkpoints, load_checkpoint
+from lmkit.store.found import read_metrics
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -117,12 +118,7 @@ def test_a_run_that_started_from_a_folder_is_resumed_and_replayed(
     )
     pretrain.run(replace(cfg, train=replace(cfg.train, max_steps=4)))
     pretrain.run(replace(cfg, resume=True))
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "second" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        if line
-    ]
-    logged = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    logged = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "second") if "loss" in row}
     assert replay.replay(tmp_path / "second", 1, Console())["loss"] == logged[1]
     assert replay.replay(tmp_path / "second", 6, Console())["loss"] == logged[6]
 
@@ -167,12 +163,7 @@ def test_finetuning_starts_from_a_folder_instead_of_a_run(first: PretrainConfig,
     result = finetune.run(tuning(first, folder, tmp_path, log=LogConfig(every_steps=1)))
     assert result["step"] == 6
     assert "forgetting" not in result, "nobody knows what the folder's model was trained on"
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "tuned" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        if line
-    ]
-    logged = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    logged = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "tuned") if "loss" in row}
     assert replay.replay(tmp_path / "tuned", 2, Console())["loss"] == logged[2]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from lmkit.console import Console
 from lmkit.errors import ConfigError, StoppedError
 from lmkit.store.browse import read_summary
 from lmkit.store.checkpoint import load_checkpoint
+from lmkit.store.found import read_metrics
 from lmkit.store.manifest import step_directory
 
 CPU = DeviceConfig(type=DeviceType.cpu, threads=1)
@@ -220,8 +220,7 @@ def test_nats_that_are_free_are_counted_in_the_loss_only_where_there_are_latent_
     for target in (0.0, 40.0):
         cfg = vae(run=f"target{target}", d_latent=d_latent, target_nats=target, max_steps=6)
         pretrain.run(replace(cfg, log=replace(cfg.log, every_steps=1)))
-        lines = (Path(run_dir(cfg)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row][-1])
+        losses.append([row["loss"] for row in read_metrics(Path(run_dir(cfg))) if "loss" in row][-1])
     assert (losses[1] > losses[0] + 1.0) is adds
     assert adds or losses[1] == losses[0]
 
