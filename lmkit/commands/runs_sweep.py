@@ -55,11 +55,11 @@ def sweep_table(root: Path) -> str:
     failures = read_failures(root)
     lines = _job_lines(rows, groups, failures)
     lines += ["", *_folded_lines(rows, groups)]
-    states = ("done", "running", "stopped", "failed", "not")
+    states = ("done", "running", "stopped", "failed", "not started")
     counts = {state: sum(row.state.startswith(state) for row in rows) for state in states}
-    counted = [f"{number} {state.replace('not', 'not started')}" for state, number in counts.items() if number]
+    counted = [f"{number} {state}" for state, number in counts.items() if number]
     lines += ["", f"{plural(len(rows), 'job')}: {', '.join(counted)}"]
-    if sweep is not None and counts["stopped"] + counts["failed"] + counts["not"]:
+    if sweep is not None and counts["stopped"] + counts["failed"] + counts["not started"]:
         words = [word for word in sweep.command if not word.startswith(("resume=", "run.dir="))]
         words += [f"run.dir={root}", "resume=true"]  # where it is now
         lines += ["retry what is not done:", f"  {shlex.join(words)}"]
