@@ -54,7 +54,11 @@ class Timing:
             state.horizon = Horizon(1e-9)
         elif self.longer and state.horizon.progress(state.step) >= 1.0:
             state.horizon = self.budget.prolonged(state.step, state.elapsed_s)
-            state.evals_ahead = len(state.valid_losses) - round(NUM_EVALS * state.horizon.progress(state.step))
+            self._spread_evals(len(state.valid_losses))
+
+    def _spread_evals(self, num_evals: int) -> None:
+        """Take ``num_evals`` validations as one for each tenth of the run so far, however many those are."""
+        self.state.evals_ahead = num_evals - round(NUM_EVALS * self.state.horizon.progress(self.state.step))
 
     def measure_validation(self) -> None:
         """Under a time budget, find out how long a validation takes; called in all processes at once."""
@@ -78,11 +82,16 @@ class Timing:
             state.step_s = self.budget.step_s
 
     def count_validation(self, took_s: float) -> None:
-        """Note what a validation took."""
-        self.state.eval_s += took_s
-        self.state.elapsed_s += took_s
+        """Note what a validation of this step took.
+
+        One that had to wait for its time is not followed by another at once: the next one is half a tenth away or more.
+        """
+        state = self.state
+        state.eval_s += took_s
+        state.elapsed_s += took_s
         if self.budget is not None:
             self.budget.eval_s = took_s
+            self._spread_evals(len(state.valid_losses) + (state.step not in state.valid_steps[-1:]))
 
     def has_run_out(self) -> bool:
         """Whether a run that goes on has no time for another step; it is at its end then."""

@@ -63,7 +63,7 @@ class TrainState:
     step_s: float = 0.0
     """Under a time budget, the time of a step as it was last known; 0: not known."""
     evals_ahead: int = 0
-    """Validations beyond one for each tenth of the run that were done when it was given more time after its end."""
+    """Under a time budget, validations beyond one for each tenth of the run that was done at the last one."""
     eval_pending: bool = False
     """Whether validation is due at this step but was not done: the run was stopped before or during it."""
 

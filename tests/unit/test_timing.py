@@ -57,6 +57,21 @@ def test_a_run_that_gets_more_time_after_its_end_is_validated_at_each_tenth_of_w
     assert found == [60, 70, 80, 90]
 
 
+def test_a_validation_that_waited_for_its_time_is_not_followed_by_another_at_once() -> None:
+    """Of 1800 s it was believed to take 38; it takes 10, and twice as long is still within its share of the time."""
+    timing, found = timing_of(TrainState(), "30m"), list[int]()
+    assert timing.budget is not None
+    timing.budget.eval_s, state = 38.0, timing.state
+    for step in range(1, 101):
+        state.step, state.elapsed_s, state.horizon = step, 18.0 * step, Horizon(0.01)
+        if timing.eval_due(None):
+            found.append(step)
+            timing.count_validation(10.0)
+            state.valid_steps.append(step)
+            state.valid_losses.append(3.0)
+    assert found == [71, 80, 90]
+
+
 def test_the_speed_after_a_rollback_is_that_of_the_steps_behind_it() -> None:
     report = StepReport(3, 100, 0.1, 0.5, torch.zeros(2), torch.zeros((), dtype=torch.bool))
     window = Window([report], started=10.0)
