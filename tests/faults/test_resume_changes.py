@@ -589,7 +589,7 @@ def test_row_70_batches_that_were_to_be_left_out_are_not_those_of_the_new_data()
         model_config=SimpleNamespace(trains_by_counting=False),
         task=SimpleNamespace(fitted=dict, batches=Lanes(np.arange(50), 9, 2, 5)),
         run=SimpleNamespace(take_data=said.append, journal=lambda event, fields: said.append(event)),
-        console=Console(io.StringIO()),
+        place=SimpleNamespace(console=Console(io.StringIO())),
     )
     follow(job, DataOrder(1, 7, "new"), snapshot, "old", ["older"])
     assert snapshot.state["skipped_steps"] == [3]

@@ -476,7 +476,7 @@ def test_a_text_that_cannot_be_read_is_named_however_many_there_are(
         return real(self, *args, **keys)
 
     monkeypatch.setattr(Path, "open", opened)
-    with pytest.raises(DataError, match=r"^cannot read \S*1\.txt: Permission denied; check dataset\.path$"):
+    with pytest.raises(DataError, match=r"^cannot read \S*1\.txt: Permission denied; check path and permissions$"):
         prepared(tmp_path / "texts")
 
 
