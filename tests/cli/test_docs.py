@@ -103,7 +103,7 @@ def test_the_readme_has_every_exit_code() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_targets_scripts_and_pages_that_a_page_names_are_there(page: Path) -> None:
+def test_targets_scripts_pages_and_headings_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     named = set(re.findall(r"`make ([a-z-]+)", text))
@@ -112,8 +112,12 @@ def test_targets_scripts_and_pages_that_a_page_names_are_there(page: Path) -> No
     assert named <= set(targets)
     scripts = {path.name for path in (ROOT / "scripts").iterdir()}
     assert set(re.findall(r"\b(?:bench|check|make)_\w+\.py\b", text)) <= scripts
-    for link in re.findall(r"\]\(([\w./]+)\)", text):
-        assert (page.parent / link).is_file(), link
+    for link, heading in re.findall(r"\]\(([\w./]*)(?:#([\w-]+))?\)", text):
+        named_page = page.parent / link if link else page
+        assert named_page.is_file(), link
+        titles = re.findall(r"^#+ (.+)$", named_page.read_text(encoding="utf-8"), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]  # as GitHub makes them
+        assert heading in ("", *anchors), f"{link}#{heading}"
 
 
 def test_the_example_in_python_runs() -> None:
