@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmkit.config.model import Positions, TransformerConfig
+from lmkit.config.model import TransformerConfig
 from lmkit.models.transformer import Transformer
 
 VOCAB = 23
@@ -16,9 +16,7 @@ CONFIGS = {
     "llama": TransformerConfig(d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, context=24),
     "qk_norm": TransformerConfig(d_model=16, num_layers=2, num_heads=4, qk_norm=True, context=24),
     "gpt2": TransformerConfig(d_model=16, num_layers=2, num_heads=4, context=24, **shapes.GPT2),
-    "vanilla": TransformerConfig(
-        d_model=16, num_layers=2, num_heads=4, context=24, positions=Positions.sinusoidal, pre_norm=False
-    ),
+    "vanilla": TransformerConfig(d_model=16, num_layers=2, num_heads=4, context=24, **shapes.VANILLA),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lmkit.config.machine import Precision
-from lmkit.config.model import Activation, Cell, NgramConfig, Norm, Positions, RecurrentConfig, TransformerConfig
+from lmkit.config.model import Cell, NgramConfig, RecurrentConfig, TransformerConfig
 from lmkit.device import Device
 from lmkit.errors import CheckpointError, ConfigError
 from lmkit.evaluation import checks
@@ -76,10 +77,8 @@ def transformer(**fields: Any) -> LanguageModel:
 HONEST: dict[str, Callable[[], LanguageModel]] = {
     "llama": transformer,
     "grouped": lambda: transformer(num_kv_heads=2),
-    "gpt2": lambda: transformer(
-        positions=Positions.learned, norm=Norm.layernorm, activation=Activation.gelu, gated=False, bias=True
-    ),
-    "vanilla": lambda: transformer(positions=Positions.sinusoidal, pre_norm=False, gated=False, scale_embeddings=True),
+    "gpt2": lambda: transformer(**shapes.GPT2),
+    "vanilla": lambda: transformer(**shapes.VANILLA),
     "lstm": lambda: sharpened(RecurrentConfig(d_embed=12, d_hidden=14, num_layers=2).build(VOCAB, seed=1)),
     "gru": lambda: sharpened(RecurrentConfig(cell=Cell.gru, d_embed=12, d_hidden=14).build(VOCAB, seed=1)),
     "kneser-ney": kneser_ney,
