@@ -132,25 +132,32 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypat
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_all_files_are_on_the_disk_before_the_folder_has_its_name(
+def test_all_files_and_their_names_are_on_the_disk_before_the_folder_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "runs")
     synced: list[int] = []
-    sync_file, rename = storage.sync_file, storage.rename
+    in_time: list[int] = []
+    sync_file, sync_directory, rename = storage.sync_file, storage.sync_directory, storage.rename
 
-    def noted(descriptor: int) -> None:
+    def file_noted(descriptor: int) -> None:
         sync_file(descriptor)
         synced.append(os.fstat(descriptor).st_ino)
 
+    def names_noted(path: Path) -> None:
+        sync_directory(path)
+        synced.append(path.stat().st_ino)
+
     def last(source: Path, target: Path) -> None:
-        monkeypatch.setattr(storage, "sync_file", sync_file)
+        in_time.extend(synced)
         rename(source, target)
 
-    monkeypatch.setattr(storage, "sync_file", noted)
+    monkeypatch.setattr(storage, "sync_file", file_noted)
+    monkeypatch.setattr(storage, "sync_directory", names_noted)
     monkeypatch.setattr(storage, "rename", last)
-    export.run(config(run, tmp_path / "out", ExportFormat.safetensors))
-    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stat().st_ino not in synced] == []
+    out = tmp_path / "out"
+    export.run(config(run, out, ExportFormat.safetensors))
+    assert [path for path in (out, *out.rglob("*")) if path.stat().st_ino not in in_time] == []
 
 
 def test_what_killed_exports_to_the_same_folder_have_left_is_removed(tmp_path: Path) -> None:
