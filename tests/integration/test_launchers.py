@@ -18,7 +18,7 @@ from lmkit import cli, launch
 from lmkit.arguments import parse
 from lmkit.commands.training import command_line
 from lmkit.distributed import SINGLE
-from lmkit.errors import ConfigError, ResourceError, StoppedError
+from lmkit.errors import ConfigError, LmkitError, ResourceError, StoppedError
 from lmkit.store.browse import Status, read_summary, status_of
 from lmkit.store.runs import Run
 from lmkit.store.saving import Saves
@@ -100,19 +100,22 @@ def test_a_job_that_fails_in_a_launcher_is_noted_and_the_others_are_done(lmkit: 
     assert re.search(r"^1 +seed=2 +done", table, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    "error", [StoppedError("stopped by SIGINT after step 1"), ResourceError("the last save failed")]
+)
 def test_where_a_launcher_stays_in_this_process_a_job_that_is_stopped_is_the_last(
-    monkeypatch: pytest.MonkeyPatch,
+    error: LmkitError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
 
     def run_job(job: str) -> Outcome:
         begun.append(job)
-        raise StoppedError("stopped by SIGINT after step 1")
+        raise error
 
     monkeypatch.setattr(launch, "run_job", run_job)
     task = launch._Task({0: "first", 1: "second"})  # type: ignore[dict-item]
     outcomes = [task(SimpleNamespace(number=number)) for number in (0, 1)]
-    assert [(outcome.code, outcome.stopped) for outcome in outcomes] == [(75, True), (75, True)]
+    assert [(outcome.code, outcome.stopped) for outcome in outcomes] == [(error.exit_code, True), (75, True)]
     assert begun == ["first"]
 
 
@@ -131,9 +134,11 @@ def test_ctrl_c_ends_a_sweep_by_a_launcher_that_stays_in_this_process_and_it_goe
     assert [read_summary(Path("jobs") / str(n)).step for n in (0, 1)] == [2, 2]
 
 
-@pytest.mark.parametrize(("owner", "moment"), [(Saves, "finish"), (Run, "write_result")])
+@pytest.mark.parametrize(
+    ("owner", "moment", "status"), [(Saves, "finish", Status.stopped), (Run, "write_result", Status.finished)]
+)
 def test_a_signal_that_comes_while_a_job_comes_to_its_end_ends_the_multirun_which_goes_on(
-    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output, owner: type, moment: str
+    lmkit: Lmkit, monkeypatch: pytest.MonkeyPatch, capsys: Output, owner: type, moment: str, status: Status
 ) -> None:
     original = getattr(owner, moment)
 
@@ -145,6 +150,7 @@ def test_a_signal_that_comes_while_a_job_comes_to_its_end_ends_the_multirun_whic
         patch.setattr(owner, moment, asked)
         assert lmkit("seed=1,2") == 75
     assert "error: stopped by SIGTERM " in capsys.readouterr().err
+    assert status_of(Path("jobs/0")) is status
     assert not Path("jobs/1").exists()
     assert lmkit("seed=1,2", "resume=true") == 0
     assert [status_of(Path("jobs") / str(n)) for n in (0, 1)] == [Status.finished, Status.finished]
