@@ -931,9 +931,9 @@ def test_bits_per_byte_of_a_run_that_lacks_words_of_the_text_are_marked_beside_t
 def test_what_only_the_text_as_the_protocol_reads_it_has_of_unknown_characters_is_marked_too(
     runs: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The rules of lm-evaluation-harness write 1 for N, which no text of the run had."""
+    """The rules of lm-evaluation-harness write 1 for N, which the run never saw; it knows <unk> by its letters."""
     text = tmp_path / "text.txt"
-    text.write_text("the N cat sat\n" * 100, encoding="utf-8")
+    text.write_text("the N cat <unk> sat\n" * 100, encoding="utf-8")
     dataset = TextConfig(path=str(text), valid_fraction=0.1, test_fraction=0.1)
     train_run(runs / "characters", dataset, LSTM, CharTokenizerConfig())
     protocol = LmEvalWikitextProtocolConfig()
