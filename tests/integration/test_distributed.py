@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkit import launch
+from lmkit import distributed, launch
 from lmkit.cli import main
 from lmkit.commands import pretrain, training
 from lmkit.commands.place import check_sharding, deal
@@ -44,8 +44,8 @@ from lmkit.config.training import (
 )
 from lmkit.device import resolve_device
 from lmkit.distributed import SINGLE, LostError, World, find_world
-from lmkit.errors import CheckpointError, ConfigError, DataError, StoppedError
-from lmkit.reporting import FIRST_S
+from lmkit.errors import CheckpointError, ConfigError, DataError, LmkitError, StoppedError
+from lmkit.reporting import FIRST_S, said_by_first
 from lmkit.sharding import is_sharded
 from lmkit.store.browse import read_journal
 from lmkit.store.checkpoint import Snapshot, latest_checkpoint, list_checkpoints, load_checkpoint
@@ -513,6 +513,22 @@ def test_a_process_does_not_wait_for_the_first_one_where_there_is_another_job(
         monkeypatch.setenv(key, value)
     assert main(["pretrain", "-m", "seed=1,2", "device=cpu"]) == 0  # the first one has the exit code
     assert capfd.readouterr().err.count("has started 2 processes, but parallel=none") == 2
+    assert waited == []
+
+
+@pytest.mark.parametrize(
+    "error", [StoppedError("stopped"), LostError("lost each other", "timed out"), DataError("bad")]
+)
+def test_a_process_that_had_joined_the_first_one_says_at_once_what_ends_it(
+    error: LmkitError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(distributed, "_is_joined", lambda: isinstance(error, DataError))
+    with pytest.raises(type(error)), said_by_first():
+        raise error
     assert waited == []
 
 
