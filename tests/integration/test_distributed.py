@@ -5,6 +5,7 @@ The file is a test module and, started by torchrun with PARALLEL DIR CORPUS CASE
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -342,22 +343,33 @@ def test_a_world_of_one_is_bit_identical_to_no_parallel(
 # What is refused
 
 
-def test_the_others_leave_with_the_exit_code_of_the_first_one_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("no such file"), 3),
+        (OSError(errno.ENOSPC, "No space left on device"), 6),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6),
+        (ValueError("a bug"), 1),
+    ],
+)
+def test_the_others_leave_with_the_exit_code_of_the_first_one_s_error(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[list[float]] = []
 
     def agree(world: World, decision: Sequence[float], requests: Sequence[bool] = ()) -> tuple[list[float], list[bool]]:
         told.extend([list(decision)] if world.is_first else [])
         return told[-1], []
 
-    def missing() -> str:
-        raise DataError("no such file")
+    def fail() -> str:
+        raise error
 
     monkeypatch.setattr(World, "agree", agree)
-    with pytest.raises(DataError):
-        World(rank=0, size=2).tell(missing)
+    with pytest.raises(type(error)):
+        World(rank=0, size=2).tell(fail)
     with pytest.raises(SystemExit) as left:
-        World(rank=1, size=2).tell(missing)
-    assert left.value.code == DataError.exit_code
+        World(rank=1, size=2).tell(fail)
+    assert left.value.code == code
 
 
 def test_the_first_one_says_its_error_where_the_others_have_given_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
