@@ -24,6 +24,7 @@ from lmkit.hf.exporting import Source, export_as
 from lmkit.loading import LoadedRun, load_run
 from lmkit.models.transformer import Transformer
 from lmkit.store import storage
+from lmkit.store.browse import is_of_present_data, read_newest_config
 from lmkit.store.found import read_info, read_result
 from lmkit.store.listing import valid_loss
 
@@ -98,16 +99,14 @@ def _made_whole(target: Path) -> Iterator[Path]:
 
 def _facts(cfg: ExportConfig, loaded: LoadedRun, about: dict[str, Any], digests: dict[str, str]) -> Facts:
     origin = {"checkpoint": loaded.checkpoint_digest, "tokenizer of the run": loaded.tokenizer.digest}
-    info = read_info(loaded.path) or {}
-    stored = info.get("digests")
-    data = {"data": str(stored["data"])} if isinstance(stored, dict) and "data" in stored else {}
+    data = {"data": loaded.data_digest} if loaded.data_digest else {}
     name = loaded.path.name if cfg.adapter is None else f"{loaded.path.name} with {cfg.adapter}"
     return Facts(
         name=name,
         format=cfg.format.name,
         about=about,
         config=loaded.config,
-        info=info,
+        info=read_info(loaded.path) or {},
         result=_numbers_of(loaded) if cfg.adapter is None else {},
         step=loaded.step,
         num_parameters=loaded.model.num_parameters(),
@@ -118,10 +117,14 @@ def _facts(cfg: ExportConfig, loaded: LoadedRun, about: dict[str, Any], digests:
 
 
 def _numbers_of(loaded: LoadedRun) -> dict[str, Any]:
-    """What the run has found on valid of exactly these weights: result.json is about those of its last step."""
+    """What the run has found on valid of exactly these weights: result.json is about those of its last step, and the
+    numbers of words in it are those of other weights only if these have learnt the same data."""
     result = read_result(loaded.path) or {}
     if result.get("step") == loaded.step or "token_ppl" not in result:
         return result
+    config = read_newest_config(loaded.path)[1]
+    if is_of_present_data(result, config) != is_of_present_data({"step": loaded.step}, config):
+        return {}
     num_tokens, *others = (_whole(result.get(f"num_{unit}")) for unit in ("tokens", "words", "bytes", "chars"))
     loss = valid_loss(loaded.checkpoint)
     if loss is None or num_tokens is None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from storing import save_checkpoint
+from storing import open_run, save_checkpoint
 
 from lmkit import cli, presets
 from lmkit.arguments import parse
@@ -30,7 +30,7 @@ from lmkit.errors import ConfigError, DataError
 from lmkit.hf import exporting, import_hf
 from lmkit.hf.exporting import Source, export_as
 from lmkit.store import storage
-from lmkit.store.checkpoint import VALID_LOSS, Snapshot
+from lmkit.store.checkpoint import VALID_LOSS, Snapshot, load_checkpoint
 from lmkit.store.runs import Run
 from lmkit.sweep import combinations
 from lmkit.tokenizers import ByteTokenizer, WordTokenizer
@@ -97,6 +97,24 @@ def test_the_card_has_the_perplexity_of_the_weights_that_are_exported(tmp_path: 
     assert "| perplexity per token | 12.5000 |" in result
     assert "No result" in unknown
     assert "12.5" not in unknown
+
+
+def test_the_card_tells_of_the_data_of_the_weights_that_are_exported(tmp_path: Path) -> None:
+    """The run has gone on with other data behind step 3, of which result.json speaks."""
+    run = make_run(tmp_path / "runs", losses={2: 1.5, 3: 2.0})
+    old = load_checkpoint(run / "checkpoints" / "step-000000000003", with_optimizer=False)
+    order = {"number": 1, "first_step": 3, "data": "e" * 64}
+    with open_run(run, resume=True) as going_on:
+        going_on.digests["data"] = "e" * 64
+        new = replace(old, step=4, state={VALID_LOSS: 1.0}, config={**old.config, "data_order": order})
+        save_checkpoint(going_on, new, TOKENIZER, keep=9)
+    found = "| perplexity per token | {:.4f} |".format
+    for step, data, numbers in ((2, "d", found(math.exp(1.5))), (3, "d", found(12.5)), (4, "e", "No result")):
+        cfg = config(run, tmp_path / f"{step}", ExportFormat.safetensors)
+        export.run(replace(cfg, run=replace(cfg.run, checkpoint=f"step-{step:012}")))
+        card = (tmp_path / f"{step}" / "README.md").read_text(encoding="utf-8")
+        assert f"| data | {data * 64} |" in card
+        assert numbers in card
 
 
 def test_the_text_of_a_run_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
