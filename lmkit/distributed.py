@@ -51,7 +51,7 @@ LEAVE_S = 30.0
 ANSWER_S = 5.0
 """So long a process that has lost the others waits for those that are left to say so, too."""
 _LEFT = "left"
-_joins = count()
+_turns = count()
 
 
 class LostError(ResourceError):
@@ -79,6 +79,9 @@ class World:
     local_size: int = 1
     shards: bool = False
     """Whether each process holds a piece of the parameters only."""
+    turn: int = 0
+    """Jobs of a multirun that were before this one, begun or not: whoever could not begin one must not meet the others
+    of that one in the next."""
 
     @property
     def is_first(self) -> bool:
@@ -105,7 +108,7 @@ class World:
             dist.destroy_process_group()  # of the job before in a multirun, which an error has ended
         with _lost("do not find each other"):
             store, rank, size = next(rendezvous("env://", timeout=min(timeout, timedelta(seconds=JOIN_S))))
-            store = PrefixStore(f"lmkit-{next(_joins)}", store)  # a process may join more than once
+            store = PrefixStore(f"lmkit-{self.turn}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
@@ -332,7 +335,8 @@ def find_world(config: ParallelConfig) -> World:
         if not dist.is_available():
             raise ConfigError(f"parallel={kind}: this build of torch has no torch.distributed", "use parallel=none")
         own_rank, num_processes, local_rank, local_size = (int(os.environ[key]) for key in keys[:4])
-        return World(own_rank, num_processes, local_rank, local_size, shards=isinstance(config, FsdpConfig))
+        shards = isinstance(config, FsdpConfig)
+        return World(own_rank, num_processes, local_rank, local_size, shards, turn=next(_turns))
     if not missing and int(os.environ["WORLD_SIZE"]) > 1:
         size = os.environ["WORLD_SIZE"]
         raise ConfigError(f"torchrun has started {size} processes, but parallel=none", "add parallel=ddp or fsdp")

@@ -515,6 +515,30 @@ def test_a_job_of_a_multirun_that_fails_in_all_processes_is_said_once_and_the_ne
     assert list(read_failures(tmp_path / "jobs")) == ["0", "1"]
 
 
+def test_processes_of_different_jobs_of_a_multirun_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them could not begin the job that the others wait in, as where it has no card, and is at the next one."""
+    for key, value in {**ENVIRONMENT, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    places: list[str] = []
+
+    def store(place: str, _: object) -> torch.distributed.Store:
+        places.append(place)
+        return torch.distributed.HashStore()
+
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed, "PrefixStore", store)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+
+    def joined() -> int:
+        with find_world(DdpConfig()).joined(torch.device("cpu"), DdpConfig()):
+            return int(places[-1].removeprefix("lmkit-"))
+
+    before = joined()
+    find_world(DdpConfig())
+    assert joined() == before + 2
+
+
 def test_a_process_does_not_wait_for_the_first_one_where_there_is_another_job(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
