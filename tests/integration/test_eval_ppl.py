@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import pretrain_small
 
-from lmkit.commands import eval_ppl, pretrain
-from lmkit.config.commands import EvalPplConfig, PretrainConfig
+from lmkit.commands import eval_ppl
+from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import (
     BenchmarkConfig,
     BenchmarkName,
@@ -47,8 +48,7 @@ from lmkit.config.evaluation import (
 )
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import Cell, ModelConfig, NgramConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, CosineConfig
-from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, TrainConfig
+from lmkit.config.training import ExistingRunConfig, TrainConfig
 from lmkit.data.benchmarks import BENCHMARKS, Expected
 from lmkit.errors import CheckpointError, ConfigError, DataError
 from lmkit.evaluation.numbers import percentiles
@@ -99,20 +99,8 @@ def train_run(
 ) -> None:
     """A run of a few steps on a corpus, or on the files of a folder."""
     dataset = TextConfig(path=str(text), valid_fraction=0.1, test_fraction=0.1) if isinstance(text, Path) else text
-    pretrain.run(
-        PretrainConfig(
-            dataset=dataset,
-            tokenizer=tokenizer,
-            model=model,
-            optimizer=AdamwConfig(lr=1e-2),
-            schedule=CosineConfig(),
-            device=CPU,
-            train=TrainConfig(batch_size=4, seq_len=16, max_steps=steps),
-            eval=EvalConfig(every_steps=25),
-            run=RunConfig(dir=str(run), root=str(run.parent)),
-            seed=seed,
-        )
-    )
+    train = TrainConfig(batch_size=4, seq_len=16, max_steps=steps)
+    pretrain_small(run, dataset, model, tokenizer, train, seed=seed)
 
 
 def evaluate(runs: Folder, name: str, **fields: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import pretrain_small
 from stopping import assert_same, signal_after, tensors_in
 
 from lmkit import cli
@@ -51,18 +52,8 @@ LORA = AdapterConfig(rank=4, dropout=0.1)
 def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     for name, model in MODELS.items():
-        pretrain.run(
-            PretrainConfig(
-                dataset=TextConfig(path=str(corpus)),
-                tokenizer=ByteTokenizerConfig(),
-                model=model,
-                optimizer=AdamwConfig(lr=1e-2),
-                schedule=CosineConfig(),
-                device=CPU,
-                train=TrainConfig(batch_size=8, seq_len=32, max_steps=40),
-                run=RunConfig(dir=str(root / name), root=str(root)),
-            )
-        )
+        train = TrainConfig(batch_size=8, seq_len=32, max_steps=40)
+        pretrain_small(root / name, TextConfig(path=str(corpus)), model, ByteTokenizerConfig(), train)
     return {name: root / name for name in MODELS}
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import pretrain_small
 from stopping import assert_same, signal_after, tensors_in
 
 from lmkit import cli
-from lmkit.commands import chat, finetune, pretrain
+from lmkit.commands import chat, finetune
 from lmkit.commands.replay import replay
 from lmkit.config.adapter import AdapterConfig
 from lmkit.config.chat import ChatTaskConfig, InstructTaskConfig, PreferTaskConfig, TooLong
-from lmkit.config.commands import FinetuneConfig, PretrainConfig
+from lmkit.config.commands import FinetuneConfig
 from lmkit.config.data import ByteTokenizerConfig, PydocsConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
@@ -50,17 +51,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, P
         ("word", MODELS["transformer"], WordTokenizerConfig()),
     ]
     for name, model, tokenizer in wanted:
-        config = PretrainConfig(
-            dataset=TextConfig(path=str(corpus)),
-            tokenizer=tokenizer,
-            model=model,
-            optimizer=AdamwConfig(lr=3e-3),
-            schedule=CosineConfig(),
-            device=CPU,
-            train=TrainConfig(batch_size=4, seq_len=32, max_steps=4),
-            run=RunConfig(dir=str(root / name), root=str(root)),
-        )
-        pretrain.run(config)
+        train = TrainConfig(batch_size=4, seq_len=32, max_steps=4)
+        pretrain_small(root / name, TextConfig(path=str(corpus)), model, tokenizer, train, lr=3e-3)
         made[name] = root / name
     return made
 

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import pretrain_small
 from torch import Tensor
 
-from lmkit.commands import eval_ppl, export, generate, pretrain
-from lmkit.config.commands import EvalPplConfig, PretrainConfig
+from lmkit.commands import eval_ppl, export, generate
+from lmkit.config.commands import EvalPplConfig
 from lmkit.config.data import ByteTokenizerConfig, TextConfig, TokenizerConfig, WordTokenizerConfig
 from lmkit.config.evaluation import LmEvalWikitextProtocolConfig
 from lmkit.config.export import ExportConfig
 from lmkit.config.generation import GenerateConfig, SamplingConfig
 from lmkit.config.machine import DeviceConfig, DeviceType
 from lmkit.config.model import ModelConfig, RecurrentConfig, TransformerConfig
-from lmkit.config.optimization import AdamwConfig, CosineConfig
-from lmkit.config.training import EvalConfig, ExistingRunConfig, RunConfig, TrainConfig
+from lmkit.config.training import ExistingRunConfig, TrainConfig
 from lmkit.data.corpus import open_corpus
 from lmkit.errors import ConfigError
 from lmkit.evaluation.detokenize import wikitext_pages
@@ -62,19 +62,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, articles: TextConfig) -> Path
     """A folder with a run of each name in RUNS."""
     folder = tmp_path_factory.mktemp("runs")
     for name, (model, tokenizer) in RUNS.items():
-        pretrain.run(
-            PretrainConfig(
-                dataset=articles,
-                tokenizer=tokenizer,
-                model=model,
-                optimizer=AdamwConfig(lr=1e-2),
-                schedule=CosineConfig(),
-                device=CPU,
-                train=TrainConfig(batch_size=4, seq_len=24, max_steps=30),
-                eval=EvalConfig(every_steps=30),
-                run=RunConfig(dir=str(folder / name), root=str(folder)),
-            )
-        )
+        train = TrainConfig(batch_size=4, seq_len=24, max_steps=30)
+        pretrain_small(folder / name, articles, model, tokenizer, train)
     return folder
 
 
